@@ -1,0 +1,158 @@
+"""Reading and writing the published files: safetensors, in one file or in shards with an index, and JSON."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ses_jax.convert.engine import ConversionError, Header, Weights
+
+SHARD_BYTES = 4 << 30
+INDEX = ".safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming the file, if it isn't a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes an object as indented JSON."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def open_weights(folder: Path, stem: str) -> Weights:
+    """The published tensors of one network's folder; data is read when asked for.
+
+    Args:
+      folder: holds `{stem}.safetensors`, or shards and `{stem}.safetensors.index.json`.
+      stem: name of the weights file.
+
+    Raises:
+      FileNotFoundError: if there are no such files, or a shard is absent.
+      ConversionError: naming a file that is truncated or corrupt, or an index that its shards don't agree with.
+    """
+    index = folder / f"{stem}{INDEX}"
+    if index.is_file():
+        return _open_sharded(index)
+    file = folder / f"{stem}.safetensors"
+    if not file.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"no weights in {folder}: expected {stem}.safetensors or {stem}{INDEX}, found {found}")
+    return open_files([file])
+
+
+def open_files(files: Iterable[Path]) -> Weights:
+    """The tensors of some safetensors files together.
+
+    Raises:
+      ConversionError: naming a file that is truncated or corrupt, or a tensor that is in two files.
+    """
+    headers = {}
+    for file in files:
+        for name, header in _headers(file).items():
+            if name in headers:
+                raise ConversionError(f"{name} is both in {headers[name].file} and in {file}")
+            headers[name] = header
+    return Weights(headers, lambda name: _read(headers[name].file, name))
+
+
+def write_weights(
+    folder: Path, stem: str, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes tensors as `{stem}.safetensors`, or as shards with an index where they are larger than one shard.
+
+    Files appear under their names only when all are complete. The host holds one shard at a time.
+    """
+    parts, weight_map, total = [], {}, 0
+    try:
+        for shard in _shards(tensors, shard_bytes):
+            parts.append(folder / f".{stem}-{len(parts)}.partial")
+            safetensors.numpy.save_file(shard, parts[-1], metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, len(parts))
+            total += sum(array.nbytes for array in shard.values())
+        names = [_shard_name(stem, number, len(parts)) for number in range(1, len(parts) + 1)]
+        for part, name in zip(parts, names, strict=True):
+            part.rename(folder / name)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+    if len(names) > 1:
+        files = {name: names[number - 1] for name, number in weight_map.items()}
+        write_json(folder / f"{stem}{INDEX}", {"metadata": {"total_size": total}, "weight_map": files})
+
+
+def _open_sharded(index: Path) -> Weights:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConversionError(f"{index} has no weight_map")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index} names files that do not exist: {', '.join(absent)}")
+    weights = open_files(files)
+    wrong = {
+        name for name in weight_map.keys() | weights.headers.keys() if not _agree(index, weight_map, weights, name)
+    }
+    if wrong:
+        raise ConversionError(f"{index} and its files disagree about where these are: {', '.join(sorted(wrong)[:20])}")
+    return weights
+
+
+def _agree(index: Path, weight_map: Mapping[str, str], weights: Weights, name: str) -> bool:
+    header = weights.headers.get(name)
+    return header is not None and name in weight_map and header.file == str(index.parent / weight_map[name])
+
+
+def _headers(file: Path) -> dict[str, Header]:
+    """What a file says about its tensors; opening checks that against the file's size."""
+    try:
+        with safetensors.safe_open(os.fspath(file), "numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: Header(tuple(s.get_shape()), s.get_dtype(), str(file)) for name, s in slices.items()}
+    except safetensors.SafetensorError as error:
+        raise ConversionError(f"{file} is truncated or corrupt: {error}") from error
+
+
+def _read(file: str, name: str) -> np.ndarray:
+    """One tensor. The file is opened for it alone, because what is read through a mapping stays in memory."""
+    try:
+        with safetensors.safe_open(file, "numpy") as opened:
+            return opened.get_tensor(name)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ConversionError(f"{name} in {file} cannot be read: {error}") from error
+
+
+def _shards(tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    """Groups tensors in order; a group is larger than `shard_bytes` only if one tensor is."""
+    shard, size = {}, 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        # The writer takes the memory as it lies, so the order of the elements has to be C's.
+        shard[name] = np.ascontiguousarray(array).reshape(array.shape)
+        size += array.nbytes
+    yield shard
+
+
+def _shard_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"

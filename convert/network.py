@@ -1,0 +1,152 @@
+"""One network's folder: `config.json` with its weights, published (safetensors) or converted (Orbax).
+
+    published:  config.json  model.safetensors
+    converted:  config.json  params/  conversion.json  [unused.safetensors]
+
+Tensors that the network doesn't load (layers above the wanted one, heads) survive in `unused.safetensors`, so that
+exporting gives back the published checkpoint bit for bit.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ses_jax import checkpoint
+from ses_jax.convert import engine
+from ses_jax.convert.engine import ConversionError, Weights
+from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
+from ses_jax.convert.table import Component
+
+PARAMS, UNUSED, CONVERSION = "params", "unused", "conversion.json"
+
+
+class Network(NamedTuple):
+    """A network that was read from a folder.
+
+    Attributes:
+      json: content of its `config.json`.
+      config: the network's config.
+      params: the weights.
+      prefix: what the published names begin with.
+      unused: published tensors without a place in the params; their data is read when asked for.
+      dropped: names of published tensors that were left out when the folder was converted.
+    """
+
+    json: Mapping[str, Any]
+    config: Any
+    params: Any
+    prefix: str
+    unused: Weights
+    dropped: tuple[str, ...] = ()
+
+
+def load(
+    folder: Path,
+    component: Component,
+    *,
+    dtype: Any = None,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> Network:
+    """Reads a network from a published or a converted folder.
+
+    Args:
+      folder: the network's own folder.
+      component: which network to expect.
+      dtype: of the params; None keeps that of the files.
+      sharding: `(path, shape)` of a leaf to where it is placed; None is the default device.
+
+    Raises:
+      FileNotFoundError: naming the file that is absent.
+      ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
+    """
+    json = read_json(folder / "config.json")
+    try:
+        config = component.from_json(json)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{folder / 'config.json'}: {reason}") from error
+    abstract = component.abstract(config)
+    if (folder / PARAMS).is_dir():
+        params = checkpoint.restore(folder / PARAMS, abstract, dtype=dtype, sharding=sharding)
+        _check_finite(folder, params)
+        return _with_facts(folder, json, config, params)
+    weights = open_weights(folder, component.stem)
+    plan = engine.plan(component.table(json), abstract, weights.headers)
+    params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding)
+    unused = Weights({name: weights.headers[name] for name in plan.unused}, weights.read)
+    return Network(json, config, params, plan.prefix, unused)
+
+
+def save_converted(folder: Path, network: Network, *, drop_unused: bool = False) -> None:
+    """Writes a network's folder in the converted form."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", network.json)
+    checkpoint.save(folder / PARAMS, network.params)
+    kept = {} if drop_unused else network.unused.headers
+    if kept:
+        write_weights(folder, UNUSED, _read_all(network.unused))
+    dropped = sorted(set(network.dropped) | (network.unused.headers.keys() - kept.keys()))
+    write_json(folder / CONVERSION, {"prefix": network.prefix, "dropped": dropped})
+
+
+def save_published(folder: Path, component: Component, network: Network) -> None:
+    """Writes a network's folder in the published form.
+
+    Raises:
+      ConversionError: if the network was converted without tensors that its published form has.
+    """
+    if network.dropped:
+        names = ", ".join(network.dropped[:5]) + (", ..." if len(network.dropped) > 5 else "")
+        raise ConversionError(
+            f"cannot export to {folder}: converted with --drop-unused, which left out {names}; convert again without it"
+        )
+    export(folder, component, network.json, network.params, prefix=network.prefix, unused=_read_all(network.unused))
+
+
+def export(
+    folder: Path,
+    component: Component,
+    json: Mapping[str, Any],
+    params: Any,
+    *,
+    prefix: str | None = None,
+    unused: Iterable[tuple[str, np.ndarray]] = (),
+) -> None:
+    """Writes params as the published `config.json` and safetensors of one network.
+
+    Args:
+      folder: the network's own folder; created where absent.
+      component: the network.
+      json: content of its published `config.json`.
+      params: the weights, in the dtype to write.
+      prefix: what the published names begin with; None is the table's own choice.
+      unused: published tensors, under their whole names, that the network does not load.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", json)
+    tensors = engine.export(component.table(json), params, prefix)
+    write_weights(folder, component.stem, itertools.chain(tensors, unused))
+
+
+def _with_facts(folder: Path, json: Mapping[str, Any], config: Any, params: Any) -> Network:
+    """A converted network with what its conversion noted down."""
+    facts = read_json(folder / CONVERSION)
+    unused = open_weights(folder, UNUSED) if any(folder.glob(f"{UNUSED}*")) else open_files([])
+    return Network(json, config, params, facts["prefix"], unused, tuple(facts["dropped"]))
+
+
+def _check_finite(folder: Path, params: Any) -> None:
+    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
+    for key_path, ok in jax.tree_util.tree_leaves_with_path(finite):
+        if not ok:
+            path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            raise ConversionError(f"{path} in {folder / PARAMS} has NaN or infinite values")
+
+
+def _read_all(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
+    return ((name, weights.read(name)) for name in weights.headers)

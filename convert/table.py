@@ -1,0 +1,108 @@
+"""The words a conversion table is written in: how each published tensor becomes a leaf of the params.
+
+A rule pairs two templates. A placeholder such as `{i}` stands for a number. One that is absent from the target means
+that the published tensors `0, 1, 2, ...` are stacked along a leading axis of the target; one that is present renames:
+
+    linear("layers.{i}.attention.to_q", "layers/attention/to_q")          one stacked kernel for all layers
+    conv("decoder.up_blocks.{b}.resnets.{r}.conv1", "up_{b}_resnet_{r}/conv1")   one kernel each
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Transform(NamedTuple):
+    """How one published tensor is laid out in our params, and back.
+
+    Both directions only move elements (they are views), so that a round trip is bit-equal.
+    """
+
+    name: str
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+
+
+IDENTITY = Transform("identity", lambda x: x, lambda x: x)
+LINEAR = Transform("linear", lambda x: x.transpose(1, 0), lambda x: x.transpose(1, 0))  # [out, in] <-> [in, out]
+CONV = Transform("conv", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
+
+
+class Rule(NamedTuple):
+    """One correspondence between published tensors and leaves of the params.
+
+    Attributes:
+      source: template of published names, dotted.
+      target: template of paths in the params, with slashes.
+      transform: how the elements move.
+    """
+
+    source: str
+    target: str
+    transform: Transform = IDENTITY
+
+
+class Table(NamedTuple):
+    """All rules of one network.
+
+    Attributes:
+      rules: every leaf of the params is the target of exactly one of them.
+      ignored: templates of published names that this network does not load; `*` stands for anything.
+      prefixes: what every name may begin with, the published form first; releases of transformers differ here.
+    """
+
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ("",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One network of a checkpoint folder: how its `config.json` and its weights are read.
+
+    Attributes:
+      from_json: content of `config.json` to the network's config.
+      init: `(key, config) -> params`; only its shapes are used.
+      table: content of `config.json` to the conversion table.
+      stem: name of the published weights file, without `.safetensors`.
+    """
+
+    from_json: Callable[[Mapping[str, Any]], Any]
+    init: Callable[[jax.Array, Any], Any]
+    table: Callable[[Mapping[str, Any]], Table]
+    stem: str = "diffusion_pytorch_model"
+
+    def abstract(self, config: Any) -> Any:
+        """The params tree as shapes only; nothing is allocated."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0), config))
+
+
+def linear(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:
+    """A linear layer."""
+    return _weighted(source, f"{target}/kernel", LINEAR) + _bias(source, target, bias)
+
+
+def conv(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:
+    """A 2-D convolution."""
+    return _weighted(source, f"{target}/kernel", CONV) + _bias(source, target, bias)
+
+
+def norm(source: str, target: str, *, bias: bool = False) -> tuple[Rule, ...]:
+    """A norm's scale, with `bias` also its shift."""
+    return _weighted(source, f"{target}/scale", IDENTITY) + _bias(source, target, bias)
+
+
+def embedding(source: str, target: str) -> tuple[Rule, ...]:
+    """A table of token embeddings."""
+    return _weighted(source, f"{target}/embedding", IDENTITY)
+
+
+def _weighted(source: str, target: str, transform: Transform) -> tuple[Rule, ...]:
+    return (Rule(f"{source}.weight", target, transform),)
+
+
+def _bias(source: str, target: str, wanted: bool) -> tuple[Rule, ...]:
+    return (Rule(f"{source}.bias", f"{target}/bias"),) if wanted else ()

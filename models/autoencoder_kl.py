@@ -1,0 +1,188 @@
+"""AutoencoderKL: the 8x image autoencoder of FLUX.1 and Z-Image (reference: diffusers `AutoencoderKL`).
+
+Images are `[B, H, W, 3]` in [-1, 1] and latents `[B, C, h, w]` in the autoencoder's own scale; inside, tensors are
+channels-last.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ses_jax.models.attention import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Architecture, field for field as in the published `vae/config.json`."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 16
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.3611
+    shift_factor: float = 0.1159
+    use_quant_conv: bool = False
+    use_post_quant_conv: bool = False
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "Config":
+        """Reads a `config.json`; fields that do not shape the network are ignored."""
+        fields = {f.name for f in dataclasses.fields(cls)}
+        known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields and v is not None}
+        return cls(**known)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def encode(params: Any, config: Config, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Posterior of the latents of `images [B, H, W, 3]`: mean and log-variance, each `[B, C, H/8, W/8]`."""
+    return AutoencoderKL(config).apply({"params": params}, images, method="encode")
+
+
+def decode(params: Any, config: Config, latents: jax.Array) -> jax.Array:
+    """Images `[B, H, W, 3]`, about [-1, 1] and not clipped, of `latents [B, C, h, w]`."""
+    return AutoencoderKL(config).apply({"params": params}, latents, method="decode")
+
+
+def init(key: jax.Array, config: Config) -> Any:
+    """Random params, for training and for abstract shapes."""
+    side = config.downscale
+    return AutoencoderKL(config).init(key, jnp.zeros((1, side, side, config.in_channels)))["params"]
+
+
+class AutoencoderKL(nn.Module):
+    """Encoder and decoder with the optional 1x1 convolutions around the latents."""
+
+    config: Config
+
+    def setup(self):
+        c = self.config
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        if c.use_quant_conv:
+            self.quant_conv = nn.Conv(2 * c.latent_channels, (1, 1))
+        if c.use_post_quant_conv:
+            self.post_quant_conv = nn.Conv(c.latent_channels, (1, 1))
+
+    def __call__(self, images):
+        mean, _ = self.encode(images)
+        return self.decode(mean)
+
+    def encode(self, images):
+        moments = self.encoder(images.astype(self.dtype))
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, log_variance = jnp.split(jnp.moveaxis(moments, -1, 1), 2, axis=1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def decode(self, latents):
+        x = jnp.moveaxis(latents, 1, -1).astype(self.dtype)
+        if self.config.use_post_quant_conv:
+            x = self.post_quant_conv(x)
+        return self.decoder(x)
+
+    @property
+    def dtype(self):
+        """The dtype of the weights (float32 while they are being created)."""
+        params = self.variables.get("params", {})
+        return next(iter(jax.tree.leaves(params)), jnp.zeros(())).dtype
+
+
+class Encoder(nn.Module):
+    """Image to moments: residual blocks and stride-2 convolutions, then the middle block."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        x = conv3x3(c.block_out_channels[0], "conv_in")(x)
+        for i, channels in enumerate(c.block_out_channels):
+            for j in range(c.layers_per_block):
+                x = ResNet(channels, c.norm_num_groups, name=f"down_{i}_resnet_{j}")(x)
+            if i < len(c.block_out_channels) - 1:
+                # Padded on the right and the bottom only, as the reference does.
+                x = nn.Conv(channels, (3, 3), 2, padding=((0, 1), (0, 1)), name=f"down_{i}_downsample")(x)
+        x = MidBlock(c.norm_num_groups, name="mid")(x)
+        x = jax.nn.silu(group_norm(c.norm_num_groups, "norm_out")(x))
+        return conv3x3(2 * c.latent_channels, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents to image: the middle block, then residual blocks and nearest-neighbour upsampling."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        x = conv3x3(c.block_out_channels[-1], "conv_in")(x)
+        x = MidBlock(c.norm_num_groups, name="mid")(x)
+        for i, channels in enumerate(reversed(c.block_out_channels)):
+            for j in range(c.layers_per_block + 1):
+                x = ResNet(channels, c.norm_num_groups, name=f"up_{i}_resnet_{j}")(x)
+            if i < len(c.block_out_channels) - 1:
+                x = x.repeat(2, axis=1).repeat(2, axis=2)
+                x = conv3x3(channels, f"up_{i}_upsample")(x)
+        x = jax.nn.silu(group_norm(c.norm_num_groups, "norm_out")(x))
+        return conv3x3(c.out_channels, "conv_out")(x)
+
+
+class MidBlock(nn.Module):
+    """Residual block, single-head attention over all cells, residual block."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        x = ResNet(channels, self.groups, name="resnet_0")(x)
+        x = x + SpatialAttention(self.groups, name="attention")(x)
+        return ResNet(channels, self.groups, name="resnet_1")(x)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over the cells of `x [B, h, w, C]`."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        h = group_norm(self.groups, "norm")(x).reshape(batch, height * width, channels)
+        q, k, v = (nn.Dense(channels, name=name)(h)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))
+        return nn.Dense(channels, name="to_out")(attention(q, k, v)).reshape(x.shape)
+
+
+class ResNet(nn.Module):
+    """Two normalised 3x3 convolutions with a skip, 1x1-projected where the width changes."""
+
+    channels: int
+    groups: int
+
+    @nn.compact
+    def __call__(self, x):
+        h = conv3x3(self.channels, "conv1")(jax.nn.silu(group_norm(self.groups, "norm1")(x)))
+        h = conv3x3(self.channels, "conv2")(jax.nn.silu(group_norm(self.groups, "norm2")(h)))
+        if x.shape[-1] != self.channels:
+            x = nn.Conv(self.channels, (1, 1), name="conv_shortcut")(x)
+        return x + h
+
+
+def conv3x3(channels: int, name: str) -> nn.Conv:
+    """A 3x3 convolution that keeps the size."""
+    return nn.Conv(channels, (3, 3), padding=1, name=name)
+
+
+def group_norm(groups: int, name: str) -> nn.GroupNorm:
+    """GroupNorm at the epsilon of every published autoencoder of this kind."""
+    return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, name=name)

@@ -1,0 +1,194 @@
+"""CLIP: image and text towers into one space (reference: transformers `CLIPModel`).
+
+The activation comes from the checkpoint's config: `quick_gelu` in OpenAI's models, `gelu` in LAION's ViT-H/14.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ses_jax.models.attention import attention
+from ses_jax.models.layers import stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """One transformer tower."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    act: str = "quick_gelu"
+    norm_eps: float = 1e-5
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "Tower":
+        """Reads the `text_config` or `vision_config` of a CLIP `config.json`."""
+        act = config.get("hidden_act", "quick_gelu")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"CLIP activation {act!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+        return cls(
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            act=act,
+            norm_eps=config.get("layer_norm_eps", 1e-5),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Both towers and the shared space."""
+
+    text: Tower
+    vision: Tower
+    projection_dim: int
+    vocab_size: int = 49408
+    max_length: int = 77
+    eos_token_id: int = 2
+    image_size: int = 224
+    patch_size: int = 14
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "Config":
+        """Reads a CLIP `config.json`."""
+        text, vision = config["text_config"], config["vision_config"]
+        return cls(
+            text=Tower.from_json(text),
+            vision=Tower.from_json(vision),
+            projection_dim=config["projection_dim"],
+            vocab_size=text.get("vocab_size", 49408),
+            max_length=text.get("max_position_embeddings", 77),
+            eos_token_id=text.get("eos_token_id", 2),
+            image_size=vision.get("image_size", 224),
+            patch_size=vision.get("patch_size", 32),
+        )
+
+
+def embed_text(params: Any, config: Config, token_ids: jax.Array) -> jax.Array:
+    """L2-normalised embeddings, float32 `[B, projection_dim]`, of `token_ids [B, L]` padded after the end token."""
+    return _normalise(CLIP(config).apply({"params": params}, token_ids, method="text_features"))
+
+
+def embed_image(params: Any, config: Config, pixels: jax.Array) -> jax.Array:
+    """L2-normalised embeddings, float32 `[B, projection_dim]`, of standardised `pixels [B, size, size, 3]`."""
+    return _normalise(CLIP(config).apply({"params": params}, pixels, method="image_features"))
+
+
+def logit_scale(params: Any) -> jax.Array:
+    """The learned inverse temperature `exp(logit_scale)`, float32 scalar."""
+    return jnp.exp(params["logit_scale"].astype(jnp.float32))
+
+
+def init(key: jax.Array, config: Config) -> Any:
+    """Random params, for training and for abstract shapes."""
+    pixels = jnp.zeros((1, config.image_size, config.image_size, 3))
+    return CLIP(config).init(key, pixels, jnp.zeros((1, config.max_length), jnp.int32))["params"]
+
+
+class CLIP(nn.Module):
+    """Both towers with their projections and the logit scale."""
+
+    config: Config
+
+    def setup(self):
+        c = self.config
+        self.vision = VisionTower(c)
+        self.text = TextTower(c)
+        self.visual_projection = nn.Dense(c.projection_dim, use_bias=False)
+        self.text_projection = nn.Dense(c.projection_dim, use_bias=False)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
+
+    def __call__(self, pixels, token_ids):
+        return self.image_features(pixels), self.text_features(token_ids)
+
+    def image_features(self, pixels):
+        return self.visual_projection(self.vision(pixels.astype(self.logit_scale.dtype)))
+
+    def text_features(self, token_ids):
+        return self.text_projection(self.text(token_ids))
+
+
+class VisionTower(nn.Module):
+    """Patches and a class token through the tower; the class token's final state."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, pixels):
+        c, tower = self.config, self.config.vision
+        patch = (c.patch_size, c.patch_size)
+        x = nn.Conv(tower.hidden_size, patch, patch, padding="VALID", use_bias=False, name="patch_embedding")(pixels)
+        x = x.reshape(x.shape[0], -1, tower.hidden_size)
+        cls = self.param("class_embedding", nn.initializers.normal(0.02), (tower.hidden_size,))
+        x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, tower.hidden_size)).astype(x.dtype), x], axis=1)
+        x = x + _positions(self, x.shape[1], tower.hidden_size)
+        x = _layer_norm(tower, "pre_layrnorm")(x)
+        x, _ = stack(EncoderLayer, tower.layers)(tower, causal=False, name="layers")(x)
+        return _layer_norm(tower, "post_layernorm")(x[:, 0])
+
+
+class TextTower(nn.Module):
+    """Causal tower; the state at the end token."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, token_ids):
+        c, tower = self.config, self.config.text
+        x = nn.Embed(c.vocab_size, tower.hidden_size, name="token_embedding")(token_ids)
+        x = x + _positions(self, c.max_length, tower.hidden_size)[: token_ids.shape[1]]
+        x, _ = stack(EncoderLayer, tower.layers)(tower, causal=True, name="layers")(x)
+        x = _layer_norm(tower, "final_layer_norm")(x)
+        # Published configs say eos_token_id 2 for a vocabulary whose end token is the largest id.
+        end = token_ids if c.eos_token_id == 2 else token_ids == c.eos_token_id
+        return x[jnp.arange(x.shape[0]), jnp.argmax(end, axis=-1)]
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
+    tower: Tower
+    causal: bool
+
+    @nn.compact
+    def __call__(self, x):
+        t = self.tower
+        h = _layer_norm(t, "layer_norm1")(x)
+        split = (*x.shape[:2], t.heads, t.hidden_size // t.heads)
+        q, k, v = (nn.Dense(t.hidden_size, name=name)(h).reshape(split) for name in ("q_proj", "k_proj", "v_proj"))
+        x = x + nn.Dense(t.hidden_size, name="out_proj")(attention(q, k, v, causal=self.causal))
+        h = ACTIVATIONS[t.act](nn.Dense(t.intermediate_size, name="fc1")(_layer_norm(t, "layer_norm2")(x)))
+        return x + nn.Dense(t.hidden_size, name="fc2")(h), None
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """`x * sigmoid(1.702 x)`, OpenAI's approximation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact Gaussian error linear unit."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def _positions(module: nn.Module, length: int, dim: int) -> jax.Array:
+    return module.param("position_embedding", nn.initializers.normal(0.02), (length, dim))
+
+
+def _layer_norm(tower: Tower, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=tower.norm_eps, use_fast_variance=False, name=name)
+
+
+def _normalise(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

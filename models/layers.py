@@ -1,0 +1,61 @@
+"""Building blocks that every network shares: norms, feed-forward, time embedding, stacking of blocks.
+
+Activations run in the dtype of the weights; norms, embeddings of time and rotary positions compute in float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a learned scale, computed in float32."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU feed-forward, `w2(silu(w1 x) * w3 x)`, without biases."""
+
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = nn.Dense(self.hidden_dim, use_bias=False, name="w1")(x)
+        value = nn.Dense(self.hidden_dim, use_bias=False, name="w3")(x)
+        return nn.Dense(x.shape[-1], use_bias=False, name="w2")(jax.nn.silu(gate) * value)
+
+
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """LayerNorm over the last axis without affine parameters, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype)
+
+
+def timestep_embedding(timestep: jax.Array, dim: int = 256, max_period: float = 10000.0) -> jax.Array:
+    """Sinusoidal embedding `[cos | sin]` of timesteps `[B]` (0 to 1000) as float32 `[B, dim]`."""
+    half = dim // 2
+    # Steps of up to 1000 magnify the last bit of a frequency, so round where the reference does: the exponent, then
+    # the result. Constants also keep it the same on every device.
+    exponents = np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = timestep.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def stack(block: type[nn.Module], length: int) -> type[nn.Module]:
+    """`length` copies of `block` run by one scan; their params carry a leading axis `[length, ...]`.
+
+    `block.__call__(x, *shared)` returns `(x, output)`; `shared` is the same for every copy.
+    """
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=length)

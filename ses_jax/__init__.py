@@ -1,0 +1,30 @@
+"""Spectral Evolution Search in JAX: better images from the text-to-image models you already have.
+
+import ses_jax
+result = ses_jax.search("a red circle left of a blue square on a white background", budget=50)
+result.save("out")
+"""
+
+from pathlib import Path
+
+# On disk `models/` and `convert/` stand beside this package; a checkout that was not installed finds them there.
+if not (Path(__file__).parent / "models").exists():
+    __path__.append(str(Path(__file__).parents[1]))
+
+from ses_jax.config import SearchConfig
+from ses_jax.engine import generate, search
+from ses_jax.pipelines import Pipeline, load_pipeline
+from ses_jax.result import SearchResult
+from ses_jax.rewards import Reward, load_reward
+
+__all__ = [
+    "Pipeline",
+    "Reward",
+    "SearchConfig",
+    "SearchResult",
+    "generate",
+    "load_pipeline",
+    "load_reward",
+    "search",
+]
+__version__ = "0.1.0"

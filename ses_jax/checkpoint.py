@@ -1,0 +1,80 @@
+"""Params on disk in our own layout (Orbax): restored straight onto their devices.
+
+Orbax takes a second to import and only converted checkpoints need it, so it is imported where it is used.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+Sharding = jax.sharding.Sharding
+
+
+def save(folder: Path, params: Any) -> None:
+    """Writes a tree of arrays; the folder appears only when it is complete, and replaces one that is there."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), params, force=True)
+
+
+def restore(
+    folder: Path,
+    abstract: Any,
+    *,
+    dtype: Any = None,
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+) -> Any:
+    """Reads a tree that `save` wrote.
+
+    Args:
+      folder: the saved tree.
+      abstract: the expected tree as shapes.
+      dtype: to cast to; None keeps what was saved.
+      sharding: `(path, shape)` of a leaf to where it is placed; None is the default device.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      ValueError: naming the folder, if it is damaged or holds another tree.
+    """
+    import orbax.checkpoint as ocp
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
+            _check_tree(folder, saved, abstract)
+            return checkpointer.restore(folder.absolute(), _target(saved, abstract, dtype, sharding))
+    except (OSError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
+
+
+def _check_tree(folder: Path, saved: Any, abstract: Any) -> None:
+    found, wanted = _shapes(saved), _shapes(abstract)
+    wrong = [path for path in sorted(found.keys() | wanted.keys()) if found.get(path) != wanted.get(path)]
+    lines = [f"{path}: expected {wanted.get(path, 'nothing')}, found {found.get(path, 'nothing')}" for path in wrong]
+    if lines:
+        raise ValueError(f"{folder} holds other params than its config asks for:\n  " + "\n  ".join(lines[:20]))
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    return {_path(key_path): list(leaf.shape) for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _target(saved: Any, abstract: Any, dtype: Any, sharding: Callable | None) -> Any:
+    """The abstract tree with the dtype and the place of every leaf."""
+    place = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    dtypes = {_path(key_path): leaf.dtype for key_path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+
+    def leaf_target(key_path, leaf):
+        path = _path(key_path)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or dtypes[path], sharding=place(path, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(leaf_target, abstract)
+
+
+def _path(key_path: tuple) -> str:
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")

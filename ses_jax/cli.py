@@ -1,0 +1,148 @@
+"""The shell: `ses-jax search`, `ses-jax generate`, `ses-jax models`; the same as the Python API."""
+
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+Text = Annotated[str, tyro.conf.Positional]
+Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
+
+
+def search(
+    prompts: Texts,
+    /,
+    model: str = "demo",
+    reward: str | None = None,
+    budget: int = 50,
+    preview_steps: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 0,
+    population: int = 10,
+    elites: int = 5,
+    wavelet: str = "db1",
+    level: int | None = None,
+    chunk: int | None = None,
+    out: Path = Path("ses_out"),
+    progress: bool = True,
+) -> None:
+    """Search the initial noise for the image that the reward likes best.
+
+    Args:
+        prompts: one or more prompts.
+        model: "demo", a folder, or a Hugging Face id.
+        reward: "pick", "clip", or a weighted sum such as "pick=1,clip=0.5"; the model's own by default.
+        budget: candidates to score.
+        preview_steps: denoising steps of a candidate.
+        steps: denoising steps of the final image.
+        guidance: guidance scale, in the model's own convention.
+        negative_prompt: what to steer away from, where guidance is on.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        seed: of all random draws.
+        population: candidates per generation.
+        elites: best candidates that shape the next generation.
+        wavelet: name in PyWavelets.
+        level: how deep the searched low band lies.
+        chunk: candidates denoised at a time, to save memory.
+        out: folder for the results; several prompts go to subfolders 000, 001, ...
+        progress: show a progress bar.
+    """
+    settings = {name: value for name, value in locals().items() if name not in ("prompts", "reward")}
+    import ses_jax
+
+    many = len(prompts) != 1
+    found = ses_jax.search(list(prompts) if many else prompts[0], reward=_parse_reward(reward), **settings)
+    for index, result in enumerate(found if many else [found]):
+        folder = out / f"{index:03d}" if many else out
+        print(
+            f"{result.prompt}\n  preview reward {result.baseline_score:.4f} -> {result.score:.4f}"
+            f"  final {result.baseline_final_score:.4f} -> {result.final_score:.4f}"
+            f"  {result.timings['search']:.1f} s\n  {folder / 'best.png'}"
+        )
+
+
+def generate(
+    prompts: Texts,
+    /,
+    model: str = "demo",
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 0,
+    out: Path = Path("ses_out"),
+) -> None:
+    """Render one image a prompt, without a search.
+
+    Args:
+        prompts: one or more prompts.
+        model: "demo", a folder, or a Hugging Face id.
+        steps: denoising steps.
+        guidance: guidance scale, in the model's own convention.
+        negative_prompt: what to steer away from, where guidance is on.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        seed: of all random draws.
+        out: folder for the images 000.png, 001.png, ...
+    """
+    settings = {name: value for name, value in locals().items() if name not in ("prompts", "model", "out")}
+    import numpy as np
+
+    import ses_jax
+    from ses_jax.result import to_image, writable_folder, write
+
+    writable_folder(out)
+    for index, pixels in enumerate(np.asarray(ses_jax.generate(model, list(prompts), **settings))):
+        path = out / f"{index:03d}.png"
+        write(path, functools.partial(to_image(pixels).save, format="PNG"))
+        print(path)
+
+
+def models() -> None:
+    """List the supported models and rewards, and what each was verified with."""
+    from ses_jax.pipelines import FAMILIES
+    from ses_jax.rewards import PUBLISHED
+
+    rows = [
+        (model.source, model.defaults, model.verified) for family in FAMILIES.values() for model in family.PUBLISHED
+    ]
+    rows += [(source, f"--reward {kind}", verified) for kind, (source, verified) in PUBLISHED.items()]
+    for source, use, verified in rows:
+        print(f"{source}\n    {use}\n    verified: {verified}")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs the command line; bad input is one line on stderr and exit status 2."""
+    # Compiled programs are kept between runs; a second search of the same shape starts at once.
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(cache) / "ses_jax" / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"search": search, "generate": generate, "models": models}, prog="ses-jax", args=args
+        )
+    except (ValueError, OSError) as error:
+        print(f"ses-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parse_reward(text: str | None) -> str | dict[str, float] | None:
+    """`"pick"` as it is; `"pick=1,clip=0.5"` as a mapping."""
+    if text is None or "=" not in text:
+        return text
+    try:
+        return {name.strip(): float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f"--reward {text}: expected a name, or weights such as pick=1,clip=0.5") from None

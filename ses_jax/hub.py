@@ -1,0 +1,122 @@
+"""Where weights come from: the packaged demo, a folder on disk (published or converted), or the Hugging Face hub."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+
+from ses_jax.convert import network
+from ses_jax.convert.files import read_json
+from ses_jax.convert.table import Component
+
+__all__ = ["default_dtype", "load_component", "load_tokenizer", "read_json", "resolve", "settings"]
+
+DEMO = Path(__file__).parent / "demo"
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
+# A pipeline's own weights lie in subfolders; single files beside them hold the same weights in other layouts.
+PIPELINE_WEIGHTS, NETWORK_WEIGHTS = "*/*.safetensors", "model*.safetensors"
+VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")  # the same weights again, at another precision
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder of a checkpoint, downloaded first where it has to be.
+
+    Args:
+      source: "demo", a folder, or a Hugging Face id such as "Tongyi-MAI/Z-Image-Turbo" of a
+        pipeline or of a single network.
+
+    Raises:
+      FileNotFoundError: if a folder, or the demo, is not there.
+      ValueError: if the source is none of the three or can't be downloaded.
+    """
+    if source == "demo":
+        return _existing(DEMO, "the demo checkpoint is not part of this installation")
+    folder = Path(source).expanduser()
+    if source and folder.is_dir():  # an empty string would be the current folder
+        return folder
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; expected the checkpoint's folder")
+    if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or "\\" in str(source):
+        return _existing(folder, "no such checkpoint folder")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ValueError(
+            f"unknown model {source!r}: expected 'demo', an existing folder, or a Hugging Face id 'organisation/name'"
+        )
+    return _download(source)
+
+
+def load_component(
+    folder: Path,
+    component: Component,
+    *,
+    dtype: Any = None,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> tuple[Any, Any]:
+    """Config and params of one network, from its published or converted folder.
+
+    Args:
+      folder: the network's own folder, such as `checkpoint/transformer`.
+      component: which network to expect.
+      dtype: of the params; None is bfloat16 on GPU and TPU, float32 on CPU.
+      sharding: `(path, shape)` of a leaf of the params to where it is placed; None is the default device.
+
+    Raises:
+      FileNotFoundError: naming the file that is absent.
+      ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
+    """
+    loaded = network.load(folder, component, dtype=jnp.dtype(dtype or default_dtype()), sharding=sharding)
+    return loaded.config, loaded.params
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The transformers tokenizer in a folder.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: naming the folder, if its files can't be read.
+    """
+    import transformers  # takes two seconds
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer_config.json")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises anything from OSError to KeyError for damaged files
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself in its optional `ses_jax.json`; empty without the file."""
+    file = folder / "ses_jax.json"
+    return read_json(file) if file.exists() else {}
+
+
+def default_dtype() -> Any:
+    """The dtype of params where none is asked for: bfloat16 where the hardware is made for it, float32 on CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _existing(folder: Path, complaint: str) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{complaint}: {folder}")
+    return folder
+
+
+def _download(source: str) -> Path:
+    try:
+        folder = Path(_snapshot(source, SMALL_FILES))
+        weights = PIPELINE_WEIGHTS if (folder / "model_index.json").is_file() else NETWORK_WEIGHTS
+        return Path(_snapshot(source, weights))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source!r} is neither a folder nor could it be fetched from the Hugging Face hub: {error}. Check the "
+            "name and the connection; gated models need `hf auth login`; HF_HUB_OFFLINE=1 uses the local cache only"
+        ) from error
+
+
+def _snapshot(source: str, files: str | tuple[str, ...]) -> str:
+    return huggingface_hub.snapshot_download(source, allow_patterns=files, ignore_patterns=VARIANTS)

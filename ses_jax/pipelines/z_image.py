@@ -1,0 +1,183 @@
+"""Z-Image and Z-Image-Turbo: prompt to condition, noise to image (reference: diffusers `ZImagePipeline`).
+
+Guidance follows the reference's convention, `positive + scale * (positive - negative)`: 0 is off, and a scale of 4 here
+is what other programs call 5. It takes a number, or a mapping of
+
+    scale          the number itself
+    normalization  k > 0: the guided velocity's norm is at most k times that of the positive one; 0 is off
+    truncation     guidance is dropped once 1 - sigma exceeds it; 1 is never
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ses_jax import hub
+from ses_jax.convert import autoencoder_kl as vae_tables
+from ses_jax.convert import decoder_lm as text_tables
+from ses_jax.convert import z_image as transformer_tables
+from ses_jax.models import autoencoder_kl, decoder_lm, z_image
+from ses_jax.pipelines import base
+
+COMPONENTS = {
+    "transformer": transformer_tables.COMPONENT,
+    "vae": vae_tables.COMPONENT,
+    "text_encoder": text_tables.component(hidden_state=-2),
+}
+MAX_TOKENS = 512
+TURBO = base.Defaults(steps=8, guidance=0.0)
+BASE = base.Defaults(steps=50, guidance=4.0)
+GUIDANCE_OFF = {"scale": 0.0, "normalization": 0.0, "truncation": 1.0}
+
+VERIFIED = (
+    "names and shapes of every published tensor; prompt to image against diffusers on tiny random checkpoints; "
+    "not run with the published weights"
+)
+PUBLISHED = (
+    base.Published("demo", "64 x 64 px, trained by examples/train_demo.py, shipped in the package", "run for real"),
+    base.Published("Tongyi-MAI/Z-Image-Turbo", "6.2 B parameters, 8 steps, guidance 0", VERIFIED),
+    base.Published("Tongyi-MAI/Z-Image", "6.2 B parameters, 50 steps, guidance 4", VERIFIED),
+)
+
+
+class Tokens(NamedTuple):
+    """Token ids `[P, L]` with lengths `[P]`, the same for the negative prompts where guidance is on, and guidance."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    negative_ids: np.ndarray | None
+    negative_lengths: np.ndarray | None
+    guidance: dict[str, np.ndarray]
+
+
+class Condition(NamedTuple):
+    """Refined captions of a batch of prompts, and the guidance of each, `[P]`."""
+
+    positive: z_image.Caption
+    negative: z_image.Caption | None
+    guidance: dict[str, jax.Array]
+
+
+def load(folder: Path, *, dtype: Any = None) -> base.Pipeline:
+    """Loads a checkpoint folder in diffusers layout, or its converted form."""
+    loaded = {name: hub.load_component(folder / name, part, dtype=dtype) for name, part in COMPONENTS.items()}
+    configs = {name: config for name, (config, _) in loaded.items()}
+    shift = _shift(folder)
+    return base.Pipeline(
+        family="ZImagePipeline",
+        folder=folder,
+        params={name: params for name, (_, params) in loaded.items()},
+        defaults=base.override(TURBO if shift == 3.0 else BASE, hub.settings(folder)),
+        size_multiple=configs["vae"].downscale * configs["transformer"].patch_size,
+        tokenize=functools.partial(tokenize, hub.load_tokenizer(folder / "tokenizer")),
+        encode=functools.partial(encode, configs["text_encoder"], configs["transformer"]),
+        velocity=functools.partial(velocity, configs["transformer"]),
+        decode=functools.partial(decode, configs["vae"]),
+        sigmas=lambda steps, height, width: base.static_shift_sigmas(steps, shift),
+        noise_shape=functools.partial(noise_shape, configs["transformer"], configs["vae"]),
+    )
+
+
+def tokenize(
+    tokenizer: Callable[..., Any],
+    prompts: Sequence[str],
+    *,
+    guidance: base.Guidance = 0.0,
+    negative_prompt: str | Sequence[str] | None = None,
+) -> Tokens:
+    """Token ids of `P` prompts in the chat template; the negative prompts (default: empty) only if guidance is on."""
+    options = _guidance_options(guidance)
+    negatives = []
+    if options["scale"] > 0:
+        negatives = (
+            [negative_prompt or ""] * len(prompts) if isinstance(negative_prompt, str | None) else negative_prompt
+        )
+    elif negative_prompt:
+        raise ValueError("negative_prompt has no effect without guidance; pass guidance > 0")
+    texts = [_in_template(tokenizer, prompt) for prompt in [*prompts, *negatives]]
+    token_ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    ids, lengths = base.pad_to_bucket(token_ids, tokenizer.pad_token_id)
+    count = len(prompts)
+    return Tokens(
+        ids=ids[:count],
+        lengths=lengths[:count],
+        negative_ids=ids[count:] if negatives else None,
+        negative_lengths=lengths[count:] if negatives else None,
+        guidance={name: np.full(count, value, np.float32) for name, value in options.items()},
+    )
+
+
+def encode(text_config: decoder_lm.Config, config: z_image.Config, params: Any, tokens: Tokens) -> Condition:
+    """Text features through the caption refiner, once a prompt."""
+
+    def caption(ids, lengths):
+        features = decoder_lm.hidden_state(params["text_encoder"], text_config, ids)
+        return z_image.refine_caption(params["transformer"], config, features, lengths)
+
+    negative = None if tokens.negative_ids is None else caption(tokens.negative_ids, tokens.negative_lengths)
+    return Condition(caption(tokens.ids, tokens.lengths), negative, tokens.guidance)
+
+
+def velocity(
+    config: z_image.Config, params: Any, latents: jax.Array, sigma: jax.Array, condition: Condition
+) -> jax.Array:
+    """Guided velocity `[B, C, h, w]`; the positive and the negative branch run as one batch."""
+    run = functools.partial(z_image.velocity, params["transformer"], config)
+    if condition.negative is None:
+        return run(latents, sigma, condition.positive)
+    double = functools.partial(jax.tree.map, lambda a, b: jnp.concatenate([a, b]))
+    both = run(double(latents, latents), double(sigma, sigma), double(condition.positive, condition.negative))
+    positive, negative = jnp.split(both, 2)
+    return guide(positive, negative, sigma, condition.guidance)
+
+
+def guide(positive: jax.Array, negative: jax.Array, sigma: jax.Array, guidance: Mapping[str, jax.Array]) -> jax.Array:
+    """Classifier-free guidance of velocities `[B, C, h, w]` with the options of the module docstring, each `[B]`."""
+    on = 1.0 - sigma <= guidance["truncation"]
+    scale = jnp.where(on, guidance["scale"], 0.0)[:, None, None, None]
+    guided = positive + scale * (positive - negative)
+    limit = guidance["normalization"] * _norm(positive)
+    norm = _norm(guided)
+    shrink = jnp.where(on & (guidance["normalization"] > 0) & (norm > limit), limit / norm, 1.0)
+    return guided * shrink[:, None, None, None]
+
+
+def decode(config: autoencoder_kl.Config, params: Any, latents: jax.Array) -> jax.Array:
+    """Images `[B, H, W, 3]` in [0, 1]."""
+    images = autoencoder_kl.decode(params["vae"], config, latents / config.scaling_factor + config.shift_factor)
+    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def noise_shape(config: z_image.Config, vae: autoencoder_kl.Config, height: int, width: int) -> tuple[int, int, int]:
+    """Shape `(C, h, w)` of the noise of an image of `height x width` pixels."""
+    return config.in_channels, height // vae.downscale, width // vae.downscale
+
+
+def _shift(folder: Path) -> float:
+    scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
+    if scheduler.get("use_dynamic_shifting"):
+        raise ValueError(f"{folder}: Z-Image with use_dynamic_shifting=true is not supported")
+    return float(scheduler.get("shift", 1.0))
+
+
+def _guidance_options(guidance: base.Guidance) -> dict[str, float]:
+    options = dict(guidance) if isinstance(guidance, Mapping) else {"scale": guidance}
+    unknown = options.keys() - GUIDANCE_OFF.keys()
+    if unknown:
+        raise ValueError(f"unknown guidance options {sorted(unknown)}; Z-Image takes {', '.join(GUIDANCE_OFF)}")
+    return GUIDANCE_OFF | options
+
+
+def _in_template(tokenizer: Any, prompt: str) -> str:
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2, 3)))

@@ -1,0 +1,18 @@
+"""Settings of the whole run: exact matrix products, one compilation cache, shape annotations checked."""
+
+import os
+import tempfile
+
+import jax
+import pytest
+
+CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "ses_jax_test_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_default_matmul_precision", "float32")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

@@ -1,0 +1,87 @@
+"""CLIP's towers against transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from ses_jax import hub
+from ses_jax.convert.clip import COMPONENT
+from ses_jax.models import clip
+
+TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+# Of the stand-in tokenizer, the end token is id 257, which is also the largest.
+CONFIGS = {
+    "OpenAI": {"act": "quick_gelu", "eos_token_id": 2},
+    "LAION": {"act": "gelu", "eos_token_id": 2, "vision": {"patch_size": 8, "image_size": 40}},
+    "explicit end token": {"act": "gelu", "eos_token_id": 257},
+    "end token that is not the largest": {"act": "quick_gelu", "eos_token_id": 7},
+}
+PROMPTS = ["a red circle", "", "añ 漢字 and much more text, " * 9]  # the last one is cut at 77 tokens
+embed_text = jax.jit(clip.embed_text, static_argnums=1)
+embed_image = jax.jit(clip.embed_image, static_argnums=1)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def networks(request, tmp_path_factory):
+    reference = oracle.clip(**CONFIGS[request.param])
+    folder = tmp_path_factory.mktemp("clip")
+    oracle.save_clip(folder, reference)
+    return reference, hub.load_tokenizer(folder), *hub.load_component(folder, COMPONENT, dtype=jnp.float32)
+
+
+def draw_images(size):
+    """Three images that differ in more than their noise."""
+    rng = np.random.default_rng(0)
+    return (rng.standard_normal((3, size, size, 3)) + rng.standard_normal((3, 1, 1, 3))).astype(np.float32)
+
+
+def test_text_equals_the_reference(networks):
+    reference, tokenizer, config, params = networks
+    ids = tokenizer(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="np")["input_ids"]
+    if config.eos_token_id == 7:
+        ids = np.where(ids == 257, 7, ids)
+    with torch.no_grad():
+        expected = reference.get_text_features(torch.from_numpy(ids)).pooler_output
+        expected = torch.nn.functional.normalize(expected, dim=-1).numpy()
+    assert np.abs(expected[0] - expected[1]).max() > 0.05
+    np.testing.assert_allclose(embed_text(params, config, ids.astype(np.int32)), expected, **TOLERANCE)
+
+
+def test_text_may_be_shorter(networks):
+    _, _, config, params = networks
+    end = {2: 257}.get(config.eos_token_id, config.eos_token_id)
+    ids = np.full((1, 77), end, np.int32)
+    ids[0, :4] = 256, 20, 30, 40
+    np.testing.assert_allclose(embed_text(params, config, ids[:, :8]), embed_text(params, config, ids), atol=2e-6)
+
+
+def test_images_equal_the_reference(networks):
+    reference, _, config, params = networks
+    pixels = draw_images(config.image_size)
+    with torch.no_grad():
+        expected = reference.get_image_features(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).pooler_output
+        expected = torch.nn.functional.normalize(expected, dim=-1).numpy()
+    assert np.abs(expected[0] - expected[1]).max() > 0.05
+    np.testing.assert_allclose(embed_image(params, config, pixels), expected, **TOLERANCE)
+
+
+def test_similarity_equals_the_reference(networks):
+    reference, tokenizer, config, params = networks
+    ids = tokenizer(["a"], padding="max_length", max_length=77, return_tensors="np")["input_ids"]
+    pixels = draw_images(config.image_size)
+    if config.eos_token_id == 7:
+        ids = np.where(ids == 257, 7, ids)
+    with torch.no_grad():
+        output = reference(torch.from_numpy(ids), torch.from_numpy(pixels.transpose(0, 3, 1, 2)))
+    text, images = embed_text(params, config, ids.astype(np.int32)), embed_image(params, config, pixels)
+    ours = clip.logit_scale(params) * images @ text.T
+    np.testing.assert_allclose(ours, output.logits_per_image.numpy(), rtol=1e-4, atol=2e-5 * clip.logit_scale(params))
+
+
+def test_unknown_activation_is_refused():
+    config = oracle.clip(act="relu").config.to_dict()
+    with pytest.raises(ValueError, match="activation 'relu' is not supported; known: quick_gelu, gelu"):
+        clip.Config.from_json(config)

@@ -1,0 +1,324 @@
+"""The search's contract: what is scored, what wins, what repeats, what compiles, what is refused."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from PIL import Image
+
+import ses_jax
+from ses_jax import cem, engine, generation, wavelet
+
+PROMPT = "a bright image"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return toy.pipeline()
+
+
+@pytest.fixture(scope="module")
+def reward():
+    return toy.brightness()
+
+
+@pytest.fixture
+def search(pipeline, reward):
+    def run(prompt=PROMPT, **settings):
+        settings = {"model": pipeline, "reward": reward, "budget": 20, "progress": False} | settings
+        return ses_jax.search(prompt, **settings)
+
+    return run
+
+
+def scores(result):
+    return [row["score"] for row in result.history]
+
+
+def test_equals_a_search_written_out_by_hand(search, pipeline, reward):
+    result = search(budget=23, population=10, elites=4, preview_steps=3, seed=7)
+
+    noise_key, key = engine.prompt_keys(7, 0)
+    noise = engine.base_noise(noise_key, (3, 16, 16))
+    low, high = wavelet.split(noise, level=2)
+    state = cem.init(low.shape, elites=4)
+    expected = []
+    for index in range(3):
+        lows = cem.ask(jax.random.fold_in(key, index), state, 10)
+        lows = lows.at[0].set(low) if index == 0 else lows
+        for i, candidate in enumerate(lows):
+            if len(expected) < 23:
+                candidate_noise = wavelet.merge(candidate, high, shape=(16, 16))
+                image = ses_jax.generate(pipeline, PROMPT, noise=candidate_noise[None], steps=3)
+                expected.append(float(reward(image, [PROMPT])[0]))
+            else:
+                lows = lows.at[i].set(0.0)
+        told = jnp.array(expected[index * 10 :] + [jnp.nan] * 10)[:10]
+        state = cem.tell(state, lows, told)
+    np.testing.assert_allclose(scores(result), expected, atol=1e-5)
+    np.testing.assert_allclose(result.score, max(expected), atol=1e-5)
+
+
+def test_row_zero_is_the_base_noise_and_the_result_never_loses_to_it(search, pipeline, reward):
+    for seed in range(4):
+        result = search(budget=6, population=3, elites=1, seed=seed)
+        base = ses_jax.generate(pipeline, PROMPT, seed=seed, steps=result.config["preview_steps"])
+        np.testing.assert_allclose(scores(result)[0], reward(base, [PROMPT])[0], atol=1e-6)
+        assert result.baseline_score == scores(result)[0]
+        assert result.score == max(scores(result)) >= result.baseline_score
+
+
+def test_search_improves_and_beats_random_draws(search):
+    found = np.mean([search(budget=60, seed=seed).score for seed in range(3)])
+    random = np.mean([search(budget=60, population=60, seed=seed).score for seed in range(3)])
+    base = np.mean([search(budget=1, seed=seed).score for seed in range(3)])
+    assert found > random > base
+
+
+@pytest.mark.parametrize("budget", [1, 4, 10, 17, 30])
+def test_exactly_the_budget_is_scored(search, budget):
+    result = search(budget=budget)
+    assert [row["index"] for row in result.history] == list(range(budget))
+    assert [row["generation"] for row in result.history] == [i // 10 for i in range(budget)]
+    best = np.maximum.accumulate(scores(result))
+    np.testing.assert_array_equal([row["best"] for row in result.history], best)
+
+
+def test_surplus_of_a_partial_generation_cannot_win(search):
+    long, short = search(budget=30), search(budget=23)
+    assert scores(long)[:23] == scores(short)
+    assert short.score == max(scores(short))
+
+
+def test_a_smaller_budget_is_a_prefix(search):
+    long = scores(search(budget=40))
+    for budget in (5, 13, 20):
+        np.testing.assert_allclose(scores(search(budget=budget)), long[:budget], atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+def test_chunks_change_nothing(search, chunk):
+    np.testing.assert_allclose(scores(search(chunk=chunk)), scores(search()), atol=1e-6)
+
+
+def test_prompts_are_independent_and_prompt_zero_is_as_if_alone(search):
+    together = search(["one", "another one", "one"])
+    assert scores(together[0]) == scores(search("one"))
+    assert not np.array_equal(together[0].noise, together[2].noise)
+    assert [result.prompt for result in together] == ["one", "another one", "one"]
+    assert isinstance(search(["one"]), list)
+
+
+def test_same_seed_repeats_bit_for_bit(search):
+    first, second, other = search(seed=3), search(seed=3), search(seed=4)
+    assert scores(first) == scores(second)
+    np.testing.assert_array_equal(first.noise, second.noise)
+    assert scores(first) != scores(other)
+
+
+def test_noise_gives_the_scored_preview_and_the_image_again(search, pipeline, reward):
+    result = search(preview_steps=2, steps=5)
+    preview = ses_jax.generate(pipeline, PROMPT, noise=result.noise[None], steps=2)
+    np.testing.assert_allclose(reward(preview, [PROMPT])[0], result.score, atol=1e-5)
+    image = np.asarray(ses_jax.generate(pipeline, PROMPT, noise=result.noise[None], steps=5))[0]
+    np.testing.assert_allclose(reward(image[None], [PROMPT])[0], result.final_score, atol=1e-5)
+    assert np.abs(np.asarray(result.image, np.int32) - image * 255).max() <= 0.5 + 1e-3
+    baseline = np.asarray(ses_jax.generate(pipeline, PROMPT, steps=5))
+    np.testing.assert_allclose(reward(baseline, [PROMPT])[0], result.baseline_final_score, atol=1e-5)
+
+
+def test_only_the_low_band_changes(search):
+    result = search()
+    base = engine.base_noise(engine.prompt_keys(0, 0)[0], (3, 16, 16))
+    difference = np.asarray(result.noise - base).reshape(3, 4, 4, 4, 4)
+    np.testing.assert_allclose(difference, difference.mean(axis=(2, 4), keepdims=True) * np.ones((4, 1, 4)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["db1", "db2", "bior2.2"])
+def test_other_wavelets_search_too(search, name):
+    result = search(wavelet=name, level=1)
+    assert result.score > result.baseline_score
+
+
+def test_one_compilation_for_all_generations_and_prompts(pipeline, reward):
+    pipeline, reward = toy.pipeline(), toy.brightness()
+    before = generation.generation_step._cache_size()
+    ses_jax.search(["a", "bb", "ccc"], model=pipeline, reward=reward, budget=25, progress=False)
+    ses_jax.search("dddd", model=pipeline, reward=reward, budget=33, seed=5, progress=False)
+    assert generation.generation_step._cache_size() - before == 1
+
+
+def test_weights_are_not_baked_into_the_program(pipeline, reward):
+    program, params, *rest = _step_arguments(pipeline, reward)
+    first = generation.generation_step(program, params, *rest)[1].scores
+    compilations = generation.generation_step._cache_size()
+    changed = ({"gain": jnp.float32(0.0)}, reward.params)
+    second = generation.generation_step(program, changed, *rest)[1].scores
+    assert generation.generation_step._cache_size() == compilations
+    assert not np.allclose(first, second)
+
+
+def _step_arguments(pipeline, reward):
+    config = ses_jax.SearchConfig().resolve(pipeline)
+    noise = engine.base_noise(jax.random.key(1), (3, 16, 16))
+    inputs = engine._inputs(pipeline, reward, config, PROMPT, (jax.random.key(2), noise))
+    program = engine._program(pipeline, reward, config, (16, 16))
+    state = cem.init(inputs.low.shape)
+    return program, (pipeline.params, reward.params), inputs, jnp.int32(0), state
+
+
+def test_a_callable_reward_gets_images_in_order(search, reward):
+    seen = []
+
+    def host(images, prompts):
+        seen.append((np.asarray(images).shape, list(prompts)))
+        return reward(images, prompts)
+
+    result = search(reward=host, budget=15, population=5, elites=2)
+    np.testing.assert_allclose(scores(result), scores(search(budget=15, population=5, elites=2)), atol=1e-6)
+    assert seen[0] == ((5, 16, 16, 3), [PROMPT] * 5)
+    assert len(seen) == 4  # three generations, then the two final renders
+    assert result.config["reward"] == "host"
+
+
+def test_non_finite_scores_are_counted_and_never_win(search):
+    def host(images, prompts):
+        values = np.asarray(images).mean(axis=(1, 2, 3))
+        values[::2], values[1] = np.nan, np.inf
+        return values
+
+    result = search(reward=host, budget=20)
+    assert [row["score"] is None for row in result.history] == [i % 2 == 0 or i == 1 for i in range(10)] * 2
+    assert math.isfinite(result.score)
+    assert math.isnan(result.baseline_score)
+    json.dumps(result.summary(), allow_nan=False)
+
+
+def test_all_scores_non_finite_is_an_error(search):
+    def broken(images, prompts):
+        return np.full(len(prompts), np.nan)
+
+    with pytest.raises(ValueError, match="'broken' gave no finite score in 20 candidates"):
+        search(reward=broken)
+
+
+@pytest.mark.parametrize("shape", [(3,), (10, 1), ()])
+def test_a_reward_of_the_wrong_shape_is_named(search, shape):
+    def wrong(images, prompts):
+        return np.zeros(shape)
+
+    with pytest.raises(ValueError, match="reward 'wrong' returned shape"):
+        search(reward=wrong)
+
+
+def test_errors_of_a_users_reward_come_through(search):
+    class JudgeError(Exception):
+        pass
+
+    def failing(images, prompts):
+        raise JudgeError("judge is down")
+
+    with pytest.raises(JudgeError, match="judge is down"):
+        search(reward=failing)
+
+
+def test_interrupt_returns_the_best_so_far(search, tmp_path):
+    calls = []
+
+    def host(images, prompts):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return np.asarray(images).mean(axis=(1, 2, 3))
+
+    results = search(["one", "two"], reward=host, budget=100, out=tmp_path)
+    assert len(results) == 1
+    assert results[0].interrupted
+    assert len(results[0].history) == 20
+    assert results[0].score == max(scores(results[0]))
+    assert json.loads((tmp_path / "000" / "result.json").read_text())["interrupted"] is True
+
+
+def test_interrupt_before_anything_is_scored_propagates(search):
+    def host(images, prompts):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(reward=host)
+
+
+def test_saved_folder(search, tmp_path):
+    result = search(out=tmp_path / "deep" / "folder")
+    folder = tmp_path / "deep" / "folder"
+    names = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "result.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    np.testing.assert_array_equal(np.load(folder / "noise.npy"), result.noise)
+    np.testing.assert_array_equal(Image.open(folder / "best.png"), result.image)
+    np.testing.assert_array_equal(Image.open(folder / "baseline.png"), result.baseline_image)
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert rows == result.history
+    saved = json.loads((folder / "result.json").read_text())
+    assert saved["score"] == result.score
+    assert saved["config"]["budget"] == 20
+    search(out=folder, seed=1)
+    assert {path.name for path in folder.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 0}, "budget=0 must be at least 1"),
+        ({"population": 1}, "population=1 must be at least 2"),
+        ({"elites": 10}, "elites=10 must be at least 1 and less than population=10"),
+        ({"elites": 0}, "elites=0"),
+        ({"preview_steps": 0}, "preview_steps=0"),
+        ({"steps": -1}, "steps=-1"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"height": 18}, "height=18 must be a multiple of 4; try 16 or 20"),
+        ({"width": 2}, "width=2 must be a multiple of 4; try 4 or 8"),
+        ({"wavelet": "db99"}, "unknown wavelet 'db99'"),
+        ({"level": 9}, "level=9 does not fit a latent of 16 x 16"),
+        ({"reward": "nice"}, "unknown reward 'nice'"),
+        ({"reward": {}}, "at least one part"),
+        ({"model": "no/such/model"}, "no/such/model"),
+        ({"prompt": []}, "no prompts"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(search, monkeypatch, settings, message):
+    def work(*args, **kwargs):
+        raise AssertionError("work started")
+
+    monkeypatch.setattr(engine, "search_prompt", work)
+    with pytest.raises(ValueError, match=message):
+        search(**settings)
+
+
+def test_prompts_that_are_no_strings_are_named():
+    with pytest.raises(ValueError, match="prompts must be strings, got 3"):
+        engine._prompt_list(["a", 3])
+
+
+def test_unwritable_folder_is_refused(search, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="not writable"):
+        search(out=tmp_path / "file" / "out")
+
+
+def test_generate_checks_noise_and_sizes(pipeline):
+    with pytest.raises(ValueError, match=r"noise has shape \(1, 3, 8, 8\)"):
+        ses_jax.generate(pipeline, "a", noise=np.zeros((1, 3, 8, 8), np.float32))
+    with pytest.raises(ValueError, match="height=18"):
+        ses_jax.generate(pipeline, "a", height=18)
+    images = ses_jax.generate(pipeline, ["a", "bb"], height=8, width=12, seed=2)
+    assert images.shape == (2, 8, 12, 3)
+
+
+def test_settings_reach_the_model(search, pipeline):
+    assert scores(search(guidance=0.0)) == scores(search())
+    result = search("p", height=24, width=32, level=3)
+    assert result.noise.shape == (3, 24, 32)
+    assert result.image.size == (32, 24)

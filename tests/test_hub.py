@@ -1,0 +1,166 @@
+"""Where weights come from, and what is said when they don't come."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from ses_jax import hub
+from ses_jax.convert import autoencoder_kl, files, network
+
+SIZES = oracle.ZImageSizes(vae_widths=(4, 8), vae_layers=1)
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    oracle.vae(SIZES).save_pretrained(folder)
+    return folder
+
+
+def test_demo_is_the_packaged_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "DEMO", tmp_path)
+    assert hub.resolve("demo") == tmp_path
+    monkeypatch.setattr(hub, "DEMO", tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="the demo checkpoint is not part of this installation"):
+        hub.resolve("demo")
+
+
+def test_folder_is_taken_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert hub.resolve(tmp_path) == tmp_path
+    assert hub.resolve(str(tmp_path)) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("downloads"))
+    assert hub.resolve("org/name") == Path("org/name")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert hub.resolve("~/org") == tmp_path / "org"
+
+
+@pytest.mark.parametrize("source", ["./absent", "/absent/folder", "../a/b", "~/nowhere", Path("absent")])
+def test_path_that_is_not_there(source, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no such checkpoint folder: .*(absent|a/b|nowhere)"):
+        hub.resolve(source)
+
+
+@pytest.mark.parametrize("source", ["demos", "a/b/c", "", "what is this"])
+def test_source_that_is_nothing_of_the_three(source, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"unknown model '{source}': expected 'demo', an existing folder, or a Hugging"
+    ):
+        hub.resolve(source)
+
+
+def test_file_is_not_a_folder(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="is a file; expected the checkpoint's folder"):
+        hub.resolve(tmp_path / "model.safetensors")
+
+
+def remote(tmp_path, *names):
+    """A stand-in for the hub: the files of a repository, copied by pattern as snapshot_download does it."""
+    wanted = []
+
+    def snapshot_download(repo_id, *, allow_patterns, ignore_patterns):
+        for name in huggingface_hub.utils.filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            wanted.append(name)
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("{}")
+        return str(tmp_path)
+
+    return snapshot_download, wanted
+
+
+def test_pipeline_comes_without_its_duplicates(monkeypatch, tmp_path):
+    fetched = [
+        "model_index.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "tokenizer/chat_template.jinja",
+        "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    left = ["flux1-dev.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors", "vae/model.bin", "image.png"]
+    snapshot_download, got = remote(tmp_path, *fetched, *left)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hub.resolve("org/pipeline") == tmp_path
+    assert sorted(got) == sorted(fetched)
+
+
+def test_single_network_comes_from_the_root(monkeypatch, tmp_path):
+    fetched = ["config.json", "model.safetensors", "tokenizer.json"]
+    left = ["pytorch_model.bin", "open_clip_pytorch_model.safetensors", "model.fp16.safetensors"]
+    snapshot_download, got = remote(tmp_path, *fetched, *left)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    hub.resolve("org/clip")
+    assert sorted(got) == sorted(fetched)
+
+
+def test_offline_and_unknown_id_say_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"'no/such' is neither a folder nor could it be fetched .*HF_HUB_OFFLINE"):
+        hub.resolve("no/such")
+
+
+def test_component_in_the_dtype_of_the_machine(vae_folder):
+    config, params = hub.load_component(vae_folder, autoencoder_kl.COMPONENT)
+    assert config.block_out_channels == (4, 8)
+    default = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(default)}
+    _, params = hub.load_component(vae_folder, autoencoder_kl.COMPONENT, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_converted_component_is_the_same(vae_folder, tmp_path):
+    network.save_converted(tmp_path, network.load(vae_folder, autoencoder_kl.COMPONENT))
+    config, params = hub.load_component(vae_folder, autoencoder_kl.COMPONENT)
+    converted_config, converted = hub.load_component(tmp_path, autoencoder_kl.COMPONENT)
+    assert converted_config == config
+    jax.tree.map(np.testing.assert_array_equal, converted, params)
+
+
+def test_broken_component_is_named(vae_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        hub.load_component(tmp_path, autoencoder_kl.COMPONENT)
+    config = files.read_json(vae_folder / "config.json")
+    files.write_json(tmp_path / "config.json", config)
+    with pytest.raises(FileNotFoundError, match=r"no weights in .*expected diffusion_pytorch_model\.safetensors"):
+        hub.load_component(tmp_path, autoencoder_kl.COMPONENT)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [("{", "is not valid JSON"), ("[1]", "must hold a JSON object, not li")]
+)
+def test_broken_json_is_named(tmp_path, content, complaint):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=f"x.json {complaint}"):
+        hub.read_json(tmp_path / "x.json")
+
+
+def test_settings_are_optional(tmp_path):
+    assert hub.settings(tmp_path) == {}
+    (tmp_path / "ses_jax.json").write_text(json.dumps({"level": 2}))
+    assert hub.settings(tmp_path) == {"level": 2}
+
+
+def test_tokenizer(tmp_path):
+    oracle.qwen_tokenizer().save_pretrained(tmp_path)
+    tokenizer = hub.load_tokenizer(tmp_path)
+    assert tokenizer("añ<|im_end|>")["input_ids"][-1] == 258
+    assert tokenizer.pad_token == "<|endoftext|>"
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*absent: expected tokenizer\.json"):
+        hub.load_tokenizer(tmp_path / "absent")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be read"):
+        hub.load_tokenizer(tmp_path)

@@ -1,0 +1,78 @@
+"""The device resize against Pillow itself."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ses_jax import resample
+
+
+def pillow(pixels, size):
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.BICUBIC))
+
+
+def pink_noise(height, width, seed):
+    """An image with a natural spectrum: power falls with frequency."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    spectrum = np.fft.fft2(rng.standard_normal((height, width, 3)), axes=(0, 1)) / (frequency[..., None] + 1 / width)
+    image = np.fft.ifft2(spectrum, axes=(0, 1)).real
+    image = (image - image.min()) / (image.max() - image.min())
+    return np.round(image * 255).astype(np.uint8)
+
+
+def white_noise(height, width, seed):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def assert_same_pixels(got, expected):
+    """Off by one at most, in fewer than one of a thousand values: sums land on a half in other orders."""
+    difference = np.abs(np.asarray(got) - expected)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize("make", [pink_noise, white_noise])
+@pytest.mark.parametrize("source", [(512, 512), (1024, 768), (64, 64), (301, 224), (100, 450)])
+def test_equals_pillow(make, source):
+    pixels = make(*source, seed=1)
+    size = (224, 160)
+    assert_same_pixels(resample.resize(jnp.asarray(pixels, jnp.float32)[None], size)[0], pillow(pixels, size))
+
+
+@given(st.integers(8, 90), st.floats(0.5, 3.0), st.integers(8, 90))
+@settings(max_examples=12, deadline=None)
+def test_equals_pillow_at_any_size(height, aspect, short):
+    pixels = white_noise(height, max(8, round(height * aspect)), seed=height)
+    scale = short / min(pixels.shape[:2])
+    size = (int(pixels.shape[0] * scale), int(pixels.shape[1] * scale))
+    difference = np.abs(
+        np.asarray(resample.resize(jnp.asarray(pixels, jnp.float32)[None], size)[0]) - pillow(pixels, size)
+    )
+    assert difference.max() <= 1
+    assert (difference > 0).sum() <= max(2, 1e-3 * difference.size)
+
+
+def test_same_size_is_untouched():
+    pixels = jnp.asarray(white_noise(32, 40, seed=0), jnp.float32)[None]
+    np.testing.assert_array_equal(resample.resize(pixels, (32, 40)), pixels)
+
+
+@pytest.mark.parametrize("source", [(64, 64), (120, 75), (75, 121), (333, 334)])
+def test_resize_and_crop_equals_the_slow_clip_processor(source):
+    from transformers import CLIPImageProcessorPil
+
+    pixels = pink_noise(*source, seed=3)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_rescale=False, do_normalize=False
+    )
+    expected = np.asarray(processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+    assert_same_pixels(resample.resize_and_crop(jnp.asarray(pixels, jnp.float32)[None], 56)[0], expected)
+
+
+def test_quantize_gives_the_values_of_an_8_bit_file():
+    images = jnp.array([-0.2, 0.0, 0.5, 0.4999 / 255, 0.5001 / 255, 1.0, 7.0]).reshape(1, 1, 7, 1)
+    np.testing.assert_array_equal(resample.quantize(images).ravel(), [0, 0, 128, 0, 1, 255, 255])
