@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 import scenes
 from demo_models import PROMPT_LENGTH, Sizes, tokenize_clip, tokenize_prompts
+
 from ses_jax.models import autoencoder_kl
 
 CAPTIONS = 4  # captions of a scene

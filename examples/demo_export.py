@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import demo_training
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-import demo_training
 import scenes
 from demo_models import CLIP_LENGTH, CLIP_MEAN, CLIP_STD, Sizes, load_tokenizers
+
 from ses_jax.convert import autoencoder_kl, clip, decoder_lm, network, z_image
 
 SHIFT = 3.0

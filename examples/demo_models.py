@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import scenes
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import scenes
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
 
 VOCABULARY = 512
@@ -29,12 +29,29 @@ CHAT_TEMPLATE = (
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Architectures, batch sizes and the number of scenes to train on."""
+    """Architectures, batch sizes and the amount of data.
 
-    vae: autoencoder_kl.Config = autoencoder_kl.Config(
-        block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8
-    )
-    reward: clip.Config = clip.Config(
+    Attributes:
+      captions: that the tokenizers learn from.
+      pool: encoded scenes for the transformer.
+      rebuilt: families of scenes for the reward, as the autoencoder rebuilds them.
+    """
+
+    vae: autoencoder_kl.Config
+    reward: clip.Config
+    text: decoder_lm.Config
+    dit: z_image.Config
+    captions: int
+    vae_batch: int
+    clip_families: int
+    dit_batch: int
+    pool: int
+    rebuilt: int
+
+
+DEMO = Sizes(
+    vae=autoencoder_kl.Config(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8),
+    reward=clip.Config(
         text=clip.Tower(128, 512, layers=3, heads=4),
         vision=clip.Tower(128, 512, layers=4, heads=4),
         projection_dim=128,
@@ -42,20 +59,18 @@ class Sizes:
         max_length=CLIP_LENGTH,
         image_size=scenes.SIZE,
         patch_size=8,
-    )
-    text: decoder_lm.Config = decoder_lm.Config(
+    ),
+    text=decoder_lm.Config(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, layers=3, heads=4, kv_heads=2, head_dim=32
-    )
-    dit: z_image.Config = z_image.Config(
-        dim=192, n_layers=5, n_refiner_layers=1, n_heads=6, cap_feat_dim=128, axes_dims=(8, 12, 12)
-    )
-    vae_batch: int = 32
-    clip_families: int = 48
-    dit_batch: int = 64
-    pool: int = 50_000
-    rebuilt: int = 4000
-
-
+    ),
+    dit=z_image.Config(dim=192, n_layers=5, n_refiner_layers=1, n_heads=6, cap_feat_dim=128, axes_dims=(8, 12, 12)),
+    captions=20_000,
+    vae_batch=32,
+    clip_families=48,
+    dit_batch=32,
+    pool=50_000,
+    rebuilt=4000,
+)
 TINY = Sizes(
     vae=autoencoder_kl.Config(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4),
     reward=clip.Config(
@@ -71,13 +86,14 @@ TINY = Sizes(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, layers=1, heads=2, kv_heads=1, head_dim=8
     ),
     dit=z_image.Config(dim=48, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=16, axes_dims=(4, 6, 6)),
+    captions=500,
     vae_batch=2,
     clip_families=2,
     dit_batch=4,
     pool=16,
     rebuilt=8,
 )
-SIZES = {"demo": Sizes(), "tiny": TINY}
+SIZES = {"demo": DEMO, "tiny": TINY}
 
 
 def train_tokenizers(folder: Path, captions: list[str]) -> None:

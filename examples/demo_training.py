@@ -48,7 +48,7 @@ SCHEDULE = Schedule()
 
 def train(
     folder: Path,
-    params: Any,
+    init: Callable[[jax.Array], Any],
     optimizer: optax.GradientTransformation,
     loss: Loss,
     batch_at: Callable[[int], Any],
@@ -58,8 +58,12 @@ def train(
     average_decay: float = 0.999,
     seed: int = 0,
 ) -> State:
-    """Trains up to `limits`, continuing from `folder`'s latest checkpoint; logs to `folder`/losses.jsonl and stdout."""
-    state = State(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
+    """Trains `init(key)` up to `limits`, continuing from `folder`'s latest checkpoint.
+
+    Losses go to `folder`/losses.jsonl and stdout.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _start(init, optimizer)(jax.random.key(seed))
     update = _updater(optimizer, loss, average_decay)
     start = time.monotonic()
     with ocp.CheckpointManager(
@@ -91,6 +95,15 @@ def load(folder: Path) -> tuple[int, Any]:
     return int(state["step"]), jax.tree.map(jnp.asarray, state["average"])
 
 
+def _start(init, optimizer):
+    @jax.jit
+    def start(key: jax.Array) -> State:
+        params = init(key)
+        return State(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
+
+    return start
+
+
 def _updater(optimizer, loss, average_decay):
     @jax.jit
     def update(state: State, batch: Any, key: jax.Array, scale: float) -> tuple[State, dict[str, jax.Array]]:
@@ -100,7 +113,7 @@ def _updater(optimizer, loss, average_decay):
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
         decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.average, 1 - decay)
-        facts = {"loss": value, "gradient": optax.global_norm(gradients), **facts}
+        facts = {"loss": value, "gradient": optax.tree.norm(gradients), **facts}
         return State(state.step + 1, params, average, optimizer_state), facts
 
     return update

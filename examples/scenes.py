@@ -12,7 +12,7 @@ from scipy import ndimage
 
 SIZE = 64
 MARGIN = 2.0
-GAP = 2.0
+GAP = 2.5
 
 COLORS = {
     "red": (220, 40, 40),
@@ -30,9 +30,9 @@ BACKGROUNDS = {
     "cyan": (130, 225, 235),
 }
 SHAPES = ("circle", "square", "triangle", "diamond")
-RADII = {"small": (5.0, 6.5), "large": (9.5, 12.0)}
-INSIDE_RADII = ((5.0, 5.8), (12.0, 14.0))
-SIZE_BORDER = 8.0  # a radius between small and large
+RADII = {"small": (6.0, 7.5), "large": (10.0, 12.5)}
+INSIDE_RADII = ((6.0, 6.8), (14.0, 16.0))
+SIZE_BORDER = 8.7  # a radius between small and large
 
 # Relation of an object to the next one: the axis it is laid out along and the side the object is on.
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
@@ -140,9 +140,9 @@ def _has_held_out(objects: Sequence[Object]) -> bool:
 
 
 def _stated_sizes(rng: np.random.Generator, count: int, relation: str) -> list[str]:
-    """What the caption says about each size; three objects fit only when at most one of them is large."""
+    """What the caption says about each size; three objects fit only when all are small."""
     sizes = ["small", "large"] if relation == "inside" else [str(s) for s in rng.choice(["small", "large"], count)]
-    if count == 3 and sizes.count("large") > 1:
+    if count == 3:
         sizes = ["small"] * 3
     return [s if stated else "" for s, stated in zip(sizes, rng.random(count) < 0.4, strict=True)]
 
@@ -160,8 +160,9 @@ def _line_up(rng: np.random.Generator, objects: Sequence[Object], relation: str)
     """Places objects side by side along the relation's axis, about level across it."""
     axis, side = DIRECTIONS.get(relation, (0, -1))
     ordered = objects if side < 0 else objects[::-1]
+    unstated = ["small"] if len(objects) == 3 else ["small", "large"]
     while True:
-        radii = [rng.uniform(*RADII[o.size or rng.choice(["small", "large"])]) for o in ordered]
+        radii = [rng.uniform(*RADII[o.size or rng.choice(unstated)]) for o in ordered]
         extents = [np.array(half_extents(o.shape)) * r for o, r in zip(ordered, radii, strict=True)]
         along = np.array([e[axis] for e in extents])
         free = SIZE - 2 * MARGIN - GAP * (len(ordered) - 1) - 2 * along.sum()
@@ -201,12 +202,10 @@ def _reshape(rng, scene):
 
 def _resize(rng, scene):
     stated = [i for i, o in enumerate(scene.objects) if o.size]
-    if not stated or scene.relation == "inside":
+    if not stated or scene.relation == "inside" or len(scene.objects) == 3:
         return None
     index = rng.choice(stated)
-    edited = _edit(scene, index, size="small" if scene.objects[index].size == "large" else "large")
-    crowded = len(scene.objects) == 3 and sum(o.size == "large" for o in edited.objects) > 1
-    return None if crowded else edited
+    return _edit(scene, index, size="small" if scene.objects[index].size == "large" else "large")
 
 
 def _swap(rng, scene):

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-import tyro
-
 import demo_data
 import demo_export
 import demo_models
 import demo_training
+import jax
+import jax.numpy as jnp
+import tyro
 from demo_models import CLIP_MEAN, CLIP_STD, Sizes
+
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
 
 Stage = Literal["tokenizer", "vae", "clip", "dit", "export"]
@@ -61,14 +61,14 @@ def main(args: Arguments) -> None:
 
 
 def train_tokenizers(args: Arguments, sizes: Sizes) -> None:
-    demo_models.train_tokenizers(args.work, demo_data.captions(20_000, args.seed))
+    demo_models.train_tokenizers(args.work, demo_data.captions(sizes.captions, args.seed))
 
 
 def train_vae(args: Arguments, sizes: Sizes) -> None:
     """Trains the autoencoder, then encodes the pool and notes its latents' scale."""
     demo_training.train(
-        _folder(args, "vae"),
-        autoencoder_kl.init(jax.random.key(args.seed), sizes.vae),
+        args.work / "vae",
+        lambda key: autoencoder_kl.init(key, sizes.vae),
         demo_models.adamw(2e-3),
         lambda params, images, key: vae_loss(params, sizes, images, key),
         lambda step: demo_data.image_batch(step, sizes.vae_batch, args.seed),
@@ -86,8 +86,8 @@ def train_clip(args: Arguments, sizes: Sizes) -> None:
         _, vae = demo_training.load(args.work / "vae")
         demo_data.make_rebuilt(pool, sizes, vae, tokenizer, args.seed)
     demo_training.train(
-        _folder(args, "clip"),
-        clip.init(jax.random.key(args.seed), sizes.reward),
+        args.work / "clip",
+        lambda key: clip.init(key, sizes.reward),
         demo_models.muon(3e-3, 1e-3),
         lambda params, batch, key: clip_loss(params, sizes, batch, key),
         demo_data.family_batches(pool, tokenizer, sizes.clip_families, args.seed),
@@ -105,10 +105,9 @@ def train_dit(args: Arguments, sizes: Sizes) -> None:
         _, vae = demo_training.load(args.work / "vae")
         demo_data.make_pool(pool, sizes, vae, tokenizer, args.seed)
         statistics.write_text(json.dumps(demo_data.latent_statistics(pool)))
-    text_key, dit_key = jax.random.split(jax.random.key(args.seed))
     demo_training.train(
-        _folder(args, "dit"),
-        {"text_encoder": decoder_lm.init(text_key, sizes.text), "transformer": z_image.init(dit_key, sizes.dit)},
+        args.work / "dit",
+        lambda key: init_dit(key, sizes),
         demo_models.muon(3e-3, 1e-3),
         lambda params, batch, key: dit_loss(params, sizes, batch, key),
         demo_data.pool_batches(pool, json.loads(statistics.read_text()), tokenizer, sizes.dit_batch, args.seed),
@@ -163,6 +162,11 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     return jnp.clip(images * (1 + 0.1 * (strength[2] - 0.5)) + tint * strength[3], 0, 1)
 
 
+def init_dit(key: jax.Array, sizes: Sizes):
+    text_key, dit_key = jax.random.split(key)
+    return {"text_encoder": decoder_lm.init(text_key, sizes.text), "transformer": z_image.init(dit_key, sizes.dit)}
+
+
 def dit_loss(params, sizes: Sizes, batch, key: jax.Array):
     """Flow matching: the velocity from image to noise at a logit-normal noise level."""
     latents = batch["latents"]
@@ -177,12 +181,6 @@ def dit_loss(params, sizes: Sizes, batch, key: jax.Array):
     errors = jnp.mean((predicted - (noise - latents)) ** 2, axis=(1, 2, 3))
     high = jnp.sum(errors * (sigma > 0.8)) / jnp.maximum(1, jnp.sum(sigma > 0.8))
     return jnp.mean(errors), {"high": high}
-
-
-def _folder(args: Arguments, name: str) -> Path:
-    folder = args.work / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _limits(args: Arguments, stage: str) -> demo_training.Limits:

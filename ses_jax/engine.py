@@ -225,7 +225,7 @@ def _inputs(
     tokens = pipeline.tokenize([prompt], guidance=config.guidance, negative_prompt=config.negative_prompt)
     text = None
     if reward.host is None:
-        text = generation.encode(reward.embed_text, reward.params, reward.tokenize([prompt]))
+        text = rewards.embed(reward.embed_text, reward.params, reward.tokenize([prompt]))
     low, high = generation.split(noise, config.wavelet, config.level)
     return Inputs(
         key=key,

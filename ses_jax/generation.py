@@ -135,7 +135,7 @@ update = functools.partial(jax.jit, static_argnums=0)(tell)
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(function: Callable[[Any, Any], Any], params: Any, tokens: Any) -> Any:
-    """`function(params, tokens)`, compiled: a prompt's condition, or its text for a reward."""
+    """`function(params, tokens)`, compiled: the condition of prompts."""
     return function(params, tokens)
 
 

@@ -61,7 +61,7 @@ class Reward:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images need as many prompts, got {len(prompts)}")
         if self.host is None:
-            text = self.embed_text(self.params, self.tokenize(prompts))
+            text = embed(self.embed_text, self.params, self.tokenize(prompts))
             return np.asarray(score(self.score, self.params, images, text))
         scores = np.asarray(self.host(images, prompts), np.float32)
         if scores.shape != (len(prompts),):
@@ -182,8 +182,14 @@ def _tokenize_clip(tokenizer: Any, length: int, prompts: Sequence[str]) -> np.nd
     return np.array(encoded["input_ids"], np.int32)
 
 
-def _embed_clip(config: clip.Config, params: Any, tokens: Array) -> Array:
+def _embed_clip(config: clip.Config, params: Any, tokens: Any) -> Array:
     return clip.embed_text(params, config, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed(embed_text: Callable, params: Any, tokens: Any) -> Any:
+    """`embed_text(params, tokens)`, compiled."""
+    return embed_text(params, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -48,6 +48,7 @@ class ZImageSizes:
     vae_groups: int = 4
     quant_convs: bool = False
     shift: float = 3.0
+    gain: float = 1.0  # of all weights; faint ones bring the norms' epsilons to light
 
 
 def z_image_pipeline(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> ZImagePipeline:
@@ -84,6 +85,7 @@ def z_image(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> ZImageTransfor
             axes_lens=[1536, 512, 512],
         ),
         seed,
+        sizes.gain,
     )
 
 
@@ -103,7 +105,7 @@ def qwen3(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> Qwen3Model:
         attention_bias=False,
         tie_word_embeddings=True,
     )
-    return _seeded(lambda: Qwen3Model(config), seed)
+    return _seeded(lambda: Qwen3Model(config), seed, sizes.gain)
 
 
 def vae(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> AutoencoderKL:
@@ -126,10 +128,13 @@ def vae(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> AutoencoderKL:
             mid_block_add_attention=True,
         ),
         seed,
+        sizes.gain,
     )
 
 
-def clip(act: str = "quick_gelu", eos_token_id: int = 2, seed: int = 0, **overrides: Any) -> CLIPModel:
+def clip(
+    act: str = "quick_gelu", eos_token_id: int = 2, seed: int = 0, gain: float = 1.0, **overrides: Any
+) -> CLIPModel:
     """Both towers, of different sizes; `overrides` by tower, e.g. `vision={"patch_size": 16}`."""
     text = {
         "vocab_size": 258,
@@ -154,7 +159,7 @@ def clip(act: str = "quick_gelu", eos_token_id: int = 2, seed: int = 0, **overri
         text_config=text | {"hidden_act": act, "eos_token_id": eos_token_id} | overrides.get("text", {}),
         vision_config=vision | {"hidden_act": act} | overrides.get("vision", {}),
     )
-    return _seeded(lambda: CLIPModel(config), seed)
+    return _seeded(lambda: CLIPModel(config), seed, gain)
 
 
 def save_clip(folder: Path, model: CLIPModel) -> None:
@@ -199,7 +204,7 @@ def _byte_tokenizer(specials: tuple[str, ...]) -> Tokenizer:
     return tokenizer
 
 
-def _seeded(build: Any, seed: int) -> Any:
+def _seeded(build: Any, seed: int, gain: float = 1.0) -> Any:
     """Builds a network with weights of a size that makes every part of it count.
 
     Library defaults hide bugs: norms of ones and biases of zeros a swapped norm or a dropped bias, and the small
@@ -215,4 +220,5 @@ def _seeded(build: Any, seed: int) -> Any:
                 parameter.add_(0.3 * noise)
             else:
                 parameter.copy_(noise * (parameter[0].numel() ** -0.5))  # fan-in
+            parameter.mul_(gain)
     return network.eval()

@@ -16,6 +16,7 @@ SIZES = {
     "default": oracle.ZImageSizes(),
     "quant convs": oracle.ZImageSizes(vae_widths=(8, 8, 16, 24), vae_layers=1, quant_convs=True),
     "three levels, one group": oracle.ZImageSizes(vae_widths=(12, 6, 18), vae_layers=3, vae_groups=1),
+    "faint": oracle.ZImageSizes(vae_widths=(4, 8), vae_layers=1, gain=0.03),
 }
 encode = jax.jit(autoencoder_kl.encode, static_argnums=1)
 decode = jax.jit(autoencoder_kl.decode, static_argnums=1)
@@ -37,7 +38,8 @@ def test_decode_equals_the_reference(networks, grid):
         expected = reference.decode(torch.from_numpy(latents)).sample.permute(0, 2, 3, 1).numpy()
     ours = decode(params, config, latents)
     assert ours.shape == (2, grid[0] * config.downscale, grid[1] * config.downscale, 3)
-    np.testing.assert_allclose(ours, expected, **TOLERANCE)
+    scale = min(1.0, expected.std())
+    np.testing.assert_allclose(ours / scale, expected / scale, **TOLERANCE)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
@@ -48,8 +50,9 @@ def test_encode_equals_the_reference(networks, grid):
     with torch.no_grad():
         expected = reference.encode(torch.from_numpy(images.transpose(0, 3, 1, 2))).latent_dist
     mean, log_variance = encode(params, config, images)
-    np.testing.assert_allclose(mean, expected.mean.numpy(), **TOLERANCE)
-    np.testing.assert_allclose(log_variance, expected.logvar.numpy(), **TOLERANCE)
+    scale = min(1.0, expected.mean.std().item())
+    np.testing.assert_allclose(mean / scale, expected.mean.numpy() / scale, **TOLERANCE)
+    np.testing.assert_allclose(log_variance / scale, expected.logvar.numpy() / scale, **TOLERANCE)
 
 
 def test_config_reads_the_published_fields():

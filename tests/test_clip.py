@@ -18,6 +18,7 @@ CONFIGS = {
     "LAION": {"act": "gelu", "eos_token_id": 2, "vision": {"patch_size": 8, "image_size": 40}},
     "explicit end token": {"act": "gelu", "eos_token_id": 257},
     "end token that is not the largest": {"act": "quick_gelu", "eos_token_id": 7},
+    "faint": {"act": "gelu", "gain": 0.1},
 }
 PROMPTS = ["a red circle", "", "añ 漢字 and much more text, " * 9]  # the last one is cut at 77 tokens
 embed_text = jax.jit(clip.embed_text, static_argnums=1)
@@ -46,7 +47,7 @@ def test_text_equals_the_reference(networks):
     with torch.no_grad():
         expected = reference.get_text_features(torch.from_numpy(ids)).pooler_output
         expected = torch.nn.functional.normalize(expected, dim=-1).numpy()
-    assert np.abs(expected[0] - expected[1]).max() > 0.05
+    assert np.abs(expected[0] - expected[1]).max() > 2e-3
     np.testing.assert_allclose(embed_text(params, config, ids.astype(np.int32)), expected, **TOLERANCE)
 
 
@@ -64,7 +65,7 @@ def test_images_equal_the_reference(networks):
     with torch.no_grad():
         expected = reference.get_image_features(torch.from_numpy(pixels.transpose(0, 3, 1, 2))).pooler_output
         expected = torch.nn.functional.normalize(expected, dim=-1).numpy()
-    assert np.abs(expected[0] - expected[1]).max() > 0.05
+    assert np.abs(expected[0] - expected[1]).max() > 2e-3
     np.testing.assert_allclose(embed_image(params, config, pixels), expected, **TOLERANCE)
 
 

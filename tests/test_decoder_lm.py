@@ -17,6 +17,7 @@ SIZES = {
     "one query a key": oracle.ZImageSizes(text_heads=3, text_kv_heads=3, text_head_dim=8, text_layers=2),
     "all queries one key": oracle.ZImageSizes(text_heads=4, text_kv_heads=1, text_head_dim=32, text_width=64),
     "deep": oracle.ZImageSizes(text_heads=6, text_kv_heads=2, text_head_dim=12, text_width=24, text_layers=7),
+    "faint": oracle.ZImageSizes(gain=0.02),
 }
 run = jax.jit(decoder_lm.hidden_state, static_argnums=1)
 
@@ -46,8 +47,9 @@ def test_hidden_state_equals_the_reference(name, tmp_path):
     config, params = hub.load_component(tmp_path, table.component(-2), dtype=jnp.float32)
     ids, mask = prompts((50, 3, 32))
     expected = reference_states(reference, ids, mask)[-2]
-    assert expected[mask].std() > 0.1
-    np.testing.assert_allclose(np.asarray(run(params, config, ids))[mask], expected[mask], **TOLERANCE)
+    scale = min(1.0, expected[mask].std())
+    ours = np.asarray(run(params, config, ids))
+    np.testing.assert_allclose(ours[mask] / scale, expected[mask] / scale, **TOLERANCE)
 
 
 @pytest.mark.parametrize("wanted", [1, 2, -2, -4])

@@ -75,7 +75,7 @@ def test_objects_lie_inside_the_image_and_have_distinct_colors(seed, held_out):
     assert len({o.color for o in scene.objects}) == len(scene.objects)
     for o in scene.objects:
         for center, extent in zip((o.x, o.y), scenes.half_extents(o.shape), strict=True):
-            assert 1.0 <= center - extent * o.radius
+            assert center - extent * o.radius >= 1.0
             assert center + extent * o.radius <= scenes.SIZE - 1.0
 
 
