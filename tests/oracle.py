@@ -48,7 +48,9 @@ class ZImageSizes:
     vae_groups: int = 4
     quant_convs: bool = False
     shift: float = 3.0
-    gain: float = 1.0  # of all weights; faint ones bring the norms' epsilons to light
+    # Of all weights, and of the matrices alone; faint ones bring the norms' epsilons to light.
+    gain: float = 1.0
+    matrix_gain: float = 1.0
 
 
 def z_image_pipeline(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> ZImagePipeline:
@@ -86,6 +88,7 @@ def z_image(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> ZImageTransfor
         ),
         seed,
         sizes.gain,
+        sizes.matrix_gain,
     )
 
 
@@ -204,7 +207,7 @@ def _byte_tokenizer(specials: tuple[str, ...]) -> Tokenizer:
     return tokenizer
 
 
-def _seeded(build: Any, seed: int, gain: float = 1.0) -> Any:
+def _seeded(build: Any, seed: int, gain: float = 1.0, matrix_gain: float = 1.0) -> Any:
     """Builds a network with weights of a size that makes every part of it count.
 
     Library defaults hide bugs: norms of ones and biases of zeros a swapped norm or a dropped bias, and the small
@@ -219,6 +222,6 @@ def _seeded(build: Any, seed: int, gain: float = 1.0) -> Any:
             if parameter.ndim <= 1:
                 parameter.add_(0.3 * noise)
             else:
-                parameter.copy_(noise * (parameter[0].numel() ** -0.5))  # fan-in
+                parameter.copy_(matrix_gain * noise * parameter[0].numel() ** -0.5)  # fan-in
             parameter.mul_(gain)
     return network.eval()

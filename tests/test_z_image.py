@@ -20,6 +20,7 @@ SIZES = {
     "deep": oracle.ZImageSizes(dim=24, heads=2, axes_dims=(4, 4, 4), layers=5, refiner_layers=3, text_width=16),
     "wider than its time embedding": oracle.ZImageSizes(dim=264, heads=11, axes_dims=(8, 8, 8), layers=1),
     "faint": oracle.ZImageSizes(gain=0.05, layers=1, refiner_layers=1),
+    "faint matrices": oracle.ZImageSizes(matrix_gain=0.02, layers=1, refiner_layers=1),
 }
 # Latent height and width, caption lengths, sigmas: with and without image pads and caption pads; one and several.
 NO_PADS = ((16, 16), (64, 32), (0.9, 0.3))  # 64 image tokens
@@ -86,6 +87,8 @@ def test_velocity_equals_the_reference(networks, case):
     name, (size, lengths, sigmas) = CASES[case]
     reference, config, params = networks(name)
     latents, features = draw(config, size, lengths)
+    if name == "faint":
+        features = [0.003 * feature for feature in features]
     sigmas = np.float32(sigmas)
     expected = reference_velocity(reference, latents, sigmas, features)
     scale = min(1.0, expected.std())
