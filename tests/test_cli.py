@@ -1,0 +1,106 @@
+"""The shell commands, on the packaged demo checkpoint."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import ses_jax
+from ses_jax import cli
+
+PROMPT = "a red circle on a white background"
+FAST = ["--budget", "4", "--population", "2", "--elites", "1", "--preview-steps", "2", "--steps", "2", "--no-progress"]
+
+
+def test_search_writes_the_result_folder(tmp_path, capsys):
+    assert cli.main(["search", PROMPT, *FAST, "--out", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert saved["prompt"] == PROMPT
+    assert saved["config"]["budget"] == 4
+    assert Image.open(tmp_path / "best.png").size == (64, 64)
+    printed = capsys.readouterr().out
+    assert f"-> {saved['score']:.4f}" in printed
+    assert str(tmp_path / "best.png") in printed
+
+
+def test_shell_and_python_give_the_same(tmp_path):
+    cli.main(["search", PROMPT, *FAST, "--seed", "3", "--out", str(tmp_path)])
+    result = ses_jax.search(PROMPT, budget=4, population=2, elites=1, preview_steps=2, steps=2, seed=3, progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in rows] == pytest.approx([row["score"] for row in result.history], rel=1e-5)
+
+
+def test_several_prompts_go_to_numbered_folders(tmp_path):
+    assert cli.main(["search", PROMPT, "a blue square", *FAST, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "001" / "result.json").read_text())["prompt"] == "a blue square"
+
+
+def test_generate_writes_one_image_a_prompt(tmp_path):
+    assert cli.main(["generate", PROMPT, "a blue square", "--steps", "2", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"000.png", "001.png"}
+    assert Image.open(tmp_path / "000.png").size == (64, 64)
+
+
+def test_models_lists_every_model_and_reward(capsys):
+    assert cli.main(["models"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("demo", "Tongyi-MAI/Z-Image-Turbo", "--reward pick", "verified:"):
+        assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search"], "no prompts"),
+        (["search", "x", "--budget", "0"], "budget=0 must be at least 1"),
+        (["search", "x", "--model", "no_such"], "unknown model 'no_such'"),
+        (["search", "x", "--reward", "nice"], "unknown reward 'nice'"),
+        (["search", "x", "--reward", "pick=1,hps"], "weights such as pick=1,clip=0.5"),
+        (["search", "x", "--height", "60"], "height=60 must be a multiple of 16"),
+        (["search", "x", "--level", "7"], "level=7 does not fit a latent of 8 x 8"),
+        (["generate", "x", "--steps", "0"], "steps=0 must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_two(tmp_path, capsys, arguments, message):
+    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_mixtures_are_parsed():
+    assert cli._parse_reward("pick") == "pick"
+    assert cli._parse_reward("pick=1, clip=0.5") == {"pick": 1.0, "clip": 0.5}
+    assert cli._parse_reward(None) is None
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "diffusers"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+from ses_jax import cli
+status = cli.main(sys.argv[1:])
+assert not {"torch", "diffusers"} & set(sys.modules)
+sys.exit(status)
+"""
+
+
+def test_a_search_runs_without_torch_in_a_process_of_its_own(tmp_path):
+    arguments = ["search", PROMPT, *FAST, "--out", str(tmp_path / "out")]
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=tmp_path, check=True)
+    assert (tmp_path / "out" / "result.json").exists()
+
+
+def test_the_module_is_the_command(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "ses_jax", "search", "--budget", "0", "x"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert run.stderr.strip() == "ses-jax: budget=0 must be at least 1"
