@@ -165,8 +165,9 @@ def search_prompt(
 
     winner = generation.merge(state.best_sample, inputs.high, config.wavelet, program.shape)
     sigmas = pipeline.sigmas(config.steps, config.height, config.width)
-    both = jnp.stack([winner, noise])
-    images = generation.render(program.model, pipeline.params, both, sigmas, inputs.condition)
+    render = functools.partial(generation.render, program.model, pipeline.params)
+    parts = jnp.split(jnp.stack([winner, noise]), 2 if program.chunk == 1 else 1)
+    images = jnp.concatenate([render(part, sigmas, inputs.condition) for part in parts])
     final_score, baseline_final_score = _scores(reward, images, prompt, inputs.text).tolist()
     image, baseline_image = (to_image(pixels) for pixels in np.asarray(images))
     times.append(time.perf_counter())

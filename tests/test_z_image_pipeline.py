@@ -8,8 +8,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import toy
 
 import ses_jax
+from ses_jax import generation
 from ses_jax.pipelines import z_image
 
 LONG = "a very detailed painting of " + "many " * 300
@@ -192,3 +194,16 @@ def test_a_search_runs_and_its_preview_is_the_generated_one(pair):
     again = ses_jax.generate(pipeline, "a cat", noise=result.noise[None], steps=2, **settings)
     np.testing.assert_allclose(again[0], np.concatenate(seen[:2])[winner], atol=1e-4)
     assert result.score >= result.baseline_score
+
+
+def test_prompts_of_one_token_bucket_share_one_compilation(pair):
+    _, pipeline = pair
+    prompts = ["a cat", "a cat and a dog", "", LONG]
+    buckets = [pipeline.tokenize([prompt]).ids.shape[1] for prompt in prompts]
+    assert buckets[0] == buckets[1] == buckets[2] < buckets[3]
+    before = generation.generation_step._cache_size()
+    ses_jax.search(
+        prompts, model=pipeline, reward=toy.brightness(), budget=4, population=2, elites=1, level=1, preview_steps=1,
+        steps=1, height=32, width=32, guidance=0.0, progress=False,
+    )  # fmt: skip
+    assert generation.generation_step._cache_size() - before == 2

@@ -1,0 +1,80 @@
+"""The packaged demo checkpoint: small, in the published layout, the same in diffusers, and better for being searched."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from PIL import Image
+from transformers import CLIPModel
+
+import ses_jax
+from ses_jax import hub
+
+PROMPTS = [
+    "a red circle on a white background",
+    "a large blue square on a gray background",
+    "a green circle left of a red square on a white background",
+    "a small yellow triangle above a blue circle on a black background",
+]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return ses_jax.load_pipeline("demo")
+
+
+def test_is_small_and_in_the_published_layout():
+    names = {str(path.relative_to(hub.DEMO)) for path in hub.DEMO.rglob("*") if path.is_file()}
+    assert sum((hub.DEMO / name).stat().st_size for name in names) <= 16 * 2**20
+    assert {"model_index.json", "README.md", "clip/config.json", "scheduler/scheduler_config.json"} <= names
+    assert {"transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"} <= names
+    assert {"vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"} <= names
+
+
+def test_images_equal_diffusers(pipeline):
+    """Trained weights reach larger activations than random ones; the bounds are the same."""
+    reference = ZImagePipeline.from_pretrained(hub.DEMO, torch_dtype=torch.float32)
+    reference.set_progress_bar_config(disable=True)
+    defaults = pipeline.defaults
+    noise = np.random.default_rng(0).standard_normal((2, *pipeline.noise_shape(64, 64))).astype(np.float32)
+    with torch.no_grad():
+        expected = reference(
+            prompt=PROMPTS[:2],
+            guidance_scale=defaults.guidance,
+            num_inference_steps=defaults.steps,
+            height=64,
+            width=64,
+            latents=torch.tensor(noise),
+            output_type="pt",
+        ).images.permute(0, 2, 3, 1)
+    difference = np.abs(np.asarray(ses_jax.generate(pipeline, PROMPTS[:2], noise=noise)) - expected.numpy())
+    assert difference.max() <= 1e-4
+    assert difference.mean() <= 1e-5
+
+
+def test_its_reward_loads_in_transformers():
+    model = CLIPModel.from_pretrained(hub.DEMO / "clip")
+    assert model.config.vision_config.image_size == 64
+
+
+def test_prompts_fit_the_smallest_token_bucket(pipeline):
+    tokens = pipeline.tokenize(PROMPTS)
+    assert tokens.ids.shape[1] == 32
+
+
+def test_colours_follow_the_prompt(pipeline):
+    """Means over several noises: a red circle on white is redder than a blue one, a white background lighter than black."""
+    prompts = [f"a large {color} circle on a {background} background" for color, background in
+               [("red", "white"), ("blue", "white"), ("red", "black")]]  # fmt: skip
+    means = [np.asarray(ses_jax.generate(pipeline, [prompt] * 6)).mean(axis=(0, 1, 2)) for prompt in prompts]
+    assert means[0][0] - means[0][2] > means[1][0] - means[1][2] + 0.1
+    assert means[0].mean() > means[2].mean() + 0.3
+
+
+def test_search_raises_the_reward(pipeline):
+    results = ses_jax.search(PROMPTS, model=pipeline, budget=30, progress=False)
+    assert all(result.score >= result.baseline_score for result in results)
+    gain = np.mean([result.score - result.baseline_score for result in results])
+    spread = np.mean([np.std([row["score"] for row in result.history[:10]]) for result in results])
+    assert gain > spread
+    assert isinstance(results[0].image, Image.Image)
