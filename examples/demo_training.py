@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
     """Warm-up, hold, then a linear fall to zero over the last part of the steps: any stop can still be annealed."""
 
     warmup: int = 100
-    decay: float = 0.3
+    decay: float = 0.4
 
     def __call__(self, step: int, steps: int) -> float:
         return min(1.0, (step + 1) / self.warmup, (steps - step) / max(1, int(self.decay * steps)))

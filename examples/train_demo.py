@@ -69,7 +69,7 @@ def train_vae(args: Arguments, sizes: Sizes) -> None:
     demo_training.train(
         args.work / "vae",
         lambda key: autoencoder_kl.init(key, sizes.vae),
-        demo_models.adamw(2e-3),
+        demo_models.adamw(1e-3),
         lambda params, images, key: vae_loss(params, sizes, images, key),
         lambda step: demo_data.image_batch(step, sizes.vae_batch, args.seed),
         _limits(args, "vae"),

@@ -1,4 +1,4 @@
-"""The packaged demo checkpoint: small, in the published layout, the same in diffusers, and better for being searched."""
+"""The packaged demo checkpoint: small, in the published layout, the same in diffusers, better for being searched."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_prompts_fit_the_smallest_token_bucket(pipeline):
 
 
 def test_colours_follow_the_prompt(pipeline):
-    """Means over several noises: a red circle on white is redder than a blue one, a white background lighter than black."""
+    """Means over several noises: red is redder than blue, a white background lighter than black."""
     prompts = [f"a large {color} circle on a {background} background" for color, background in
                [("red", "white"), ("blue", "white"), ("red", "black")]]  # fmt: skip
     means = [np.asarray(ses_jax.generate(pipeline, [prompt] * 6)).mean(axis=(0, 1, 2)) for prompt in prompts]
