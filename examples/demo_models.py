@@ -68,7 +68,7 @@ DEMO = Sizes(
     vae_batch=32,
     clip_families=48,
     dit_batch=32,
-    pool=50_000,
+    pool=32_000,
     rebuilt=4000,
 )
 TINY = Sizes(

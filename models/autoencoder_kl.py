@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
 
@@ -43,12 +44,14 @@ class Config:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def encode(params: Any, config: Config, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def encode(
+    params: Any, config: Config, images: Float[Array, "b H W 3"]
+) -> tuple[Float[Array, "b c h w"], Float[Array, "b c h w"]]:
     """Posterior of the latents of `images [B, H, W, 3]`: mean and log-variance, each `[B, C, H/8, W/8]`."""
     return AutoencoderKL(config).apply({"params": params}, images, method="encode")
 
 
-def decode(params: Any, config: Config, latents: jax.Array) -> jax.Array:
+def decode(params: Any, config: Config, latents: Float[Array, "b c h w"]) -> Float[Array, "b H W 3"]:
     """Images `[B, H, W, 3]`, about [-1, 1] and not clipped, of `latents [B, C, h, w]`."""
     return AutoencoderKL(config).apply({"params": params}, latents, method="decode")
 

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention
 from ses_jax.models.layers import stack
@@ -71,17 +72,17 @@ class Config:
         )
 
 
-def embed_text(params: Any, config: Config, token_ids: jax.Array) -> jax.Array:
+def embed_text(params: Any, config: Config, token_ids: Int[Array, "b l"]) -> Float[Array, "b d"]:
     """L2-normalised embeddings, float32 `[B, projection_dim]`, of `token_ids [B, L]` padded after the end token."""
     return _normalise(CLIP(config).apply({"params": params}, token_ids, method="text_features"))
 
 
-def embed_image(params: Any, config: Config, pixels: jax.Array) -> jax.Array:
+def embed_image(params: Any, config: Config, pixels: Float[Array, "b size size 3"]) -> Float[Array, "b d"]:
     """L2-normalised embeddings, float32 `[B, projection_dim]`, of standardised `pixels [B, size, size, 3]`."""
     return _normalise(CLIP(config).apply({"params": params}, pixels, method="image_features"))
 
 
-def logit_scale(params: Any) -> jax.Array:
+def logit_scale(params: Any) -> Float[Array, ""]:
     """The learned inverse temperature `exp(logit_scale)`, float32 scalar."""
     return jnp.exp(params["logit_scale"].astype(jnp.float32))
 

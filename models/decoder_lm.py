@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_half
 from ses_jax.models.layers import GatedMLP, RMSNorm, stack
@@ -65,7 +66,7 @@ class Config:
         )
 
 
-def hidden_state(params: Any, config: Config, token_ids: jax.Array) -> jax.Array:
+def hidden_state(params: Any, config: Config, token_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
     """Hidden state `[B, L, hidden_size]` of right-padded `token_ids [B, L]` after `config.layers` layers.
 
     Attention is causal, so real tokens never see the padding to their right and need no mask; rows of padding

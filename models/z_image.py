@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import GatedMLP, RMSNorm, layer_norm, stack, timestep_embedding
@@ -77,16 +78,20 @@ class Caption(NamedTuple):
       lengths: int `[B]`, each caption's own length rounded up to 32; tokens beyond it are never attended to.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
+    tokens: Float[Array, "b l dim"]
+    lengths: Int[Array, " b"]
 
 
-def refine_caption(params: Any, config: Config, features: jax.Array, lengths: jax.Array) -> Caption:
+def refine_caption(
+    params: Any, config: Config, features: Float[Array, "b l features"], lengths: Int[Array | np.ndarray, " b"]
+) -> Caption:
     """Refines text features `[B, L, cap_feat_dim]` of which the first `lengths [B]` rows are real; L % 32 == 0."""
     return ZImage(config).apply({"params": params}, features, lengths, method="refine_caption")
 
 
-def velocity(params: Any, config: Config, latents: jax.Array, sigma: jax.Array, caption: Caption) -> jax.Array:
+def velocity(
+    params: Any, config: Config, latents: Float[Array, "b c h w"], sigma: Float[Array, " b"], caption: Caption
+) -> Float[Array, "b c h w"]:
     """Velocity `d latents / d sigma` (noise minus image), float32 `[B, C, h, w]`.
 
     Args:
@@ -239,14 +244,14 @@ class FinalLayer(nn.Module):
         return nn.Dense(self.patch_dim, name="linear")(layer_norm(x) * (1 + scale[:, None, :]))
 
 
-def patchify(latents: jax.Array, patch: int) -> jax.Array:
+def patchify(latents: Float[Array, "b c h w"], patch: int) -> Float[Array, "b s d"]:
     """`[B, C, h, w]` to row-major tokens `[B, h/p * w/p, p * p * C]`, channel innermost."""
     batch, channels, height, width = latents.shape
     x = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return x.transpose(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
 
 
-def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch: int) -> jax.Array:
+def unpatchify(tokens: Float[Array, "b s d"], grid: tuple[int, int], patch: int) -> Float[Array, "b c h w"]:
     """Inverse of `patchify` for a grid of `(h/p, w/p)` tokens."""
     rows, columns = grid
     x = tokens.reshape(tokens.shape[0], rows, columns, patch, patch, -1)

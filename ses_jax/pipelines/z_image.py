@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from ses_jax import hub
 from ses_jax.convert import autoencoder_kl as vae_tables
@@ -124,8 +125,12 @@ def encode(text_config: decoder_lm.Config, config: z_image.Config, params: Any, 
 
 
 def velocity(
-    config: z_image.Config, params: Any, latents: jax.Array, sigma: jax.Array, condition: Condition
-) -> jax.Array:
+    config: z_image.Config,
+    params: Any,
+    latents: Float[Array, "b c h w"],
+    sigma: Float[Array, " b"],
+    condition: Condition,
+) -> Float[Array, "b c h w"]:
     """Guided velocity `[B, C, h, w]`; the positive and the negative branch run as one batch."""
     run = functools.partial(z_image.velocity, params["transformer"], config)
     if condition.negative is None:
@@ -136,7 +141,12 @@ def velocity(
     return guide(positive, negative, sigma, condition.guidance)
 
 
-def guide(positive: jax.Array, negative: jax.Array, sigma: jax.Array, guidance: Mapping[str, jax.Array]) -> jax.Array:
+def guide(
+    positive: Float[Array, "b c h w"],
+    negative: Float[Array, "b c h w"],
+    sigma: Float[Array, " b"],
+    guidance: Mapping[str, Array],
+) -> Float[Array, "b c h w"]:
     """Classifier-free guidance of velocities `[B, C, h, w]` with the options of the module docstring, each `[B]`."""
     on = 1.0 - sigma <= guidance["truncation"]
     scale = jnp.where(on, guidance["scale"], 0.0)[:, None, None, None]
@@ -147,7 +157,7 @@ def guide(positive: jax.Array, negative: jax.Array, sigma: jax.Array, guidance: 
     return guided * shrink[:, None, None, None]
 
 
-def decode(config: autoencoder_kl.Config, params: Any, latents: jax.Array) -> jax.Array:
+def decode(config: autoencoder_kl.Config, params: Any, latents: Float[Array, "b c h w"]) -> Float[Array, "b H W 3"]:
     """Images `[B, H, W, 3]` in [0, 1]."""
     images = autoencoder_kl.decode(params["vae"], config, latents / config.scaling_factor + config.shift_factor)
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
