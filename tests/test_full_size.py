@@ -1,0 +1,105 @@
+"""The published sizes, abstractly: a whole generation is traced at 1024 x 1024 without allocating a weight."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ses_jax import cem, generation, rewards
+from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
+from ses_jax.pipelines import base
+from ses_jax.pipelines import z_image as family
+
+CLIP_H = clip.Config(
+    text=clip.Tower(1024, 4096, 24, 16, "gelu"), vision=clip.Tower(1280, 5120, 32, 16, "gelu"), projection_dim=1024
+)
+POPULATION, STEPS = 10, 8
+
+
+def abstract_params(dtype):
+    networks = {
+        "transformer": (z_image, z_image.Config()),
+        "vae": (autoencoder_kl, autoencoder_kl.Config()),
+        "text_encoder": (decoder_lm, decoder_lm.Config()),
+        "clip": (clip, CLIP_H),
+    }
+    trees = {
+        name: jax.eval_shape(functools.partial(module.init, config=config), jax.random.key(0))
+        for name, (module, config) in networks.items()
+    }
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), trees)
+
+
+def tokens(guided):
+    ids, lengths = np.zeros((1, 64), np.int32), np.array([40], np.int32)
+    guidance = {name: np.ones(1, np.float32) for name in family.GUIDANCE_OFF}
+    return family.Tokens(ids, lengths, ids if guided else None, lengths if guided else None, guidance)
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (832, 1216)])
+@pytest.mark.parametrize("guided", [False, True], ids=["turbo", "guided"])
+def test_a_generation_of_z_image_with_clip_h(size, guided):
+    params = abstract_params(jnp.bfloat16)
+    shape = family.noise_shape(z_image.Config(), autoencoder_kl.Config(), *size)
+    assert shape == (16, size[0] // 8, size[1] // 8)
+    condition = jax.eval_shape(
+        functools.partial(family.encode, decoder_lm.Config(), z_image.Config()), params, tokens(guided)
+    )
+    assert condition.positive.tokens.shape == (1, 64, 3840)
+    assert (condition.negative is not None) == guided
+
+    program = generation.Program(
+        model=generation.Model(
+            functools.partial(family.velocity, z_image.Config()),
+            functools.partial(family.decode, autoencoder_kl.Config()),
+        ),
+        score=functools.partial(rewards.clip_score, CLIP_H, rewards.Preprocessor()),
+        wavelet="db1",
+        shape=shape[1:],
+        population=POPULATION,
+        evaluated=POPULATION,
+        chunk=5,
+    )
+    low, high = jax.eval_shape(lambda x: generation.split(x, "db1", 4), jax.ShapeDtypeStruct(shape, jnp.float32))
+    inputs = generation.Inputs(
+        key=jax.random.key(0),
+        low=low,
+        high=high,
+        condition=condition,
+        text=jax.ShapeDtypeStruct((1, 1024), jnp.float32),
+        sigmas=base.static_shift_sigmas(STEPS, 3.0),
+        budget=jnp.int32(50),
+    )
+    state = cem.init(low.shape)
+    step = functools.partial(generation.generation_step, program)
+    after, scored = jax.eval_shape(step, (params, params["clip"]), inputs, jnp.int32(0), state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert scored.scores.shape == (POPULATION,)
+    assert {leaf.dtype for leaf in jax.tree.leaves((after, scored))} == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_activations_run_in_the_dtype_of_the_weights():
+    """Nothing in the blocks silently promotes bfloat16 to float32: the products all take bfloat16."""
+    params = abstract_params(jnp.bfloat16)["transformer"]
+    caption = z_image.Caption(jax.ShapeDtypeStruct((2, 32, 3840), jnp.bfloat16), jax.ShapeDtypeStruct((2,), jnp.int32))
+    jaxpr = jax.make_jaxpr(functools.partial(z_image.velocity, config=z_image.Config()))(
+        params,
+        latents=jax.ShapeDtypeStruct((2, 16, 64, 64), jnp.float32),
+        sigma=jax.ShapeDtypeStruct((2,), jnp.float32),
+        caption=caption,
+    )
+    products = [eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert len(products) > 10
+    for equation in products:
+        assert all(operand.aval.dtype == jnp.bfloat16 for operand in equation.invars), equation
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
