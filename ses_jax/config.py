@@ -7,8 +7,6 @@ from typing import Any
 from ses_jax import wavelet
 from ses_jax.pipelines.base import Guidance, Pipeline
 
-PREVIEW_STEPS = 10
-
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
@@ -16,7 +14,7 @@ class SearchConfig:
 
     Attributes:
       budget: how many candidates are scored, the base noise among them.
-      preview_steps: denoising steps of a candidate; None is 10, or `steps` where that is fewer.
+      preview_steps: denoising steps of a candidate; the default is never more than `steps`.
       steps: denoising steps of the final images.
       guidance: guidance scale in the model's own convention, or a mapping of the model's own options.
       negative_prompt: what to steer away from, where guidance is on.
@@ -71,7 +69,7 @@ class SearchConfig:
             name: getattr(pipeline.defaults, name) if getattr(self, name) is None else getattr(self, name)
             for name in ("steps", "guidance", "height", "width", "level")
         }
-        filled["preview_steps"] = self.preview_steps or min(PREVIEW_STEPS, filled["steps"])
+        filled["preview_steps"] = self.preview_steps or min(pipeline.defaults.preview_steps, filled["steps"])
         return dataclasses.replace(self, **filled)
 
     def as_json(self) -> dict[str, Any]:

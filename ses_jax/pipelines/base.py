@@ -20,6 +20,7 @@ class Defaults:
     Attributes:
       height, width: of the image, in pixels.
       steps: of the full render.
+      preview_steps: of a candidate.
       guidance: classifier-free or distilled guidance, in the family's own convention.
       level: wavelet level of the low band.
       reward: name of the reward.
@@ -28,6 +29,7 @@ class Defaults:
     height: int = 1024
     width: int = 1024
     steps: int = 28
+    preview_steps: int = 10
     guidance: float = 0.0
     level: int = 4
     reward: str = "pick"

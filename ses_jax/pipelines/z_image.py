@@ -31,7 +31,7 @@ COMPONENTS = {
     "text_encoder": text_tables.component(hidden_state=-2),
 }
 MAX_TOKENS = 512
-TURBO = base.Defaults(steps=8, guidance=0.0)
+TURBO = base.Defaults(steps=8, preview_steps=8, guidance=0.0)
 BASE = base.Defaults(steps=50, guidance=4.0)
 GUIDANCE_OFF = {"scale": 0.0, "normalization": 0.0, "truncation": 1.0}
 
