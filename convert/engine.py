@@ -9,7 +9,7 @@ import collections
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,14 +43,16 @@ class Weights(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where one published tensor sits in the params.
+    """Where one published tensor, or a part of one, sits in the params.
 
     Attributes:
       name: published name, with its prefix.
-      shape: published shape.
+      shape: published shape, of the whole tensor.
       target: path of the leaf.
-      index: place along the leaf's leading axis; None where the tensor is the whole leaf.
+      index: place along the leaf's leading axis; None where the leaf is not stacked.
       transform: published tensor to leaf, and back.
+      part: number of the part of a tensor that several leaves share; None where the tensor goes to one leaf.
+      rows: where the part begins and ends along the tensor's first axis; None where the tensor goes to one leaf.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Slot(NamedTuple):
     target: str
     index: int | None
     transform: Transform
+    part: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 class Plan(NamedTuple):
@@ -90,9 +94,10 @@ def plan(table: Table, abstract: Any, headers: Mapping[str, Header]) -> Plan:
     wanted = {slot.name: slot for slot in slots}
     unused = tuple(name for name in headers if name not in wanted and _is_ignored(table, name, prefix))
     unexpected = [name for name in headers if name not in wanted and name not in unused]
-    problems = [f"missing: {s.name} {list(s.shape)}, for {s.target}" for s in slots if s.name not in headers]
+    once = wanted.values()
+    problems = [f"missing: {s.name} {list(s.shape)}, for {s.target}" for s in once if s.name not in headers]
     problems += [f"unexpected: {name} in {headers[name].file}" for name in unexpected]
-    problems += [p for slot in slots if slot.name in headers for p in _header_problems(slot, headers[slot.name])]
+    problems += [p for slot in once if slot.name in headers for p in _header_problems(slot, headers[slot.name])]
     _raise_if(problems, f"weights do not fit the network ({_files(headers)})")
     return Plan(_by_target(slots), unused, prefix)
 
@@ -130,7 +135,7 @@ def load(
 
 
 def export(table: Table, params: Any, prefix: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Published tensors `(name, array)` of params, one leaf on the host at a time.
+    """Published tensors `(name, array)` of params, on the host one leaf at a time, or the leaves that share tensors.
 
     Args:
       table: the network's conversion table.
@@ -139,12 +144,15 @@ def export(table: Table, params: Any, prefix: str | None = None) -> Iterator[tup
     """
     leaves = {_path(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     slots = layout(table, params, table.prefixes[0] if prefix is None else prefix)
-    for target, group in itertools.groupby(slots, key=lambda slot: slot.target):
-        values = np.asarray(leaves[target])
-        for slot in group:
-            published = np.empty(slot.shape, values.dtype)
-            _copy(published, slot.transform.inverse(_piece(values, slot)))
-            yield slot.name, published
+    tensors = _by_name(slots).items()
+    for targets, group in itertools.groupby(tensors, key=lambda item: [slot.target for slot in item[1]]):
+        values = {target: np.asarray(leaves[target]) for target in targets}
+        dtype = np.result_type(*values.values())
+        for name, parts in group:
+            published = np.empty(parts[0].shape, dtype)
+            for slot in parts:
+                _copy(_rows(published, slot), slot.transform.inverse(_piece(values[slot.target], slot)))
+            yield name, published
 
 
 def layout(table: Table, abstract: Any, prefix: str = "") -> tuple[Slot, ...]:
@@ -162,10 +170,11 @@ def layout(table: Table, abstract: Any, prefix: str = "") -> tuple[Slot, ...]:
         else:
             claims = " and ".join(f"{r.source} -> {r.target}" for r in rules) or "none"
             problems.append(f"{path} needs exactly one rule, has {len(rules)}: {claims}")
-    uses = collections.Counter(slot.name for slot in slots)
-    problems += [f"{name} fills {count} leaves" for name, count in uses.items() if count > 1]
+    shared = _by_name(slots)
+    problems += [p for name, group in shared.items() for p in _sharing_problems(name, group)]
     _raise_if(problems, "the conversion table does not fit the network")
-    return tuple(slots)
+    places = {name: _places(group) for name, group in shared.items() if group[0].part is not None}
+    return tuple(slot if slot.part is None else places[slot.name][slot.part] for slot in slots)
 
 
 def _slots(rule: Rule, path: str, shape: tuple[int, ...], prefix: str) -> list[Slot]:
@@ -176,10 +185,34 @@ def _slots(rule: Rule, path: str, shape: tuple[int, ...], prefix: str) -> list[S
         raise ConversionError(f"rule {rule.source} stacks along more than one placeholder: {', '.join(stacked)}")
     if not stacked:
         name = prefix + rule.source.format(**numbers)
-        return [Slot(name, _published_shape(rule.transform, shape), path, None, rule.transform)]
+        return [Slot(name, _published_shape(rule.transform, shape), path, None, rule.transform, rule.part)]
     published = _published_shape(rule.transform, shape[1:])
     names = (prefix + rule.source.format(**numbers, **{stacked[0]: i}) for i in range(shape[0]))
-    return [Slot(name, published, path, i, rule.transform) for i, name in enumerate(names)]
+    return [Slot(name, published, path, i, rule.transform, rule.part) for i, name in enumerate(names)]
+
+
+def _sharing_problems(name: str, slots: Sequence[Slot]) -> list[str]:
+    """What keeps slots from being the parts 0, 1, 2, ... of one tensor, or its only one."""
+    parts = [slot.part for slot in slots]
+    if parts == [None]:
+        return []
+    if None in parts:
+        return [f"{name} fills {len(slots)} leaves"]
+    if sorted(parts) != list(range(len(parts))):
+        return [f"{name} is split into the parts {', '.join(map(str, parts))}"]
+    if len({slot.shape[1:] for slot in slots}) > 1:
+        return [f"{name} is split into parts that do not fit together: {[list(slot.shape) for slot in slots]}"]
+    return []
+
+
+def _places(slots: Iterable[Slot]) -> list[Slot]:
+    """The parts of one tensor in order, each with the whole tensor's shape and its own rows."""
+    ordered = sorted(slots, key=lambda slot: slot.part)
+    ends = list(itertools.accumulate(slot.shape[0] for slot in ordered))
+    return [
+        slot._replace(shape=(ends[-1], *slot.shape[1:]), rows=(end - slot.shape[0], end))
+        for slot, end in zip(ordered, ends, strict=True)
+    ]
 
 
 def _assemble(slots: Iterable[Slot], shape: tuple[int, ...], dtype: Any, weights: Weights) -> np.ndarray:
@@ -188,7 +221,7 @@ def _assemble(slots: Iterable[Slot], shape: tuple[int, ...], dtype: Any, weights
     for slot in slots:
         piece = _piece(leaf, slot)
         with np.errstate(over="ignore"):  # reported below, with the tensor's name
-            _copy(piece, slot.transform.forward(weights.read(slot.name)))
+            _copy(piece, slot.transform.forward(_rows(weights.read(slot.name), slot)))
         if not np.isfinite(piece).all():
             file = weights.headers[slot.name].file
             raise ConversionError(f"{slot.name} in {file} has NaN or infinite values (as {leaf.dtype})")
@@ -198,6 +231,11 @@ def _assemble(slots: Iterable[Slot], shape: tuple[int, ...], dtype: Any, weights
 def _piece(leaf: np.ndarray, slot: Slot) -> np.ndarray:
     """The part of a leaf that one published tensor fills, as a view."""
     return leaf if slot.index is None else leaf[slot.index, ...]
+
+
+def _rows(published: np.ndarray, slot: Slot) -> np.ndarray:
+    """The part of a published tensor that goes to one leaf, as a view."""
+    return published if slot.rows is None else published[slice(*slot.rows)]
 
 
 def _copy(out: np.ndarray, values: np.ndarray) -> None:
@@ -229,7 +267,7 @@ def _header_problems(slot: Slot, header: Header) -> list[str]:
 
 def _find_prefix(table: Table, names: Iterable[str]) -> str:
     """The first of the table's prefixes that occurs."""
-    return next((p for p in table.prefixes if any(name.startswith(p) for name in names)), "")
+    return next((p for p in table.prefixes if p and any(name.startswith(p) for name in names)), "")
 
 
 def _is_ignored(table: Table, name: str, prefix: str) -> bool:
@@ -238,6 +276,13 @@ def _is_ignored(table: Table, name: str, prefix: str) -> bool:
 
 def _by_target(slots: Iterable[Slot]) -> dict[str, tuple[Slot, ...]]:
     return {target: tuple(group) for target, group in itertools.groupby(slots, key=lambda slot: slot.target)}
+
+
+def _by_name(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
+    groups = collections.defaultdict(list)
+    for slot in slots:
+        groups[slot.name].append(slot)
+    return groups
 
 
 def _published_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,8 +1,11 @@
-"""Reading and writing the published files: safetensors, in one file or in shards with an index, and JSON."""
+"""Reading and writing the published files: safetensors, in one file or in shards with an index, and JSON.
+
+Files of torch are read as well (`pickles.py`), never written.
+"""
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import safetensors
 import safetensors.numpy
 
 from ses_jax.convert.engine import ConversionError, Header, Weights
+from ses_jax.convert.pickles import open_pickle
 
 SHARD_BYTES = 4 << 30
+PICKLES = (".pt", ".pth")
 INDEX = ".safetensors.index.json"
 
 
@@ -58,6 +63,25 @@ def open_weights(folder: Path, stem: str) -> Weights:
         found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(f"no weights in {folder}: expected {stem}.safetensors or {stem}{INDEX}, found {found}")
     return open_files([file])
+
+
+def open_named(folder: Path, stems: Sequence[str]) -> Weights:
+    """The tensors of the first file there is with one of some names, as safetensors or as torch writes them.
+
+    Args:
+      folder: holds `{stem}.safetensors`, `{stem}.pt` or `{stem}.pth` for one of the stems.
+      stems: names without suffix, the preferred one first.
+
+    Raises:
+      FileNotFoundError: naming what was expected and what is there.
+      ConversionError: naming a file that is corrupt, or that holds more than tensors.
+    """
+    for file in (folder / f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", *PICKLES)):
+        if file.is_file():
+            return open_pickle(file) if file.suffix in PICKLES else open_files([file])
+    found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+    expected = " or ".join(f"{stem}.safetensors, .pt or .pth" for stem in stems)
+    raise FileNotFoundError(f"no weights in {folder}: expected {expected}, found {found}")
 
 
 def open_files(files: Iterable[Path]) -> Weights:

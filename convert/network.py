@@ -70,12 +70,35 @@ def load(
     except (KeyError, TypeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{folder / 'config.json'}: {reason}") from error
-    abstract = component.abstract(config)
     if (folder / PARAMS).is_dir():
-        params = checkpoint.restore(folder / PARAMS, abstract, dtype=dtype, sharding=sharding)
+        params = checkpoint.restore(folder / PARAMS, component.abstract(config), dtype=dtype, sharding=sharding)
         _check_finite(folder, params)
         return _with_facts(folder, json, config, params)
-    weights = open_weights(folder, component.stem)
+    return read(open_weights(folder, component.stem), component, json, dtype=dtype, sharding=sharding)
+
+
+def read(
+    weights: Weights,
+    component: Component,
+    json: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> Network:
+    """Reads a network from published tensors, wherever they lie.
+
+    Args:
+      weights: the tensors.
+      component: which network to expect.
+      json: content of its `config.json`.
+      dtype: of the params; None keeps that of the files.
+      sharding: `(path, shape)` of a leaf to where it is placed; None is the default device.
+
+    Raises:
+      ConversionError: naming the tensors that do not fit.
+    """
+    config = component.from_json(json)
+    abstract = component.abstract(config)
     plan = engine.plan(component.table(json), abstract, weights.headers)
     params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding)
     unused = Weights({name: weights.headers[name] for name in plan.unused}, weights.read)

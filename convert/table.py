@@ -1,14 +1,16 @@
 """The words a conversion table is written in: how each published tensor becomes a leaf of the params.
 
 A rule pairs two templates. A placeholder such as `{i}` stands for a number. One that is absent from the target means
-that the published tensors `0, 1, 2, ...` are stacked along a leading axis of the target; one that is present renames:
+that the published tensors `0, 1, 2, ...` are stacked along a leading axis of the target; one that is present renames.
+Several rules with one source, numbered by `part`, split a tensor that is published in one piece along its first axis:
 
     linear("layers.{i}.attention.to_q", "layers/attention/to_q")          one stacked kernel for all layers
     conv("decoder.up_blocks.{b}.resnets.{r}.conv1", "up_{b}_resnet_{r}/conv1")   one kernel each
+    fused("layers.{i}.attn.qkv", ["layers/q", "layers/k", "layers/v"])           three kernels of one tensor
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,11 +40,13 @@ class Rule(NamedTuple):
       source: template of published names, dotted.
       target: template of paths in the params, with slashes.
       transform: how the elements move.
+      part: place among the rules that share the published tensor, from 0; None for a tensor of its own.
     """
 
     source: str
     target: str
     transform: Transform = IDENTITY
+    part: int | None = None
 
 
 class Table(NamedTuple):
@@ -83,6 +87,13 @@ class Component:
 def linear(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:
     """A linear layer."""
     return _weighted(source, f"{target}/kernel", LINEAR) + _bias(source, target, bias)
+
+
+def fused(source: str, targets: Sequence[str], *, separator: str = ".") -> tuple[Rule, ...]:
+    """Linear layers published as one, their outputs in the order of `targets`."""
+    weights = (Rule(f"{source}{separator}weight", f"{t}/kernel", LINEAR, i) for i, t in enumerate(targets))
+    biases = (Rule(f"{source}{separator}bias", f"{t}/bias", IDENTITY, i) for i, t in enumerate(targets))
+    return (*weights, *biases)
 
 
 def conv(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:

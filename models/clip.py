@@ -15,6 +15,13 @@ from jaxtyping import Array, Float, Int
 from ses_jax.models.attention import attention
 from ses_jax.models.layers import stack
 
+# open_clip's "ViT-H-14".
+VIT_H = {
+    "embed_dim": 1024,
+    "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
@@ -69,6 +76,22 @@ class Config:
             eos_token_id=text.get("eos_token_id", 2),
             image_size=vision.get("image_size", 224),
             patch_size=vision.get("patch_size", 32),
+        )
+
+    @classmethod
+    def from_open_clip(cls, config: Mapping[str, Any]) -> "Config":
+        """Reads an `open_clip_config.json`; without its `model_cfg`, the network is ViT-H/14."""
+        model = config.get("model_cfg", VIT_H)
+        text, vision = model["text_cfg"], model["vision_cfg"]
+        act = "quick_gelu" if model.get("quick_gelu", False) else "gelu"
+        return cls(
+            text=_open_clip_tower(text, text["heads"], act),
+            vision=_open_clip_tower(vision, vision["width"] // vision.get("head_width", 64), act),
+            projection_dim=model["embed_dim"],
+            vocab_size=text.get("vocab_size", 49408),
+            max_length=text.get("context_length", 77),
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
         )
 
 
@@ -180,6 +203,11 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def _open_clip_tower(config: Mapping[str, Any], heads: int, act: str) -> Tower:
+    width = config["width"]
+    return Tower(width, int(width * config.get("mlp_ratio", 4)), config["layers"], heads, act)
 
 
 def _positions(module: nn.Module, length: int, dim: int) -> jax.Array:

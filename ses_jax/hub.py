@@ -1,7 +1,7 @@
 """Where weights come from: the packaged demo, a folder on disk (published or converted), or the Hugging Face hub."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from ses_jax.convert import network
-from ses_jax.convert.files import read_json
+from ses_jax.convert.engine import Weights
+from ses_jax.convert.files import open_named, read_json
 from ses_jax.convert.table import Component
 
-__all__ = ["default_dtype", "load_component", "load_tokenizer", "read_json", "resolve", "settings"]
+__all__ = [
+    "default_dtype",
+    "load_component",
+    "load_tokenizer",
+    "load_weights",
+    "open_named",
+    "read_json",
+    "resolve",
+    "settings",
+]
 
 DEMO = Path(__file__).parent / "demo"
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
@@ -22,12 +32,13 @@ PIPELINE_WEIGHTS, NETWORK_WEIGHTS = "*/*.safetensors", "model*.safetensors"
 VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")  # the same weights again, at another precision
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, *, weights: str | None = None) -> Path:
     """The local folder of a checkpoint, downloaded first where it has to be.
 
     Args:
       source: "demo", a folder, or a Hugging Face id such as "Tongyi-MAI/Z-Image-Turbo" of a
         pipeline or of a single network.
+      weights: pattern of the weights to download; None is those of a pipeline or a network in safetensors, "" none.
 
     Raises:
       FileNotFoundError: if a folder, or the demo, is not there.
@@ -46,7 +57,7 @@ def resolve(source: str | Path) -> Path:
         raise ValueError(
             f"unknown model {source!r}: expected 'demo', an existing folder, or a Hugging Face id 'organisation/name'"
         )
-    return _download(source)
+    return _download(source, weights)
 
 
 def load_component(
@@ -70,6 +81,21 @@ def load_component(
     """
     loaded = network.load(folder, component, dtype=jnp.dtype(dtype or default_dtype()), sharding=sharding)
     return loaded.config, loaded.params
+
+
+def load_weights(weights: Weights, component: Component, json: Mapping[str, Any], *, dtype: Any = None) -> Any:
+    """Params of one network from tensors that are opened already.
+
+    Args:
+      weights: its published tensors.
+      component: which network to expect.
+      json: content of its `config.json`.
+      dtype: of the params; None is bfloat16 on GPU and TPU, float32 on CPU.
+
+    Raises:
+      ValueError: naming the tensors that do not fit.
+    """
+    return network.read(weights, component, json, dtype=jnp.dtype(dtype or default_dtype())).params
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -106,11 +132,12 @@ def _existing(folder: Path, complaint: str) -> Path:
     return folder
 
 
-def _download(source: str) -> Path:
+def _download(source: str, weights: str | None) -> Path:
     try:
         folder = Path(_snapshot(source, SMALL_FILES))
-        weights = PIPELINE_WEIGHTS if (folder / "model_index.json").is_file() else NETWORK_WEIGHTS
-        return Path(_snapshot(source, weights))
+        if weights is None:
+            weights = PIPELINE_WEIGHTS if (folder / "model_index.json").is_file() else NETWORK_WEIGHTS
+        return Path(_snapshot(source, weights)) if weights else folder
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source!r} is neither a folder nor could it be fetched from the Hugging Face hub: {error}. Check the "

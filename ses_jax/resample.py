@@ -19,23 +19,37 @@ def quantize(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     return jnp.round(jnp.clip(images.astype(jnp.float32), 0.0, 1.0) * 255.0)
 
 
-def resize(pixels: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b H W c"]:
-    """Bicubic resize of pixel values 0 .. 255 to `size = (height, width)`, antialiased, rounded to integers."""
+def resize(pixels: Float[Array, "b h w c"], size: tuple[int, int], *, rounded: bool = True) -> Float[Array, "b H W c"]:
+    """Bicubic resize of pixel values 0 .. 255 to `size = (height, width)`, antialiased.
+
+    Args:
+      rounded: to 8-bit values after each pass, as Pillow does; otherwise values of any range stay floats, as in
+        torch's `interpolate(mode="bicubic", antialias=True)`.
+    """
     height, width = pixels.shape[1:3]
+    finish = _round if rounded else lambda x: x
     if width != size[1]:
-        pixels = _round(jnp.einsum("bhwc,Ww->bhWc", pixels, coefficients(width, size[1]), precision="highest"))
+        pixels = finish(jnp.einsum("bhwc,Ww->bhWc", pixels, coefficients(width, size[1]), precision="highest"))
     if height != size[0]:
-        pixels = _round(jnp.einsum("bhwc,Hh->bHwc", pixels, coefficients(height, size[0]), precision="highest"))
+        pixels = finish(jnp.einsum("bhwc,Hh->bHwc", pixels, coefficients(height, size[0]), precision="highest"))
     return pixels
 
 
-def resize_and_crop(pixels: Float[Array, "b h w c"], size: int) -> Float[Array, "b size size c"]:
-    """Resizes the shorter edge to `size`, then cuts the centre square, as CLIP's slow image processor does."""
+def resize_and_crop(
+    pixels: Float[Array, "b h w c"], size: int, *, rounded: bool = True, half_to_even: bool = False
+) -> Float[Array, "b size size c"]:
+    """Resizes the shorter edge to `size`, then cuts the centre square.
+
+    Args:
+      rounded: see `resize`.
+      half_to_even: where the square begins if the margin is odd: rounded half to even, as torchvision does, or down,
+        as CLIP's slow image processor does.
+    """
     height, width = pixels.shape[1:3]
     short = min(height, width)
     target = (int(size * height / short), int(size * width / short))
-    resized = resize(pixels, target)
-    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    resized = resize(pixels, target, rounded=rounded)
+    top, left = (_margin(edge - size, half_to_even) for edge in target)
     return resized[:, top : top + size, left : left + size]
 
 
@@ -53,6 +67,10 @@ def coefficients(source: int, target: int) -> np.ndarray:
     weights /= weights.sum(axis=1, keepdims=True)
     # Pillow holds its weights as fixed-point numbers with 22 fractional bits.
     return (np.round(weights * 2**22) / 2**22).astype(np.float32)
+
+
+def _margin(surplus: int, half_to_even: bool) -> int:
+    return round(surplus / 2) if half_to_even else surplus // 2
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:

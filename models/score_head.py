@@ -1,0 +1,47 @@
+"""The head of LAION's aesthetic predictor and of ImageReward: five linear layers with nothing between them.
+
+Reference: `MLP` in christophschuhmann/improved-aesthetic-predictor and THUDM/ImageReward (dropout is off).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+WIDTHS = (1024, 128, 64, 16, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Size of what is scored."""
+
+    input_size: int = 768
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "Config":
+        """Reads `input_size`; published files come without a config."""
+        return cls(config["input_size"])
+
+
+def score(params: Any, x: Float[Array, "b d"]) -> Float[Array, "b"]:
+    """One number for each row of `x [B, D]`, float32 if the params are."""
+    for i in range(len(WIDTHS)):
+        layer = params[f"layer_{i}"]
+        x = x.astype(layer["kernel"].dtype) @ layer["kernel"] + layer["bias"]
+    return x[:, 0]
+
+
+def init(key: jax.Array, config: Config) -> Any:
+    """Random params, for abstract shapes and tests."""
+    sizes = itertools.pairwise((config.input_size, *WIDTHS))
+    return {
+        f"layer_{i}": {
+            "kernel": jax.random.normal(jax.random.fold_in(key, i), (fan_in, fan_out)) * fan_in**-0.5,
+            "bias": jnp.zeros(fan_out),
+        }
+        for i, (fan_in, fan_out) in enumerate(sizes)
+    }

@@ -1,0 +1,262 @@
+"""The published scorers: networks that say how good an image is for a prompt, preprocessing included.
+
+Each follows its authors' code, down to the order of resizing and rounding. Text is prepared once a prompt; images are
+scored inside the compiled step.
+"""
+
+import dataclasses
+import functools
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ses_jax import hub
+from ses_jax.convert import blip as blip_tables
+from ses_jax.convert import clip as clip_tables
+from ses_jax.convert import open_clip as open_clip_tables
+from ses_jax.convert import score_head as head_tables
+from ses_jax.models import blip, clip, score_head
+from ses_jax.preprocess import Preprocessor
+
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_L = "openai/clip-vit-large-patch14"
+BERT = "google-bert/bert-base-uncased"
+# Names of the weights, without their suffix; the first one that a folder holds is read.
+HPS_FILES = ("HPS_v2.1_compressed", "HPS_v2_compressed")
+AESTHETIC_FILES = ("sac+logos+ava1-l14-linearMSE",)
+IMAGE_REWARD_FILES = ("ImageReward",)
+IMAGE_REWARD_MEAN, IMAGE_REWARD_STD = 0.16717362830052426, 1.0333394966054072
+IMAGE_REWARD_TOKENS = 35
+# Quotes that ftfy, which HPSv2's tokenizer begins with, makes straight.
+STRAIGHT_QUOTES = str.maketrans(dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("“”„‟", '"'))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scorer:
+    """A scorer as pure functions and their params.
+
+    Attributes:
+      name: its kind.
+      params: pytree of weights.
+      tokenize: `(prompts) -> tokens`, on the host.
+      embed_text: `(params, tokens) -> text`, arrays with the prompts as their leading axis; once a prompt.
+      score: `(params, images [B, H, W, 3] in [0, 1], text) -> [B]`, pure; text of one prompt or of one an image.
+    """
+
+    name: str
+    params: Any
+    tokenize: Callable[[Sequence[str]], Any]
+    embed_text: Callable[[Any, Any], Any]
+    score: Callable[[Any, Array, Any], Array]
+
+
+class Kind(NamedTuple):
+    """What is known of a kind of scorer before it is loaded.
+
+    Attributes:
+      source: Hugging Face id of the published weights.
+      verified: what was checked.
+      load: `(name, folder, dtype) -> Scorer`.
+      weights: pattern of the weights' files; None is a network in safetensors.
+    """
+
+    source: str
+    verified: str
+    load: Callable[[str, Path, Any], Scorer]
+    weights: str | None = None
+
+
+def load_scorer(kind: str, *, source: str | Path | None = None, dtype: Any = None) -> Scorer:
+    """Loads a published scorer.
+
+    Args:
+      kind: one of `KINDS`.
+      source: a local folder or Hugging Face id with the weights; None is the published one. What a folder of "hps",
+        "aesthetic" or "imagereward" lacks (tokenizer, CLIP) comes from the published id of that part.
+      dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
+
+    Raises:
+      FileNotFoundError: naming the file that is absent.
+      ValueError: for an unknown kind or a broken checkpoint.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown scorer {kind!r}; known: {', '.join(KINDS)}")
+    chosen = KINDS[kind]
+    return chosen.load(kind, hub.resolve(source or chosen.source, weights=chosen.weights), dtype)
+
+
+# CLIP score and PickScore: exp(logit_scale) * cosine.
+
+
+def load_clip(name: str, folder: Path, dtype: Any = None) -> Scorer:
+    """A CLIP checkpoint of transformers, with its tokenizer and, optionally, `preprocessor_config.json`."""
+    config, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype)
+    return Scorer(
+        name=name,
+        params=params,
+        tokenize=functools.partial(_tokenize_clip, hub.load_tokenizer(folder), config.max_length),
+        embed_text=functools.partial(_embed_clip, config),
+        score=functools.partial(clip_score, config, Preprocessor.from_folder(folder, config.image_size)),
+    )
+
+
+def clip_score(
+    config: clip.Config, preprocess: Preprocessor, params: Any, images: Float[Array, "b h w 3"], text: Array
+) -> Float[Array, "b"]:
+    """`exp(logit_scale) * cosine` of each image and its text embedding, float32 `[B]`."""
+    return clip.logit_scale(params) * cosine(config, preprocess, params, images, text)
+
+
+def cosine(
+    config: clip.Config, preprocess: Preprocessor, params: Any, images: Float[Array, "b h w 3"], text: Array
+) -> Float[Array, "b"]:
+    """Cosine of each image and its text embedding, float32 `[B]`."""
+    return jnp.sum(clip.embed_image(params, config, preprocess(images)) * text, axis=-1)
+
+
+def _tokenize_clip(tokenizer: Any, length: int, prompts: Sequence[str]) -> np.ndarray:
+    encoded = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
+    return np.array(encoded["input_ids"], np.int32)
+
+
+def _embed_clip(config: clip.Config, params: Any, tokens: Array) -> Array:
+    return clip.embed_text(params, config, tokens)
+
+
+# HPSv2: cosine, of an image that is resized as a float tensor.
+
+
+def load_hps(name: str, folder: Path, dtype: Any = None) -> Scorer:
+    """HPSv2 or v2.1, in open_clip's layout.
+
+    Args:
+      folder: holds `HPS_v2.1_compressed` or `HPS_v2_compressed`, `.safetensors` or `.pt`; optionally
+        `open_clip_config.json` (default ViT-H/14) and the tokenizer (default that of LAION's ViT-H/14).
+    """
+    json = _optional_json(folder / "open_clip_config.json")
+    config = clip.Config.from_open_clip(json)
+    weights = hub.open_named(folder, HPS_FILES)
+    # The authors leave `antialias` to torchvision, whose releases differ; this is what it does since 0.17.
+    preprocess = Preprocessor(config.image_size, resize_floats=True, half_to_even=True)
+    tokenizer = hub.load_tokenizer(_with_tokenizer(folder, CLIP_H))
+    return Scorer(
+        name=name,
+        params=hub.load_weights(weights, open_clip_tables.COMPONENT, json, dtype=dtype),
+        tokenize=lambda prompts: _tokenize_clip(tokenizer, config.max_length, [clean(prompt) for prompt in prompts]),
+        embed_text=functools.partial(_embed_clip, config),
+        score=functools.partial(cosine, config, preprocess),
+    )
+
+
+def clean(prompt: str) -> str:
+    """A prompt as open_clip's tokenizer reads it: escapes resolved twice, lower case, plain spaces and quotes.
+
+    ftfy's repair of wrongly decoded text is left out.
+    """
+    unescaped = html.unescape(html.unescape(prompt.translate(STRAIGHT_QUOTES)))
+    return " ".join(unescaped.split()).lower()
+
+
+# LAION aesthetics: a head on CLIP's image embedding; the prompt is not looked at.
+
+
+def load_aesthetic(name: str, folder: Path, dtype: Any = None) -> Scorer:
+    """LAION's improved aesthetic predictor on CLIP ViT-L/14.
+
+    Args:
+      folder: holds `sac+logos+ava1-l14-linearMSE`, `.safetensors` or `.pth`; and the CLIP checkpoint of transformers in
+        its subfolder `clip`, or beside the head, or nowhere (default OpenAI's).
+    """
+    config, params = hub.load_component(_clip_beside(folder), clip_tables.COMPONENT, dtype=dtype)
+    head = _load_head(hub.open_named(folder, AESTHETIC_FILES), config.projection_dim)
+    preprocess = Preprocessor(config.image_size, half_to_even=True)
+    return Scorer(
+        name=name,
+        params={"clip": {part: leaf for part, leaf in params.items() if not part.startswith("text")}, "head": head},
+        tokenize=lambda prompts: np.zeros((len(prompts), 0), np.int32),
+        embed_text=lambda params, tokens: tokens,
+        score=functools.partial(aesthetic_score, config, preprocess),
+    )
+
+
+def aesthetic_score(
+    config: clip.Config, preprocess: Preprocessor, params: Any, images: Float[Array, "b h w 3"], text: Any = None
+) -> Float[Array, "b"]:
+    """Aesthetic scores, about 1 to 10, float32 `[B]`."""
+    return score_head.score(params["head"], clip.embed_image(params["clip"], config, preprocess(images)))
+
+
+def _clip_beside(folder: Path) -> Path:
+    if (folder / "clip").is_dir():
+        return folder / "clip"
+    return folder if (folder / "config.json").is_file() else hub.resolve(CLIP_L)
+
+
+# ImageReward: a text encoder that looks at the image, and a head.
+
+
+def load_image_reward(name: str, folder: Path, dtype: Any = None) -> Scorer:
+    """ImageReward, in its authors' layout.
+
+    Args:
+      folder: holds `ImageReward`, `.safetensors` or `.pt`, and `med_config.json`; optionally the tokenizer (default
+        that of BERT base uncased).
+    """
+    json = hub.read_json(folder / "med_config.json")
+    config = blip.Config.from_json(json)
+    weights = hub.open_named(folder, IMAGE_REWARD_FILES)
+    tokenizer = hub.load_tokenizer(_with_tokenizer(folder, BERT))
+    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own
+    return Scorer(
+        name=name,
+        params={
+            "blip": hub.load_weights(weights, blip_tables.COMPONENT, json, dtype=dtype),
+            "head": _load_head(weights, config.text.hidden_size),
+        },
+        tokenize=functools.partial(_tokenize_bert, tokenizer),
+        embed_text=lambda params, tokens: tokens,
+        score=functools.partial(image_reward, config, Preprocessor(config.image_size, half_to_even=True)),
+    )
+
+
+def image_reward(
+    config: blip.Config, preprocess: Preprocessor, params: Any, images: Float[Array, "b h w 3"], text: blip.Tokens
+) -> Float[Array, "b"]:
+    """ImageReward of each image for its prompt, standardised by the authors' mean and deviation, float32 `[B]`."""
+    state = blip.encode(params["blip"], config, preprocess(images), text)
+    return (score_head.score(params["head"], state) - IMAGE_REWARD_MEAN) / IMAGE_REWARD_STD
+
+
+def _tokenize_bert(tokenizer: Any, prompts: Sequence[str]) -> blip.Tokens:
+    encoded = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=IMAGE_REWARD_TOKENS)
+    return blip.Tokens(np.array(encoded["input_ids"], np.int32), np.array(encoded["attention_mask"], bool))
+
+
+def _load_head(weights: Any, input_size: int) -> Any:
+    return hub.load_weights(weights, head_tables.COMPONENT, {"input_size": input_size}, dtype=jnp.float32)
+
+
+def _with_tokenizer(folder: Path, default: str) -> Path:
+    """The folder itself if it has a tokenizer, else the published one."""
+    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return folder if own else hub.resolve(default, weights="")
+
+
+def _optional_json(file: Path) -> dict[str, Any]:
+    return hub.read_json(file) if file.is_file() else {}
+
+
+HEADER = "names and shapes of every published tensor"
+PARITY = "scores against the original on tiny random weights; not run with the published weights"
+KINDS: dict[str, Kind] = {
+    "pick": Kind("yuvalkirstain/PickScore_v1", f"{HEADER}; {PARITY}", load_clip),
+    "hps": Kind("xswu/HPSv2", f"{HEADER}; {PARITY}", load_hps, f"{HPS_FILES[0]}.*"),
+    "clip": Kind(CLIP_H, f"{HEADER}; {PARITY}", load_clip),
+    "imagereward": Kind("THUDM/ImageReward", PARITY, load_image_reward, f"{IMAGE_REWARD_FILES[0]}.*"),
+    "aesthetic": Kind("camenduru/improved-aesthetic-predictor", PARITY, load_aesthetic, f"{AESTHETIC_FILES[0]}.*"),
+}
