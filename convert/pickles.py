@@ -73,9 +73,13 @@ def _open_with(torch: Any, file: Path) -> Weights:
     """By torch's reader; zip files stay on disk until a tensor is read."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:  # its text recommends to run the file
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named:
+            raise _refusal(file, named[1]) from None
+        raise ConversionError(f"{file} is corrupt or holds more than tensors: torch refuses it; {REMEDY}") from None
     except Exception as error:  # torch raises anything from RuntimeError to KeyError for damaged files
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        raise (_refusal(file, refused[1]) if refused else _corrupt(file, error)) from error
+        raise _corrupt(file, error) from error
     names = {getattr(torch, dtype): name for dtype, name in TORCH_DTYPES.items()}
     tensors = _state(file, content, torch.Tensor)
     headers = {

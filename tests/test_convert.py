@@ -14,10 +14,10 @@ import oracle
 import pytest
 import safetensors.numpy
 
-from ses_jax.convert import autoencoder_kl, clip, decoder_lm, engine, files, folder, network, z_image
+from ses_jax.convert import autoencoder_kl, clip, decoder_lm, engine, files, folder, network, open_clip, z_image
 from ses_jax.convert.__main__ import main
 from ses_jax.convert.engine import ConversionError, Header, Weights
-from ses_jax.convert.table import CONV, IDENTITY, LINEAR, Component, Rule, Table, linear
+from ses_jax.convert.table import CONV, IDENTITY, LINEAR, Component, Rule, Table, fused, linear
 from ses_jax.pipelines import FAMILIES
 
 QWEN3_4B = {
@@ -55,6 +55,7 @@ PUBLISHED = {
     "flux1.vae": (autoencoder_kl.COMPONENT, {}, 0),
     "clip_h14_hf.reward": (clip.COMPONENT, CLIP_H, 2),
     "clip_l14_hf.reward": (clip.COMPONENT, CLIP_L, 0),
+    "hpsv2_open_clip_h14.reward": (open_clip.COMPONENT, {}, 0),
 }
 
 
@@ -80,11 +81,12 @@ def test_table_covers_a_whole_published_checkpoint(name):
     headers = published_header(name)
     plan = plan_for(name, headers)
     slots = [slot for group in plan.slots.values() for slot in group]
-    assert sorted([slot.name for slot in slots] + list(plan.unused)) == sorted(headers)
-    assert all(slot.shape == headers[slot.name].shape for slot in slots)
+    tensors = {slot.name: slot.shape for slot in slots}  # several slots share a fused tensor
+    assert sorted([*tensors, *plan.unused]) == sorted(headers)
+    assert all(shape == headers[name].shape for name, shape in tensors.items())
     abstract = abstract_params(name)
     assert len(plan.slots) == len(jax.tree.leaves(abstract))
-    assert sum(np.prod(slot.shape) for slot in slots) == sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert sum(np.prod(shape) for shape in tensors.values()) == sum(leaf.size for leaf in jax.tree.leaves(abstract))
     assert len(plan.unused) == PUBLISHED[name][2]
 
 
@@ -123,6 +125,13 @@ def test_all_problems_come_in_one_error():
         assert complaint in str(error.value)
     with pytest.raises(ConversionError, match=r"and 224 more$"):
         plan_for("flux1.vae", {})
+
+
+def test_open_clip_fills_the_same_params_as_transformers():
+    """One network, two published layouts: every leaf has the same path and shape."""
+    ours, theirs = abstract_params("hpsv2_open_clip_h14.reward"), abstract_params("clip_h14_hf.reward")
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    assert jax.tree.leaves(ours) == jax.tree.leaves(theirs)
 
 
 def test_a_wrong_config_is_reported_by_layer():
@@ -192,6 +201,54 @@ def test_any_rank_round_trips(shape, layers):
     params = engine.load(engine.plan(table, abstract, headers), abstract, Weights(headers, published.__getitem__))
     np.testing.assert_array_equal(params["y"][0] if layers else params["y"], transform.forward(published[names[0]]))
     assert_bit_equal(dict(engine.export(table, params)), published)
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_fused_tensors_round_trip(layers):
+    """Parts of different sizes, in an order that is not that of the leaves."""
+    source = "x.{i}.qkv" if layers else "x.qkv"
+    widths = {"v": 10, "q": 30, "k": 70}
+    table = Table((*fused(source, list(widths)), *linear(source.replace("qkv", "out"), "out", bias=False)))
+    rng = np.random.default_rng(0)
+    published = {}
+    for i in range(layers or 1):
+        name = f"x.{i}." if layers else "x."
+        published[f"{name}qkv.weight"] = rng.standard_normal((110, 80), np.float32)
+        published[f"{name}qkv.bias"] = rng.standard_normal(110, np.float32)
+        published[f"{name}out.weight"] = rng.standard_normal((5, 6), np.float32)
+    headers = {name: Header(array.shape, "F32", "file") for name, array in published.items()}
+    leaf = lambda *shape: jax.ShapeDtypeStruct((layers, *shape) if layers else shape, np.float32)  # noqa: E731
+    abstract = {n: {"kernel": leaf(80, w), "bias": leaf(w)} for n, w in widths.items()} | {
+        "out": {"kernel": leaf(6, 5)}
+    }
+    params = engine.load(engine.plan(table, abstract, headers), abstract, Weights(headers, published.__getitem__))
+    last = f"x.{layers - 1}." if layers else "x."
+    q = params["q"]["kernel"][-1] if layers else params["q"]["kernel"]
+    np.testing.assert_array_equal(q, published[f"{last}qkv.weight"][10:40].T)
+    assert_bit_equal(dict(engine.export(table, params)), published)
+
+    wrong = headers | {f"{last}qkv.weight": Header((111, 80), "F32", "file")}
+    with pytest.raises(ConversionError) as error:
+        engine.plan(table, abstract, wrong)
+    assert str(error.value).splitlines()[1:] == [
+        f"  wrong shape: {last}qkv.weight in file is [111, 80], expected [110, 80]"
+    ]
+    with pytest.raises(ConversionError, match=r"missing: .*qkv.bias \[110\], for"):
+        engine.plan(table, abstract, {name: h for name, h in headers.items() if not name.endswith("qkv.bias")})
+
+
+@pytest.mark.parametrize(
+    ("parts", "complaint"),
+    [((0, 0), "is split into the parts 0, 0"), ((0, 2), "into the parts 0, 2"), ((0, None), "fills 2 leaves")],
+)
+def test_a_wrong_split_is_reported(parts, complaint):
+    table = Table(tuple(Rule("x", name, part=part) for name, part in zip("ab", parts, strict=True)))
+    leaves = {"a": jax.ShapeDtypeStruct((2, 3), np.float32), "b": jax.ShapeDtypeStruct((2, 3), np.float32)}
+    with pytest.raises(ConversionError, match=complaint):
+        engine.layout(table, leaves)
+    narrow = leaves | {"b": jax.ShapeDtypeStruct((2, 4), np.float32)}
+    with pytest.raises(ConversionError, match="do not fit together"):
+        engine.layout(Table((Rule("x", "a", part=0), Rule("x", "b", part=1))), narrow)
 
 
 @pytest.mark.parametrize("transform", [IDENTITY, LINEAR, CONV], ids=lambda t: t.name)
