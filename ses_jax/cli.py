@@ -1,10 +1,11 @@
 """The shell: `ses-jax search`, `ses-jax generate`, `ses-jax models`; the same as the Python API."""
 
 import functools
+import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -17,6 +18,7 @@ def search(
     /,
     model: str = "demo",
     reward: str | None = None,
+    report: tuple[str, ...] = (),
     budget: int = 50,
     preview_steps: int | None = None,
     steps: int | None = None,
@@ -30,6 +32,7 @@ def search(
     wavelet: str = "db1",
     level: int | None = None,
     chunk: int | None = None,
+    standardize: bool = True,
     out: Path = Path("ses_out"),
     progress: bool = True,
 ) -> None:
@@ -38,7 +41,9 @@ def search(
     Args:
         prompts: one or more prompts.
         model: "demo", a folder, or a Hugging Face id.
-        reward: "pick", "clip", or a weighted sum such as "pick=1,clip=0.5"; the model's own by default.
+        reward: a name such as "pick" (see `ses-jax models`), your own function "module:function", or a mixture of both
+            such as "pick=1,hps=0.5"; the model's own by default.
+        report: rewards that score every image without driving the search.
         budget: candidates to score.
         preview_steps: denoising steps of a candidate.
         steps: denoising steps of the final image.
@@ -52,14 +57,20 @@ def search(
         wavelet: name in PyWavelets.
         level: how deep the searched low band lies.
         chunk: candidates denoised at a time, to save memory.
+        standardize: give the parts of a mixture the same spread before they are summed.
         out: folder for the results; several prompts go to subfolders 000, 001, ...
         progress: show a progress bar.
     """
-    settings = {name: value for name, value in locals().items() if name not in ("prompts", "reward")}
+    settings = {name: value for name, value in locals().items() if name not in ("prompts", "reward", "report")}
     import ses_jax
 
     many = len(prompts) != 1
-    found = ses_jax.search(list(prompts) if many else prompts[0], reward=_parse_reward(reward), **settings)
+    found = ses_jax.search(
+        list(prompts) if many else prompts[0],
+        reward=None if reward is None else _parse_reward(reward),
+        report={_parse_part(name): 1.0 for name in report} or None,
+        **settings,
+    )
     for index, result in enumerate(found if many else [found]):
         folder = out / f"{index:03d}" if many else out
         print(
@@ -110,12 +121,12 @@ def generate(
 def models() -> None:
     """List the supported models and rewards, and what each was verified with."""
     from ses_jax.pipelines import FAMILIES
-    from ses_jax.rewards import PUBLISHED
+    from ses_jax.scorers import KINDS
 
     rows = [
         (model.source, model.defaults, model.verified) for family in FAMILIES.values() for model in family.PUBLISHED
     ]
-    rows += [(source, f"--reward {kind}", verified) for kind, (source, verified) in PUBLISHED.items()]
+    rows += [(kind.source, f"--reward {name}", kind.verified) for name, kind in KINDS.items()]
     for source, use, verified in rows:
         print(f"{source}\n    {use}\n    verified: {verified}")
 
@@ -138,11 +149,26 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _parse_reward(text: str | None) -> str | dict[str, float] | None:
-    """`"pick"` as it is; `"pick=1,clip=0.5"` as a mapping."""
-    if text is None or "=" not in text:
-        return text
+def _parse_reward(text: str) -> Any:
+    """`"pick"` and `"module:function"` as what they name; `"pick=1,module:function=0.5"` as a mapping to weights."""
+    if "=" not in text:
+        return _parse_part(text)
     try:
-        return {name.strip(): float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+        weights = [(name.strip(), float(weight)) for name, weight in (part.split("=") for part in text.split(","))]
     except ValueError:
-        raise ValueError(f"--reward {text}: expected a name, or weights such as pick=1,clip=0.5") from None
+        raise ValueError(f"--reward {text}: expected a name, or weights such as pick=1,hps=0.5") from None
+    return {_parse_part(name): weight for name, weight in weights}
+
+
+def _parse_part(name: str) -> Any:
+    """A reward's name as it is; `"module:function"` as the function, modules of the current folder included."""
+    if ":" not in name:
+        return name
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())

@@ -24,6 +24,8 @@ class SearchConfig:
       elites: how many of the best candidates shape the next generation.
       wavelet: name in PyWavelets; level: how deep the low band lies.
       chunk: candidates denoised at a time; None is all of a generation.
+      standardize: whether a mixture's parts are standardised, per prompt over all candidates so far, before they are
+        summed; False is the plain weighted sum.
     """
 
     budget: int = 50
@@ -39,6 +41,7 @@ class SearchConfig:
     wavelet: str = "db1"
     level: int | None = None
     chunk: int | None = None
+    standardize: bool = True
 
     def check(self) -> None:
         """Raises ValueError for settings that no model could run."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax import cem, generation, rewards
+from ses_jax import generation, mixture, records, rewards
 from ses_jax.config import SearchConfig, check_size
 from ses_jax.generation import Inputs, Model, Program
 from ses_jax.pipelines import Guidance, Pipeline, load_pipeline
@@ -33,6 +33,7 @@ def search(
     *,
     model: str | Pipeline = "demo",
     reward: RewardSpec | Reward | None = None,
+    report: RewardSpec | Reward | Sequence[str] | None = None,
     budget: int = 50,
     preview_steps: int | None = None,
     steps: int | None = None,
@@ -46,6 +47,7 @@ def search(
     wavelet: str = "db1",
     level: int | None = None,
     chunk: int | None = None,
+    standardize: bool = True,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> SearchResult | list[SearchResult]:
@@ -55,8 +57,10 @@ def search(
       prompt: one prompt, or a list of prompts, each searched on its own.
       model: what `load_pipeline` takes, or a loaded pipeline.
       reward: what `load_reward` takes, or a loaded reward; None is the model's default.
+      report: rewards, or names of rewards, that score every image without driving the search: where the search's own
+        reward rises and these fall, the search has fooled it.
       budget, preview_steps, steps, guidance, negative_prompt, height, width, seed, population, elites, wavelet, level,
-        chunk: see `SearchConfig`.
+        chunk, standardize: see `SearchConfig`.
       out: folder to save to: one prompt's result in it, or those of a list in its subfolders `000`, `001`, ...
       progress: whether to show a progress bar.
 
@@ -81,15 +85,20 @@ def search(
         wavelet=wavelet,
         level=level,
         chunk=chunk,
+        standardize=standardize,
     )
     prompts = _prompt_list(prompt)
     config.check()
-    if reward is not None:
-        rewards.check(reward)
+    report = dict.fromkeys(report, 1.0) if isinstance(report, Sequence) and not isinstance(report, str) else report
+    for spec in (reward, report):
+        if spec is not None:
+            rewards.check(spec)
     folder = None if out is None else writable_folder(out)
     pipeline = model if isinstance(model, Pipeline) else load_pipeline(model)
     config = config.resolve(pipeline)
-    reward = _resolve_reward(reward, pipeline)
+    reward = _resolve_reward(pipeline.defaults.reward if reward is None else reward, pipeline)
+    if report is not None:
+        reward = rewards.with_report(reward, _resolve_reward(report, pipeline))
 
     results: list[SearchResult] = []
     for index, text in enumerate(prompts):
@@ -152,23 +161,24 @@ def search_prompt(
     times = [time.perf_counter()]
     noise_key, key = prompt_keys(config.seed, index)
     noise = base_noise(noise_key, pipeline.noise_shape(config.height, config.width))
-    program = _program(pipeline, reward, config, noise.shape[1:])
+    program = _program(pipeline, reward, config, prompt)
     inputs = _inputs(pipeline, reward, config, prompt, (key, noise))
     times.append(time.perf_counter())
 
     step = functools.partial(_step, program, pipeline.params, reward, inputs, prompt)
     with progress_bar(prompt, config.budget, enabled=progress) as report:
-        state, history, interrupted = _generations(step, config, inputs.low.shape, report)
+        state, scored, interrupted = _generations(program, step, config, inputs.low.shape, report)
     times.append(time.perf_counter())
-    if not math.isfinite(state.best_score):
+    total = functools.partial(_total, program, scored.components)
+    names = [part.name for part in reward.parts]
+    history = records.history(names, scored, total(scored.components), config.population)
+    if history[-1]["best"] is None:
         raise ValueError(f"reward {reward.name!r} gave no finite score in {len(history)} candidates; check the reward")
 
-    winner = generation.merge(state.best_sample, inputs.high, config.wavelet, program.shape)
-    sigmas = pipeline.sigmas(config.steps, config.height, config.width)
-    render = functools.partial(generation.render, program.model, pipeline.params)
-    parts = jnp.split(jnp.stack([winner, noise]), 2 if program.chunk == 1 else 1)
-    images = jnp.concatenate([render(part, sigmas, inputs.condition) for part in parts])
-    final_score, baseline_final_score = _scores(reward, images, prompt, inputs.text).tolist()
+    winner = generation.merge(state.cem.best_sample, inputs.high, config.wavelet, program.shape)
+    images = _render_finals(program, pipeline, config, inputs, jnp.stack([winner, noise]))
+    components = _components(program, reward, images, prompt, inputs.text)
+    final_score, baseline_final_score = total(components).tolist()
     image, baseline_image = (to_image(pixels) for pixels in np.asarray(images))
     times.append(time.perf_counter())
 
@@ -177,11 +187,12 @@ def search_prompt(
         prompt=prompt,
         image=image,
         noise=np.asarray(winner),
-        score=float(state.best_score),
+        score=history[-1]["best"],
         final_score=final_score,
         baseline_image=baseline_image,
         baseline_score=math.nan if history[0]["score"] is None else history[0]["score"],
         baseline_final_score=baseline_final_score,
+        components=records.part_scores(names, history, components),
         history=history,
         config=config.as_json() | {"family": pipeline.family, "reward": reward.name, "prompt_index": index},
         timings={
@@ -205,13 +216,16 @@ def base_noise(key: Array, shape: tuple[int, ...]) -> Float[Array, "c h w"]:
     return jax.random.normal(key, shape, jnp.float32)
 
 
-def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, shape: tuple[int, int]) -> Program:
+def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompt: str) -> Program:
     evaluated = min(config.population, config.budget)
     return Program(
         model=Model(pipeline.velocity, pipeline.decode),
-        score=reward.score,
+        score=rewards.device_scores(reward, prompt),
+        weights=reward.weights,
+        # Standardising a single part would change its scores and not their order.
+        standardize=config.standardize and np.count_nonzero(reward.weights) > 1,
         wavelet=config.wavelet,
-        shape=shape,
+        shape=pipeline.noise_shape(config.height, config.width)[1:],
         population=config.population,
         evaluated=evaluated,
         chunk=min(config.chunk or evaluated, evaluated),
@@ -224,86 +238,94 @@ def _inputs(
     """Encodes the prompt and splits the noise; `draws` are the search's key and the base noise."""
     key, noise = draws
     tokens = pipeline.tokenize([prompt], guidance=config.guidance, negative_prompt=config.negative_prompt)
-    text = None
-    if reward.host is None:
-        text = rewards.embed(reward.embed_text, reward.params, reward.tokenize([prompt]))
     low, high = generation.split(noise, config.wavelet, config.level)
     return Inputs(
         key=key,
         low=low,
         high=high,
         condition=generation.encode(pipeline.encode, pipeline.params, tokens),
-        text=text,
+        text=rewards.device_text(reward, [prompt]),
         sigmas=jnp.asarray(pipeline.sigmas(config.preview_steps, config.height, config.width)),
         budget=jnp.int32(config.budget),
     )
 
 
 def _generations(
-    step: Callable, config: SearchConfig, low_shape: tuple[int, ...], report: Report
-) -> tuple[cem.State, list[dict[str, Any]], bool]:
-    """Runs generations until the budget is spent or the user interrupts: state, history, whether interrupted."""
-    state = cem.init(low_shape, elites=config.elites)
-    history: list[dict[str, Any]] = []
+    program: Program, step: Callable, config: SearchConfig, low_shape: tuple[int, ...], report: Report
+) -> tuple[generation.State, generation.Scored, bool]:
+    """Runs generations until the budget is spent or the user interrupts.
+
+    Returns:
+      The state, all candidates' components `[budget, parts]` and `low_rms [budget]`, whether interrupted.
+    """
+    count = math.ceil(config.budget / config.population)
+    state = generation.init(program, low_shape, elites=config.elites, generations=count)
+    parts: list[generation.Scored] = []
     start = time.perf_counter()
-    for index in range(math.ceil(config.budget / config.population)):
+    interrupted = False
+    for index in range(count):
         try:
             state, scored = step(jnp.int32(index), state)
-            scored = jax.device_get(scored)
+            parts.append(jax.device_get(scored))
         except KeyboardInterrupt:
-            if not history:
+            if not parts:
                 raise
-            return state, history, True
-        history = _extended(history, index, scored, config.budget)
-        report(len(history), index, float(state.best_score), len(history) / (time.perf_counter() - start))
-    return state, history, False
+            interrupted = True
+            break
+        done = min((index + 1) * config.population, config.budget)
+        report(done, index, float(state.cem.best_score), done / (time.perf_counter() - start))
+    components, low_rms = (np.concatenate(column)[: config.budget] for column in zip(*parts, strict=True))
+    return state, generation.Scored(components, low_rms), interrupted
 
 
 def _step(
-    program: Program, params: Any, reward: Reward, inputs: Inputs, prompt: str, index: Array, state: cem.State
-) -> tuple[cem.State, generation.Scored]:
-    """One generation, with the reward inside the compiled program or on the host between two of them."""
-    if reward.host is None:
-        return generation.generation_step(program, (params, reward.params), inputs, index, state)
-    lows, images = generation.candidates(program, params, inputs, index, state)
-    scores = jnp.asarray(_scores(reward, images, prompt, None))
-    return generation.update(program, inputs, index, state, lows, scores)
+    program: Program, params: Any, reward: Reward, inputs: Inputs, prompt: str, index: Array, state: generation.State
+) -> tuple[generation.State, generation.Scored]:
+    """One generation, as one compiled program, or as two with the parts on the host between them."""
+    params = (params, rewards.device_params(reward))
+    if not reward.on_host:
+        return generation.generation_step(program, params, inputs, index, state)
+    lows, images, device = generation.candidates(program, params, inputs, index, state)
+    components = rewards.host_components(reward, np.asarray(device), images, [prompt] * len(images))
+    return generation.update(program, inputs, index, state, lows, jnp.asarray(components))
 
 
-def _scores(reward: Reward, images: Array, prompt: str, text: Any) -> np.ndarray:
-    """Scores `[B]` of images of one prompt, whose embedding is `text` unless the reward is on the host."""
-    if reward.host is not None:
-        return reward(images, [prompt] * len(images))
-    return np.asarray(rewards.score(reward.score, reward.params, images, generation.repeat_rows(text, len(images))))
+def _render_finals(
+    program: Program, pipeline: Pipeline, config: SearchConfig, inputs: Inputs, noise: Array
+) -> Float[Array, "b H W 3"]:
+    """The winner and the base with all steps; one after the other if candidates were."""
+    sigmas = pipeline.sigmas(config.steps, config.height, config.width)
+    render = functools.partial(generation.render, program.model, pipeline.params)
+    parts = jnp.split(noise, len(noise) if program.chunk == 1 else 1)
+    return jnp.concatenate([render(part, sigmas, inputs.condition) for part in parts])
 
 
-def _extended(
-    history: list[dict[str, Any]], index: int, scored: generation.Scored, budget: int
-) -> list[dict[str, Any]]:
-    """The history with a generation's rows, in plain JSON values."""
-    rows = list(history)
-    for score, low_rms in zip(scored.scores[: budget - len(history)], scored.low_rms, strict=False):
-        finite = float(score) if math.isfinite(score) else None
-        seen = [value for value in (rows[-1]["best"] if rows else None, finite) if value is not None]
-        rows.append(
-            {
-                "index": len(rows),
-                "generation": index,
-                "score": finite,
-                "best": max(seen, default=None),
-                "low_rms": float(low_rms),
-            }
-        )
-    return rows
+def _components(
+    program: Program, reward: Reward, images: Array, prompt: str, texts: Any
+) -> Float[np.ndarray, "b parts"]:
+    """All parts' scores of images of one prompt, whose embeddings are `texts`."""
+    device = np.zeros((len(images), 0), np.float32)
+    if program.score is not None:
+        rows = generation.repeat_rows(texts, len(images))
+        device = np.asarray(rewards.score(program.score, rewards.device_params(reward), images, rows))
+    return rewards.host_components(reward, device, images, [prompt] * len(images))
 
 
-def _resolve_reward(reward: RewardSpec | Reward | None, pipeline: Pipeline) -> Reward:
+def _total(
+    program: Program, population: Float[np.ndarray, "m parts"], components: Float[np.ndarray, "n parts"]
+) -> Float[np.ndarray, " n"]:
+    """Scores of components; in a standardised mixture as the whole population of the search has them in the end."""
+    if not program.standardize:
+        return np.asarray(mixture.plain_sum(components, program.weights))
+    return np.asarray(mixture.standardized_sum(components, program.weights, population))
+
+
+def _resolve_reward(reward: RewardSpec | Reward, pipeline: Pipeline) -> Reward:
     """The loaded reward; a checkpoint that ships its own scorer in `clip/` is scored by that one."""
     if isinstance(reward, Reward):
         return reward
-    kind = pipeline.defaults.reward if reward is None else reward
     own = Path(pipeline.folder) / "clip"
-    return rewards.load_reward(kind, source=own if kind == "clip" and own.exists() else None)
+    return rewards.load_reward(reward, source={"clip": own} if own.exists() else None)
 
 
 def _prompt_list(prompt: Any) -> list[str]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ses_jax import cem, sampler, wavelet
+from ses_jax import cem, mixture, sampler, wavelet
 
 
 class Model(NamedTuple):
@@ -27,7 +27,9 @@ class Program(NamedTuple):
     """All that a compiled generation depends on besides arrays; equal programs share one compilation.
 
     Attributes:
-      score: the reward's pure function, None for a reward on the host.
+      score: `(params, images, texts) -> [n, parts]`, the reward's parts on the device; None if there are none.
+      weights: of all parts in the sum.
+      standardize: whether parts are standardised over all candidates so far before they are summed.
       shape: `(h, w)` of the latents.
       population: samples drawn a generation.
       evaluated: how many of them are denoised; fewer than drawn only where the whole budget is smaller.
@@ -36,6 +38,8 @@ class Program(NamedTuple):
 
     model: Model
     score: Callable[..., Array] | None
+    weights: tuple[float, ...]
+    standardize: bool
     wavelet: str
     shape: tuple[int, int]
     population: int
@@ -64,45 +68,80 @@ class Inputs(NamedTuple):
     budget: Array
 
 
-class Scored(NamedTuple):
-    """A generation's scores `[n]` (NaN beyond the budget) and root mean squares `[n]` of the low bands."""
+class Archive(NamedTuple):
+    """All candidates so far, for a mixture whose scores change as the population grows.
 
-    scores: Array
+    Attributes:
+      lows: `[generations * n, C, a, b]`.
+      components: `[generations * n, parts]`, NaN where there is no candidate yet.
+    """
+
+    lows: Array
+    components: Array
+
+
+class State(NamedTuple):
+    """The search between two generations; the archive is None unless scores are standardised."""
+
+    cem: cem.State
+    archive: Archive | None
+
+
+class Scored(NamedTuple):
+    """A generation's components `[n, parts]` and root mean squares `[n]` of the low bands."""
+
+    components: Array
     low_rms: Array
+
+
+def init(program: Program, low_shape: tuple[int, ...], *, elites: int, generations: int) -> State:
+    """The state before the first generation."""
+    archive = None
+    if program.standardize:
+        rows = generations * program.evaluated
+        archive = Archive(jnp.zeros((rows, *low_shape)), jnp.full((rows, len(program.weights)), jnp.nan, jnp.float32))
+    return State(cem.init(low_shape, elites=elites), archive)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def generation_step(
-    program: Program, params: Any, inputs: Inputs, generation: Array, state: cem.State
-) -> tuple[cem.State, Scored]:
+    program: Program, params: Any, inputs: Inputs, generation: Array, state: State
+) -> tuple[State, Scored]:
     """One generation: ask, preview, score, tell.
 
     Args:
       params: `(pipeline's, reward's)`.
       generation: int scalar, from 0.
     """
-    model_params, reward_params = params
     lows = propose(program, inputs, generation, state)
 
-    def score(rows):
-        images = preview(program, model_params, inputs, rows)
-        return program.score(reward_params, images, repeat_rows(inputs.text, len(rows)))
+    def components(rows):
+        return _components(program, params, inputs, preview(program, params[0], inputs, rows))
 
-    return tell(program, inputs, generation, state, lows, in_chunks(score, lows, program.chunk))
+    return tell(program, inputs, generation, state, lows, in_chunks(components, lows, program.chunk))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def candidates(
-    program: Program, params: Any, inputs: Inputs, generation: Array, state: cem.State
-) -> tuple[Array, Array]:
-    """For a reward on the host: low bands `[n, C, a, b]` and their previews `[n, H, W, 3]`; `update` then tells."""
+    program: Program, params: Any, inputs: Inputs, generation: Array, state: State
+) -> tuple[Array, Array, Array]:
+    """For a reward with parts on the host, `update` being the rest of the generation.
+
+    Returns:
+      Low bands `[n, C, a, b]`, their previews `[n, H, W, 3]`, and the device parts' components `[n, device parts]`.
+    """
     lows = propose(program, inputs, generation, state)
-    return lows, in_chunks(functools.partial(preview, program, params, inputs), lows, program.chunk)
+
+    def images_and_components(rows):
+        images = preview(program, params[0], inputs, rows)
+        return images, _components(program, params, inputs, images)
+
+    return lows, *in_chunks(images_and_components, lows, program.chunk)
 
 
-def propose(program: Program, inputs: Inputs, generation: Array, state: cem.State) -> Float[Array, "n c a b"]:
+def propose(program: Program, inputs: Inputs, generation: Array, state: State) -> Float[Array, "n c a b"]:
     """This generation's low bands; the very first candidate is the base noise's own."""
-    lows = cem.ask(jax.random.fold_in(inputs.key, generation), state, program.population)[: program.evaluated]
+    lows = cem.ask(jax.random.fold_in(inputs.key, generation), state.cem, program.population)[: program.evaluated]
     return lows.at[0].set(jnp.where(generation == 0, inputs.low, lows[0]))
 
 
@@ -112,14 +151,32 @@ def preview(program: Program, params: Any, inputs: Inputs, lows: Float[Array, "n
     return _render(program.model, params, noise, inputs.sigmas, inputs.condition)
 
 
+def _components(program: Program, params: Any, inputs: Inputs, images: Array) -> Float[Array, "n parts"]:
+    """The device parts' scores; no columns if there are none."""
+    if program.score is None:
+        return jnp.zeros((len(images), 0))
+    return program.score(params[1], images, repeat_rows(inputs.text, len(images)))
+
+
 def tell(
-    program: Program, inputs: Inputs, generation: Array, state: cem.State, lows: Array, scores: Array
-) -> tuple[cem.State, Scored]:
+    program: Program, inputs: Inputs, generation: Array, state: State, lows: Array, components: Array
+) -> tuple[State, Scored]:
     """The new state; candidates beyond the budget are hidden from it."""
-    index = generation * program.population + jnp.arange(len(scores))
-    scores = jnp.where(index < inputs.budget, scores, jnp.nan)
+    index = generation * program.population + jnp.arange(len(components))
+    components = jnp.where((index < inputs.budget)[:, None], components, jnp.nan)
     low_rms = jnp.sqrt(jnp.mean(jnp.square(lows), axis=range(1, lows.ndim)))
-    return cem.tell(state, lows, scores), Scored(scores, low_rms)
+    return _tell(program, generation, state, lows, components), Scored(components, low_rms)
+
+
+def _tell(program: Program, generation: Array, state: State, lows: Array, components: Array) -> State:
+    if state.archive is None:
+        return State(cem.tell(state.cem, lows, mixture.plain_sum(components, program.weights)), None)
+    rows = generation * len(lows) + jnp.arange(len(lows))
+    archive = Archive(state.archive.lows.at[rows].set(lows), state.archive.components.at[rows].set(components))
+    scores = mixture.standardized_sum(archive.components, program.weights, archive.components)
+    # New candidates move everybody's scores. Elites are the best of all so far, so telling all at once is the same.
+    fresh = cem.init(lows.shape[1:], elites=state.cem.elite_scores.size)
+    return State(cem.tell(fresh, archive.lows, scores), archive)
 
 
 def _render(model: Model, params: Any, noise: Array, sigmas: Array, condition: Any) -> Array:
@@ -156,8 +213,8 @@ def repeat_rows(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)[1:])), tree)
 
 
-def in_chunks(function: Callable[[Array], Array], rows: Array, chunk: int) -> Array:
-    """`function` over the leading axis of `rows`, `chunk` rows at a time."""
+def in_chunks(function: Callable[[Array], Any], rows: Array, chunk: int) -> Any:
+    """`function` over the leading axis of `rows`, `chunk` rows at a time; its outputs have that axis too."""
     if chunk >= len(rows):
         return function(rows)
-    return jax.lax.map(lambda row: function(row[None])[0], rows, batch_size=chunk)
+    return jax.lax.map(lambda row: jax.tree.map(lambda x: x[0], function(row[None])), rows, batch_size=chunk)

@@ -26,8 +26,11 @@ class SearchResult:
       final_score: reward of `image` before rounding to 8 bits.
       baseline_image, baseline_score, baseline_final_score: the same for the unsearched noise of the same seed;
         `baseline_score` is row 0 of `history`.
+      components: where the reward has several parts, or others are reported, each part's own score, baseline_score,
+        final_score and baseline_final_score, by its name.
       history: one plain dict a candidate, in the order they were scored: index, generation, score (None if it was not
-        finite), best (so far), low_rms (root mean square of the low band; 1 for fresh noise).
+        finite), best (so far), low_rms (root mean square of the low band; 1 for fresh noise), and components, the
+        parts' own scores, where there are several.
       config: the settings of the search, all defaults filled in.
       timings: seconds of each phase, and images per second of the search.
       interrupted: whether the search was stopped before its budget was spent.
@@ -41,6 +44,7 @@ class SearchResult:
     baseline_image: Image.Image
     baseline_score: float
     baseline_final_score: float
+    components: dict[str, dict[str, float | None]]
     history: list[dict[str, Any]]
     config: dict[str, Any]
     timings: dict[str, float]
@@ -53,6 +57,7 @@ class SearchResult:
         return {
             "prompt": self.prompt,
             **{name: value if math.isfinite(value) else None for name, value in values.items()},
+            "components": self.components,
             "scored": len(self.history),
             "interrupted": self.interrupted,
             "timings": self.timings,

@@ -1,7 +1,8 @@
-"""Rewards: how good an image is for a prompt, as a number to maximise.
+"""Rewards: how good an image is for a prompt, as numbers to maximise.
 
-A reward is CLIP-like (text embedded once a prompt, images scored inside the compiled step), a weighted sum of rewards,
-or a user's own function on the host.
+A reward has one or more parts. A part is a published scorer (`scorers.py`) or a user's function; a function that JAX
+can trace is compiled into the search like a scorer, any other runs on the host between denoise and update. A part of
+weight zero is only reported: it scores every image and drives nothing.
 """
 
 import dataclasses
@@ -15,184 +16,215 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax import hub, resample
-from ses_jax.convert import clip as clip_tables
-from ses_jax.models import clip
+from ses_jax import mixture
+from ses_jax.scorers import KINDS, Scorer, load_scorer
 
-HostReward = Callable[[Array, Sequence[str]], Any]
-RewardSpec = str | Mapping[str, float] | HostReward
+Function = Callable[[Array, Sequence[str]], Any]
+RewardSpec = str | Function | Mapping[str | Function, float]
+Images = Float[Array | np.ndarray, "b h w 3"]
 
-VERIFIED = (
-    "names and shapes of every published tensor; scores against transformers on tiny random checkpoints; "
-    "not run with the published weights"
-)
-PUBLISHED = {
-    "clip": ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", VERIFIED),
-    "pick": ("yuvalkirstain/PickScore_v1", VERIFIED),
-}
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """One number of a reward: a scorer, or a user's function.
+
+    Attributes:
+      name: for reports.
+      weight: in the sum; 0 for a part that is only reported.
+      scorer: a published network; None for a function.
+      function: `(images [B, H, W, 3] in [0, 1], prompts) -> [B]`; None for a scorer.
+      traceable: whether JAX can trace the function.
+    """
+
+    name: str
+    weight: float = 1.0
+    scorer: Scorer | None = None
+    function: Function | None = None
+    traceable: bool = False
+
+    @property
+    def on_host(self) -> bool:
+        return self.scorer is None and not self.traceable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reward:
-    """A reward: pure functions with their params, or host code.
+    """A weighted sum of parts."""
 
-    Attributes:
-      name: for reports.
-      params: pytree of weights.
-      tokenize: `(prompts) -> tokens`, on the host.
-      embed_text: `(params, tokens) -> text`, arrays with the prompts as their leading axis; once a prompt.
-      score: `(params, images [B, H, W, 3] in [0, 1], text) -> [B]`, pure; None if the reward is host code.
-      host: `(images, prompts) -> [B]`; None unless the reward is host code.
-    """
+    parts: tuple[Part, ...]
 
-    name: str
-    params: Any = None
-    tokenize: Callable[[Sequence[str]], Any] = list
-    embed_text: Callable[[Any, Any], Any] | None = None
-    score: Callable[[Any, Array, Any], Array] | None = None
-    host: HostReward | None = None
+    @property
+    def name(self) -> str:
+        """The part's own name, or the weighted sum spelled out."""
+        driving = [part for part in self.parts if part.weight]
+        return driving[0].name if len(driving) == 1 else " + ".join(f"{p.weight:g} {p.name}" for p in driving)
 
-    def __call__(self, images: Float[Array | np.ndarray, "b h w 3"], prompts: Sequence[str]) -> np.ndarray:
-        """Scores `[B]`, float32, of images in [0, 1], each for its own prompt.
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(part.weight for part in self.parts)
+
+    @property
+    def on_host(self) -> bool:
+        return any(part.on_host for part in self.parts)
+
+    def __call__(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
+        """The weighted sum `[B]`, float32, of images in [0, 1], each for its own prompt.
 
         Raises:
           ValueError: unless there is one prompt and one score an image.
         """
+        return mixture.plain_sum(self.components(images, prompts), self.weights)
+
+    def components(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
+        """The parts' own scores, float32 `[B, parts]`; raises as `__call__`."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images need as many prompts, got {len(prompts)}")
-        if self.host is None:
-            text = embed(self.embed_text, self.params, self.tokenize(prompts))
-            return np.asarray(score(self.score, self.params, images, text))
-        scores = np.asarray(self.host(images, prompts), np.float32)
-        if scores.shape != (len(prompts),):
-            raise ValueError(
-                f"reward {self.name!r} returned shape {scores.shape} for {len(prompts)} images; need one score each"
-            )
-        return scores
+        columns = [_column(part, images, prompts) for part in self.parts]
+        return np.stack(columns, axis=1)
 
 
-def load_reward(kind: RewardSpec = "pick", *, source: str | Path | None = None, dtype: Any = None) -> Reward:
+def load_reward(
+    kind: RewardSpec = "pick",
+    *,
+    source: str | Path | Mapping[str, str | Path] | None = None,
+    dtype: Any = None,
+    traceable: bool | None = None,
+) -> Reward:
     """Loads a reward.
 
     Args:
-      kind: "pick" (PickScore) or "clip" (CLIP score), both `exp(logit_scale) * cosine`; a mapping of kinds to weights
-        for their weighted sum; or a function `(images [B, H, W, 3] in [0, 1], prompts) -> [B]`.
-      source: a local folder or Hugging Face id with the weights of a single kind; None is the published one.
+      kind: a name of `scorers.KINDS` ("pick", "hps", "clip", "aesthetic", "imagereward"); a function
+        `(images [B, H, W, 3] in [0, 1], prompts) -> [B]`; or a mapping of these to weights.
+      source: a local folder or Hugging Face id with the weights, by kind where there are several; None is the
+        published ones.
       dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
+      traceable: whether JAX can trace the functions in `kind`; None finds out by trying.
 
     Raises:
       ValueError: for an unknown kind or a broken checkpoint.
     """
-    if isinstance(kind, Mapping):
-        if source is not None:
-            raise ValueError(
-                "source names the weights of one reward; load the parts of a mixture from their own sources"
-            )
-        return weighted_sum([(load_reward(part, dtype=dtype), weight) for part, weight in kind.items()])
-    if callable(kind):
-        return Reward(name=getattr(kind, "__name__", "custom"), host=kind)
     check(kind)
-    return _load_clip(kind, hub.resolve(str(source or PUBLISHED[kind][0])), dtype)
+    weights = dict(kind) if isinstance(kind, Mapping) else {kind: 1.0}
+    if source is not None and not isinstance(source, Mapping):
+        if len(weights) > 1:
+            raise ValueError("several rewards need a source each: pass source={kind: source, ...}")
+        source = dict.fromkeys(weights, source)
+    return Reward(tuple(_load_part(name, weight, source or {}, dtype, traceable) for name, weight in weights.items()))
 
 
 def check(kind: RewardSpec | Reward) -> None:
     """Raises ValueError for a reward that `load_reward` does not know, before anything is loaded."""
-    if isinstance(kind, Reward) or callable(kind):
+    if isinstance(kind, Reward):
         return
     if isinstance(kind, Mapping) and not kind:
         raise ValueError("a mixture of rewards needs at least one part")
     for name in kind if isinstance(kind, Mapping) else [kind]:
-        if not callable(name) and name not in PUBLISHED:
-            raise ValueError(
-                f"unknown reward {name!r}; known: {', '.join(PUBLISHED)}, a mapping of these, or a function"
-            )
+        if not callable(name) and name not in KINDS:
+            raise ValueError(f"unknown reward {name!r}; known: {', '.join(KINDS)}, a mapping of these, or a function")
 
 
-def weighted_sum(parts: Sequence[tuple[Reward, float]]) -> Reward:
-    """The sum of `weight * reward`; on the device if every part is, else on the host."""
-    rewards, weights = zip(*parts, strict=True)
-    name = " + ".join(f"{weight:g} {reward.name}" for reward, weight in parts)
-
-    if any(reward.host for reward in rewards):
-        return Reward(
-            name=name,
-            host=lambda images, prompts: sum(w * r(images, prompts) for r, w in parts),
-        )
-    return Reward(
-        name=name,
-        params=[reward.params for reward in rewards],
-        tokenize=lambda prompts: [reward.tokenize(prompts) for reward in rewards],
-        embed_text=lambda params, tokens: [
-            reward.embed_text(p, t) for reward, p, t in zip(rewards, params, tokens, strict=True)
-        ],
-        score=lambda params, images, text: sum(
-            weight * reward.score(p, images, t)
-            for reward, weight, p, t in zip(rewards, weights, params, text, strict=True)
-        ),
-    )
+def with_report(reward: Reward, report: Reward | None) -> Reward:
+    """The reward with another's parts beside it, reported only; parts of a name that is there already are left out."""
+    names = {part.name for part in reward.parts}
+    extra = () if report is None else tuple(part for part in report.parts if part.name not in names)
+    return Reward((*reward.parts, *(dataclasses.replace(part, weight=0.0) for part in extra)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Preprocessor:
-    """How CLIP's slow image processor prepares an image (`preprocessor_config.json`)."""
+class DeviceScores:
+    """The parts that run on the device, as one pure function; equal for equal parts, so that programs are shared.
 
-    size: int = 224
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    Attributes:
+      scores: of each part, `(params, images, text) -> [B]`.
+    """
 
-    @classmethod
-    def from_folder(cls, folder: Path, image_size: int) -> "Preprocessor":
-        """Reads the folder's `preprocessor_config.json`; without one, the network's size and CLIP's own values."""
-        path = folder / "preprocessor_config.json"
-        if not path.exists():
-            return cls(image_size)
-        config = hub.read_json(path)
-        size, crop = config.get("size", image_size), config.get("crop_size", image_size)
-        size = size["shortest_edge"] if isinstance(size, Mapping) else size
-        crop = crop["height"] if isinstance(crop, Mapping) else crop
-        if not size == crop == image_size:
-            raise ValueError(f"{path}: resize to {size} and crop to {crop}; the network needs {image_size} for both")
-        return cls(size, tuple(config.get("image_mean", cls.mean)), tuple(config.get("image_std", cls.std)))
+    scores: tuple[Callable[[Any, Array, Any], Array], ...]
 
-    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b size size 3"]:
-        """Standardised pixels of images in [0, 1], rounded to 8 bits first."""
-        pixels = resample.resize_and_crop(resample.quantize(images), self.size)
-        return (pixels / 255.0 - jnp.array(self.mean)) / jnp.array(self.std)
+    def __call__(self, params: Sequence[Any], images: Array, texts: Sequence[Any]) -> Float[Array, "b parts"]:
+        columns = [score(p, images, t) for score, p, t in zip(self.scores, params, texts, strict=True)]
+        return jnp.stack([column.astype(jnp.float32) for column in columns], axis=1)
 
 
-def clip_score(config: clip.Config, preprocess: Preprocessor, params: Any, images: Array, text: Array) -> Array:
-    """`exp(logit_scale) * cosine` of each image and its text embedding, float32 `[B]`."""
-    image = clip.embed_image(params, config, preprocess(images))
-    return clip.logit_scale(params) * jnp.sum(image * text, axis=-1)
+@dataclasses.dataclass(frozen=True)
+class TracedFunction:
+    """A user's traceable function as a device part; it sees the prompt itself, so each prompt compiles anew."""
+
+    function: Function
+    prompt: str
+
+    def __call__(self, params: None, images: Array, text: None) -> Array:
+        return self.function(images, [self.prompt] * len(images))
 
 
-def _load_clip(kind: str, folder: Path, dtype: Any) -> Reward:
-    config, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype)
-    return Reward(
-        name=kind,
-        params=params,
-        tokenize=functools.partial(_tokenize_clip, hub.load_tokenizer(folder), config.max_length),
-        embed_text=functools.partial(_embed_clip, config),
-        score=functools.partial(clip_score, config, Preprocessor.from_folder(folder, config.image_size)),
+def device_scores(reward: Reward, prompt: str) -> DeviceScores | None:
+    """The device parts for one prompt; None if there are none."""
+    parts = [part for part in reward.parts if not part.on_host]
+    scores = tuple(p.scorer.score if p.scorer else TracedFunction(p.function, prompt) for p in parts)
+    return DeviceScores(scores) if scores else None
+
+
+def device_params(reward: Reward) -> tuple[Any, ...]:
+    """Params of the device parts, in order; None for functions."""
+    return tuple(part.scorer.params if part.scorer else None for part in reward.parts if not part.on_host)
+
+
+def device_text(reward: Reward, prompts: Sequence[str]) -> tuple[Any, ...]:
+    """Embedded prompts for the device parts, in order; None for functions."""
+    return tuple(_embedded(part, prompts) for part in reward.parts if not part.on_host)
+
+
+def host_components(reward: Reward, device: np.ndarray, images: Images, prompts: Sequence[str]) -> np.ndarray:
+    """All components `[B, parts]`: the device parts' columns as given, the host parts' computed."""
+    columns = iter(device.T)
+    return np.stack(
+        [_column(part, images, prompts) if part.on_host else next(columns) for part in reward.parts], axis=1
     )
 
 
-def _tokenize_clip(tokenizer: Any, length: int, prompts: Sequence[str]) -> np.ndarray:
-    encoded = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
-    return np.array(encoded["input_ids"], np.int32)
+def _load_part(name: str | Function, weight: float, sources: Mapping, dtype: Any, traceable: bool | None) -> Part:
+    if callable(name):
+        traced = _is_traceable(name) if traceable is None else traceable
+        return Part(getattr(name, "__name__", "custom"), weight, function=name, traceable=traced)
+    return Part(name, weight, scorer=load_scorer(name, source=sources.get(name), dtype=dtype))
 
 
-def _embed_clip(config: clip.Config, params: Any, tokens: Any) -> Array:
-    return clip.embed_text(params, config, tokens)
+def _is_traceable(function: Function) -> bool:
+    """Whether a function turns abstract images into an abstract score each."""
+
+    def probe(images):
+        scores = function(images, ["", ""])
+        if not isinstance(scores, jax.core.Tracer):
+            raise TypeError("its scores do not come from the images by JAX operations")
+        return scores
+
+    try:
+        return jax.eval_shape(probe, jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)).shape == (2,)
+    except Exception:  # whatever goes wrong under tracing, the function may still be fine on the host
+        return False
+
+
+def _column(part: Part, images: Images, prompts: Sequence[str]) -> np.ndarray:
+    """Scores `[B]` of one part, computed on their own."""
+    if part.scorer is not None:
+        return np.asarray(score(part.scorer.score, part.scorer.params, images, _embedded(part, prompts)), np.float32)
+    scores = np.asarray(part.function(images, list(prompts)), np.float32)
+    if scores.shape != (len(prompts),):
+        raise ValueError(
+            f"reward {part.name!r} returned shape {scores.shape} for {len(prompts)} images; need one score each"
+        )
+    return scores
+
+
+def _embedded(part: Part, prompts: Sequence[str]) -> Any:
+    return part.scorer and _embed(part.scorer.embed_text, part.scorer.params, part.scorer.tokenize(prompts))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def embed(embed_text: Callable, params: Any, tokens: Any) -> Any:
-    """`embed_text(params, tokens)`, compiled."""
+def _embed(embed_text: Callable, params: Any, tokens: Any) -> Any:
     return embed_text(params, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def score(score_images: Callable, params: Any, images: Array, text: Any) -> Array:
-    """`score_images(params, images, text)`, compiled."""
-    return score_images(params, images, text)
+def score(function: Callable, params: Any, images: Images, text: Any) -> Array:
+    """`function(params, images, text)`, compiled."""
+    return function(params, images, text)

@@ -11,7 +11,7 @@ import toy
 from PIL import Image
 
 import ses_jax
-from ses_jax import cem, engine, generation, wavelet
+from ses_jax import cem, engine, generation, rewards, wavelet
 
 PROMPT = "a bright image"
 
@@ -154,10 +154,10 @@ def test_one_compilation_for_all_generations_and_prompts(pipeline, reward):
 
 def test_weights_are_not_baked_into_the_program(pipeline, reward):
     program, params, *rest = _step_arguments(pipeline, reward)
-    first = generation.generation_step(program, params, *rest)[1].scores
+    first = generation.generation_step(program, params, *rest)[1].components
     compilations = generation.generation_step._cache_size()
-    changed = ({"gain": jnp.float32(0.0)}, reward.params)
-    second = generation.generation_step(program, changed, *rest)[1].scores
+    changed = ({"gain": jnp.float32(0.0)}, params[1])
+    second = generation.generation_step(program, changed, *rest)[1].components
     assert generation.generation_step._cache_size() == compilations
     assert not np.allclose(first, second)
 
@@ -166,9 +166,9 @@ def _step_arguments(pipeline, reward):
     config = ses_jax.SearchConfig().resolve(pipeline)
     noise = engine.base_noise(jax.random.key(1), (3, 16, 16))
     inputs = engine._inputs(pipeline, reward, config, PROMPT, (jax.random.key(2), noise))
-    program = engine._program(pipeline, reward, config, (16, 16))
-    state = cem.init(inputs.low.shape)
-    return program, (pipeline.params, reward.params), inputs, jnp.int32(0), state
+    program = engine._program(pipeline, reward, config, PROMPT)
+    state = generation.init(program, inputs.low.shape, elites=5, generations=1)
+    return program, (pipeline.params, rewards.device_params(reward)), inputs, jnp.int32(0), state
 
 
 def test_a_callable_reward_gets_images_in_order(search, reward):
@@ -230,10 +230,11 @@ def test_interrupt_returns_the_best_so_far(search, tmp_path):
     calls = []
 
     def host(images, prompts):
+        values = np.asarray(images).mean(axis=(1, 2, 3))
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return np.asarray(images).mean(axis=(1, 2, 3))
+        return values
 
     results = search(["one", "two"], reward=host, budget=100, out=tmp_path)
     assert len(results) == 1

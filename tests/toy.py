@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ses_jax.pipelines import Defaults, Pipeline
-from ses_jax.rewards import Reward
+from ses_jax.rewards import Part, Reward
+from ses_jax.scorers import Scorer
 
 CHANNELS = 3
 
@@ -34,12 +35,26 @@ def pipeline(**defaults) -> Pipeline:
     )
 
 
-def brightness() -> Reward:
-    """The mean of the image, on the device."""
-    return Reward(
-        name="brightness",
+def scorer(name: str, score) -> Scorer:
+    """A scorer of images alone, with a param of 1 that multiplies its scores."""
+    return Scorer(
+        name=name,
         params=jnp.float32(1.0),
         tokenize=lambda prompts: np.zeros((len(prompts), 1), np.float32),
         embed_text=lambda params, tokens: tokens,
-        score=lambda params, images, text: params * images.mean(axis=(1, 2, 3)) + text[:, 0],
+        score=lambda params, images, text: params * score(images) + text[:, 0],
     )
+
+
+def brightness() -> Reward:
+    """The mean of the image, on the device."""
+    return Reward((Part("brightness", scorer=scorer("brightness", lambda images: images.mean(axis=(1, 2, 3)))),))
+
+
+def mixture(**weights: float) -> Reward:
+    """A mixture of the means of the colour channels, by name."""
+    channels = {"red": 0, "green": 1, "blue": 2}
+    scorers = {
+        n: scorer(n, lambda images, i=i: 100 * i + images[..., i].mean(axis=(1, 2))) for n, i in channels.items()
+    }
+    return Reward(tuple(Part(name, weight, scorer=scorers[name]) for name, weight in weights.items()))
