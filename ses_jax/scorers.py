@@ -124,7 +124,7 @@ def _tokenize_clip(tokenizer: Any, length: int, prompts: Sequence[str]) -> np.nd
     return np.array(encoded["input_ids"], np.int32)
 
 
-def _embed_clip(config: clip.Config, params: Any, tokens: Array) -> Array:
+def _embed_clip(config: clip.Config, params: Any, tokens: Any) -> Array:
     return clip.embed_text(params, config, tokens)
 
 

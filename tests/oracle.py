@@ -4,6 +4,7 @@ Widths and depths are small; block types, rotary axes, packing, templates and fi
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from torch import nn
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
+)
+from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.logging.set_verbosity_error()
@@ -169,6 +180,208 @@ def save_clip(folder: Path, model: CLIPModel) -> None:
     """Writes a CLIP checkpoint with its tokenizer."""
     model.save_pretrained(folder)
     clip_tokenizer().save_pretrained(folder)
+
+
+OPEN_CLIP = {
+    "model_cfg": {
+        "embed_dim": 20,
+        "vision_cfg": {"image_size": 56, "layers": 3, "width": 32, "head_width": 8, "patch_size": 14},
+        "text_cfg": {"context_length": 77, "vocab_size": 258, "width": 24, "heads": 2, "layers": 2},
+    }
+}
+MED_CONFIG = {
+    "hidden_act": "gelu",
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 72,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 40,
+    "vocab_size": 134,
+    "encoder_width": 768,  # not the ViT's, as published
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 48,
+        "patch_size": 16,
+    },
+}
+
+
+def open_clip(seed: int = 0, gain: float = 1.0) -> nn.Module:
+    """CLIP in open_clip's layout, of the sizes in `OPEN_CLIP`."""
+    return _seeded(lambda: OpenCLIP(OPEN_CLIP["model_cfg"]), seed, gain)
+
+
+def image_reward(seed: int = 0, gain: float = 1.0) -> nn.Module:
+    """ImageReward in its authors' layout, of the sizes in `MED_CONFIG`."""
+    return _seeded(lambda: ImageReward(MED_CONFIG), seed, gain)
+
+
+def score_head(width: int, seed: int = 0) -> nn.Module:
+    """The five-layer head."""
+    return _seeded(lambda: ScoreHead(width), seed)
+
+
+class OpenCLIP(nn.Module):
+    """Rewritten from the structure of open_clip's `CLIP` (tgxs002/HPSv2)."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        text, dim = config["text_cfg"], config["embed_dim"]
+        self.visual = OpenCLIPVision(config["vision_cfg"], dim)
+        self.token_embedding = nn.Embedding(text["vocab_size"], text["width"])
+        self.positional_embedding = nn.Parameter(torch.zeros(text["context_length"], text["width"]))
+        self.transformer = OpenCLIPBlocks(text["width"], text["layers"], text["heads"])
+        self.ln_final = nn.LayerNorm(text["width"])
+        self.text_projection = nn.Parameter(torch.zeros(text["width"], dim))
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
+
+    def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
+        """L2-normalised."""
+        mask = torch.full((ids.shape[1], ids.shape[1]), float("-inf")).triu(1)
+        x = self.transformer(self.token_embedding(ids) + self.positional_embedding, mask)
+        x = self.ln_final(x)[torch.arange(len(x)), ids.argmax(dim=-1)]
+        return nn.functional.normalize(x @ self.text_projection, dim=-1)
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """L2-normalised."""
+        return nn.functional.normalize(self.visual(pixels), dim=-1)
+
+
+class OpenCLIPVision(nn.Module):
+    def __init__(self, config: dict[str, Any], dim: int):
+        super().__init__()
+        width, patch = config["width"], config["patch_size"]
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.positional_embedding = nn.Parameter(torch.zeros((config["image_size"] // patch) ** 2 + 1, width))
+        self.proj = nn.Parameter(torch.zeros(width, dim))
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = OpenCLIPBlocks(width, config["layers"], width // config["head_width"])
+        self.ln_post = nn.LayerNorm(width)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
+        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
+
+
+class OpenCLIPBlocks(nn.Module):
+    def __init__(self, width: int, layers: int, heads: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList([OpenCLIPBlock(width, heads) for _ in range(layers)])
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class OpenCLIPBlock(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        h = self.ln_1(x)
+        x = x + self.attn(h, h, h, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class ImageReward(nn.Module):
+    """Rewritten from the structure of THUDM/ImageReward; the text encoder is the descendant in transformers."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        vision, width = config["vision_config"], config["hidden_size"]
+        self.blip = nn.Module()
+        self.blip.visual_encoder = TimmViT(vision)
+        text = {name: value for name, value in config.items() if name not in ("vision_config", "encoder_width")}
+        self.blip.text_encoder = BlipTextModel(
+            BlipTextConfig(**text, encoder_hidden_size=vision["hidden_size"]), add_pooling_layer=False
+        )
+        self.blip.vision_proj = nn.Linear(vision["hidden_size"], 16)
+        self.blip.text_proj = nn.Linear(width, 16)
+        self.mlp = ScoreHead(width)
+
+    def states(self, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The first token's final state."""
+        image = self.blip.visual_encoder(pixels)
+        seen = torch.ones(image.shape[:-1], dtype=torch.long)
+        out = self.blip.text_encoder(
+            ids, attention_mask=mask, encoder_hidden_states=image, encoder_attention_mask=seen, is_decoder=False
+        )
+        return out.last_hidden_state[:, 0]
+
+    def forward(self, pixels: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (self.mlp(self.states(pixels, ids, mask))[:, 0] - 0.16717362830052426) / 1.0333394966054072
+
+
+class TimmViT(nn.Module):
+    """BLIP's ViT under timm's names."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        width, patch = config["hidden_size"], config["patch_size"]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, (config["image_size"] // patch) ** 2 + 1, width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
+        self.blocks = nn.ModuleList(
+            [TimmBlock(width, config["num_attention_heads"]) for _ in range(config["num_hidden_layers"])]
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class TimmBlock(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+        x = x + self.attn["proj"]((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](nn.functional.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class ScoreHead(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        sizes = (width, 1024, 128, 64, 16, 1)
+        linear = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+        self.layers = nn.Sequential(
+            linear[0], nn.Dropout(0.2), linear[1], nn.Dropout(0.2), linear[2], nn.Dropout(0.1), *linear[3:]
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def bert_tokenizer(folder: Path) -> BertTokenizer:
+    """WordPiece over letters, saved into a folder; BLIP's two tokens are not in it, as in the published one."""
+    letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    pieces = [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"[:54]]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *pieces][:132]
+    words += [f"[unused{i}]" for i in range(132 - len(words))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"), do_lower_case=True)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:

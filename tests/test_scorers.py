@@ -1,0 +1,313 @@
+"""The published scorers, from image and prompt to score, each against its authors' steps in torch and Pillow."""
+
+import html
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch.nn import functional
+from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
+
+from ses_jax import hub, resample, scorers
+from ses_jax.preprocess import Preprocessor
+
+PROMPTS = ["a red cat", "", "\u732b on a CAF\u00c9 &amp;amp; \u201cbar\u201d  \U0001f431", "many Words " * 30]
+# The last one tells apart the two ways to centre an odd margin, at every network's size.
+SIZES = [(56, 56), (133, 80), (30, 41), (64, 68)]
+MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+
+
+def draw_images(size, count=4):
+    """Images in [0, 1] of coarse blocks with hard edges, as 8-bit values."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
+        smooth = np.asarray(coarse.resize(size[::-1], Image.BICUBIC), np.float32)
+        hard = np.asarray(coarse.resize(size[::-1], Image.NEAREST), np.float32)
+        yield np.round((smooth + hard) / 2) / 255
+
+
+def pil(image):
+    return Image.fromarray(np.round(image * 255).astype(np.uint8))
+
+
+def target(size, short):
+    """Height and width after torchvision's resize of the shorter edge."""
+    height, width = size
+    return (int(short * height / width), short) if width <= height else (short, int(short * width / height))
+
+
+def centre(array, size):
+    """torchvision's centre crop of the first two axes."""
+    top, left = (int(round((edge - size) / 2.0)) for edge in array.shape[:2])  # noqa: RUF046 (as it is written there)
+    return array[top : top + size, left : left + size]
+
+
+def torchvision_pixels(image, size):
+    """Resize of a picture, centre crop, tensor, standardise."""
+    height, width = target(image.shape[:2], size)
+    pixels = centre(np.asarray(pil(image).resize((width, height), Image.BICUBIC)), size) / 255
+    return torch.from_numpy(((pixels - MEAN) / STD).astype(np.float32).transpose(2, 0, 1))
+
+
+def tensor_first_pixels(image, size):
+    """Tensor, resize of the tensor, centre crop, standardise."""
+    tensor = torch.from_numpy(np.array(pil(image)).transpose(2, 0, 1))[None].float() / 255
+    resized = functional.interpolate(
+        tensor, target(image.shape[:2], size), mode="bicubic", align_corners=False, antialias=True
+    )
+    pixels = (centre(resized[0].permute(1, 2, 0).numpy(), size) - MEAN) / STD
+    return torch.from_numpy(pixels.astype(np.float32).transpose(2, 0, 1))
+
+
+# One folder of each kind, with its original.
+
+
+def make_clip(folder, act="gelu"):
+    oracle.save_clip(folder, oracle.clip(act=act, seed=2))
+    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(folder)
+    model, tokenizer = CLIPModel.from_pretrained(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+
+    def original(image, prompt):
+        """Slow processor, torch model, exp(logit_scale) * cosine."""
+        pixels = processor([pil(image)], return_tensors="pt")["pixel_values"]
+        tokens = tokenizer([prompt], truncation=True, max_length=77, return_tensors="pt")
+        return model(input_ids=tokens["input_ids"], pixel_values=pixels).logits_per_image[0, 0]
+
+    return original
+
+
+def make_quick_clip(folder):
+    return make_clip(folder, "quick_gelu")
+
+
+def make_hps(folder):
+    model = oracle.open_clip(seed=3)
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / "HPS_v2.1_compressed.pt")
+    (folder / "open_clip_config.json").write_text(json.dumps(oracle.OPEN_CLIP))
+    tokenizer = oracle.clip_tokenizer()
+    tokenizer.save_pretrained(folder)
+
+    def tokenize(prompt):
+        text = html.unescape(html.unescape(prompt.replace("\u201c", '"').replace("\u201d", '"'))).strip()
+        ids = tokenizer(" ".join(text.split()).lower(), add_special_tokens=False)["input_ids"]
+        ids = [256, *ids, 257][:77]
+        ids[-1] = 257
+        return torch.tensor([ids + [0] * (77 - len(ids))])
+
+    def original(image, prompt):
+        pixels = tensor_first_pixels(image, 56)[None]
+        return (model.encode_image(pixels) * model.encode_text(tokenize(prompt))).sum()
+
+    return original
+
+
+def make_aesthetic(folder):
+    (folder / "clip").mkdir()
+    oracle.save_clip(folder / "clip", oracle.clip(act="quick_gelu", seed=4))
+    model, head = CLIPModel.from_pretrained(folder / "clip"), oracle.score_head(20, seed=4)
+    torch.save(head.state_dict(), folder / "sac+logos+ava1-l14-linearMSE.pth")
+
+    def original(image, prompt):
+        features = model.get_image_features(torchvision_pixels(image, 56)[None]).pooler_output
+        return head(functional.normalize(features, dim=-1))[0, 0]
+
+    return original
+
+
+def make_image_reward(folder):
+    model = oracle.image_reward(seed=5)
+    buffers = {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
+    torch.save(model.state_dict() | buffers, folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(json.dumps(oracle.MED_CONFIG))
+    tokenizer = oracle.bert_tokenizer(folder)
+    assert isinstance(tokenizer, BertTokenizer)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[ENC]"]})
+
+    def original(image, prompt):
+        tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        return model(torchvision_pixels(image, 48)[None], tokens.input_ids, tokens.attention_mask)[0]
+
+    return original
+
+
+MAKERS = {
+    "clip": make_clip,
+    "pick": make_quick_clip,
+    "hps": make_hps,
+    "aesthetic": make_aesthetic,
+    "imagereward": make_image_reward,
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def pair(request, tmp_path_factory):
+    """A scorer and its original."""
+    folder = tmp_path_factory.mktemp(request.param)
+    original = MAKERS[request.param](folder)
+    return scorers.load_scorer(request.param, source=folder), original
+
+
+def scores_of(scorer, images, prompts):
+    text = jax.jit(scorer.embed_text)(scorer.params, scorer.tokenize(prompts))
+    assert {len(leaf) for leaf in jax.tree.leaves(text)} == {len(prompts)}
+    return np.asarray(jax.jit(scorer.score)(scorer.params, jnp.asarray(images), text))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_the_original(pair, size):
+    scorer, original = pair
+    images = np.stack(list(draw_images(size)))
+    with torch.no_grad():
+        expected = np.array([original(image, prompt).item() for image, prompt in zip(images, PROMPTS, strict=True)])
+    scores = scores_of(scorer, images, PROMPTS)
+    np.testing.assert_allclose(scores, expected, rtol=1e-3)
+    np.testing.assert_array_equal(np.argsort(scores), np.argsort(expected))
+    assert np.diff(np.sort(expected)).min() > 2e-3 * np.abs(expected).max()  # an order that means something
+
+
+def test_scores_follow_their_images_and_prompts(pair):
+    scorer, _ = pair
+    # Of the network's own size: a resize may round a pixel the other way in another batch.
+    size = scorer.score.args[1].size
+    images = np.stack(list(draw_images((size, size))))
+    scores = scores_of(scorer, images, PROMPTS)
+    order = [2, 0, 3, 1]
+    np.testing.assert_allclose(scores_of(scorer, images[order], [PROMPTS[i] for i in order]), scores[order], rtol=1e-4)
+    one_prompt = scores_of(scorer, images, PROMPTS[:1])
+    np.testing.assert_allclose(one_prompt, scores_of(scorer, images, PROMPTS[:1] * 4), rtol=1e-5)
+    np.testing.assert_allclose(one_prompt[0], scores[0], rtol=1e-4)
+
+
+def test_score_stays_on_the_device_and_is_differentiable(pair):
+    scorer, _ = pair
+    images = jnp.asarray(np.stack(list(draw_images((64, 64), 1))))
+    text = jax.jit(scorer.embed_text)(scorer.params, scorer.tokenize(["a cat"]))
+    lowered = jax.jit(scorer.score).lower(scorer.params, images, text)
+    assert "callback" not in lowered.as_text()
+    assert jax.eval_shape(scorer.score, scorer.params, images, text) == jax.ShapeDtypeStruct((1,), jnp.float32)
+
+
+def test_half_precision_keeps_heads_and_scores_in_float32(pair, tmp_path):
+    scorer, _ = pair
+    MAKERS[scorer.name](tmp_path)
+    half = scorers.load_scorer(scorer.name, source=tmp_path, dtype="bfloat16")
+    for part in ("clip", "blip"):
+        leaves = jax.tree.leaves(half.params.get(part, {}))
+        assert {leaf.dtype for leaf in leaves} <= {jnp.dtype("bfloat16")}
+    if "head" in half.params:
+        assert {leaf.dtype for leaf in jax.tree.leaves(half.params["head"])} == {jnp.dtype("float32")}
+    images = np.stack(list(draw_images((64, 64))))
+    scores, expected = scores_of(half, images, PROMPTS), scores_of(scorer, images, PROMPTS)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected, atol=0.1 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_hps_as_safetensors_is_the_same(tmp_path, prefix):
+    make_hps(tmp_path)
+    images = np.stack(list(draw_images((64, 64))))
+    expected = scores_of(scorers.load_scorer("hps", source=tmp_path), images, PROMPTS)
+    state = torch.load(tmp_path / "HPS_v2.1_compressed.pt", weights_only=True)["state_dict"]
+    (tmp_path / "HPS_v2.1_compressed.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected HPS_v2.1_compressed.safetensors, .pt or .pth or HPS_v2_"):
+        scorers.load_scorer("hps", source=tmp_path)
+    tensors = {f"{prefix}{name}": tensor.contiguous() for name, tensor in state.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "HPS_v2_compressed.safetensors")
+    np.testing.assert_array_equal(scores_of(scorers.load_scorer("hps", source=tmp_path), images, PROMPTS), expected)
+
+
+def test_aesthetic_head_may_lie_beside_its_clip(tmp_path):
+    original = make_aesthetic(tmp_path)
+    for file in (tmp_path / "clip").iterdir():
+        file.rename(tmp_path / file.name)
+    (tmp_path / "clip").rmdir()
+    scorer = scorers.load_scorer("aesthetic", source=tmp_path)
+    assert set(scorer.params["clip"]) == {"vision", "visual_projection", "logit_scale"}
+    (image,) = draw_images((64, 64), 1)
+    with torch.no_grad():
+        np.testing.assert_allclose(scores_of(scorer, image[None], ["x"]), original(image, "x").item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cleaned"),
+    [
+        ("  Two\n\twords ", "two words"),
+        ("a &amp;lt; b &copy;", "a < b \u00a9"),
+        ("\u2018a\u2019 \u201cB\u201d", "'a' \"b\""),
+        ("\u732b \u00c9", "\u732b \u00e9"),
+    ],
+)
+def test_hps_prompts_are_cleaned(prompt, cleaned):
+    assert scorers.clean(prompt) == cleaned
+
+
+@pytest.mark.parametrize("shape", [((64, 64), (56, 56)), ((301, 97), (33, 224)), ((20, 31), (56, 40))])
+def test_float_resize_equals_torch(shape):
+    source, size = shape
+    images = np.random.default_rng(0).random((2, *source, 3), np.float32)
+    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2))
+    expected = functional.interpolate(tensor, size, mode="bicubic", align_corners=False, antialias=True)
+    got = np.asarray(resample.resize(jnp.asarray(images), size, rounded=False))
+    assert got.min() < 0 or got.max() > 1 or min(source) > 90  # overshoot is kept
+    np.testing.assert_allclose(got, expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_preprocessor_reads_its_file(tmp_path):
+    assert Preprocessor.from_folder(tmp_path, 64).size == 64
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3]
+    )
+    processor.save_pretrained(tmp_path)
+    assert Preprocessor.from_folder(tmp_path, 32).mean == (0.1, 0.2, 0.3)
+    with pytest.raises(ValueError, match="the network needs 64 for both"):
+        Preprocessor.from_folder(tmp_path, 64)
+
+
+def test_preprocessing_equals_the_slow_processor(tmp_path):
+    (image,) = draw_images((90, 61), 1)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    expected = processor(pil(image), return_tensors="np")["pixel_values"]
+    got = Preprocessor(56)(jnp.asarray(image)[None])
+    step = 1 / 255 / 0.26
+    difference = np.abs(np.asarray(got) - expected.transpose(0, 2, 3, 1))
+    assert difference.max() < 1.1 * step
+    assert (difference > 1e-5).mean() < 1e-3
+
+
+def test_published_sources_and_what_is_downloaded(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot(source, allow_patterns, ignore_patterns):
+        asked.append((source, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", snapshot)
+    for kind in scorers.KINDS:
+        with pytest.raises(FileNotFoundError):
+            scorers.load_scorer(kind)
+    weights = [(source, files) for source, files in asked if isinstance(files, str)]
+    assert weights == [
+        ("yuvalkirstain/PickScore_v1", "model*.safetensors"),
+        ("xswu/HPSv2", "HPS_v2.1_compressed.*"),
+        ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "model*.safetensors"),
+        ("THUDM/ImageReward", "ImageReward.*"),
+        ("camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.*"),
+        ("openai/clip-vit-large-patch14", "model*.safetensors"),
+    ]
+    asked.clear()
+    hub.resolve("google-bert/bert-base-uncased", weights="")
+    assert [files for _, files in asked] == [hub.SMALL_FILES]
+
+
+def test_unknown_kinds_are_named():
+    with pytest.raises(ValueError, match="unknown scorer 'aesthetics'; known: pick, hps, clip, imagereward, aesthetic"):
+        scorers.load_scorer("aesthetics")
