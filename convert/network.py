@@ -64,17 +64,27 @@ def load(
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
-    json = read_json(folder / "config.json")
-    try:
-        config = component.from_json(json)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{folder / 'config.json'}: {reason}") from error
+    json, config = read_config(folder / "config.json", component)
     if (folder / PARAMS).is_dir():
         params = checkpoint.restore(folder / PARAMS, component.abstract(config), dtype=dtype, sharding=sharding)
         _check_finite(folder, params)
         return _with_facts(folder, json, config, params)
     return read(open_weights(folder, component.stem), component, json, dtype=dtype, sharding=sharding)
+
+
+def read_config(file: Path, component: Component) -> tuple[dict[str, Any], Any]:
+    """The content of a network's config file, and the config that it makes.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: naming the file, if the network can't be made from it.
+    """
+    json = read_json(file)
+    try:
+        return json, component.from_json(json)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{file}: {reason}") from error
 
 
 def read(

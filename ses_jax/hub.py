@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ses_jax.convert import network
 from ses_jax.convert.engine import Weights
 from ses_jax.convert.files import open_named, read_json
+from ses_jax.convert.network import read_config
 from ses_jax.convert.table import Component
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "load_tokenizer",
     "load_weights",
     "open_named",
+    "read_config",
     "read_json",
     "resolve",
     "settings",

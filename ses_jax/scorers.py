@@ -7,6 +7,7 @@ scored inside the compiled step.
 import dataclasses
 import functools
 import html
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +33,9 @@ AESTHETIC_FILES = ("sac+logos+ava1-l14-linearMSE",)
 IMAGE_REWARD_FILES = ("ImageReward",)
 IMAGE_REWARD_MEAN, IMAGE_REWARD_STD = 0.16717362830052426, 1.0333394966054072
 IMAGE_REWARD_TOKENS = 35
-# Quotes that ftfy, which HPSv2's tokenizer begins with, makes straight.
-STRAIGHT_QUOTES = str.maketrans(dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("“”„‟", '"'))
+# What ftfy, which HPSv2's tokenizer begins with, makes plain: ligatures, wide and narrow forms, curly quotes.
+PLAIN = {code: unicodedata.normalize("NFKC", chr(code)) for code in (*range(0xFB00, 0xFB07), *range(0xFF01, 0xFFF0))}
+PLAIN |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,15 +140,16 @@ def load_hps(name: str, folder: Path, dtype: Any = None) -> Scorer:
       folder: holds `HPS_v2.1_compressed` or `HPS_v2_compressed`, `.safetensors` or `.pt`; optionally
         `open_clip_config.json` (default ViT-H/14) and the tokenizer (default that of LAION's ViT-H/14).
     """
-    json = _optional_json(folder / "open_clip_config.json")
-    config = clip.Config.from_open_clip(json)
+    own_config = folder / "open_clip_config.json"
+    component = open_clip_tables.COMPONENT
+    json, config = hub.read_config(own_config, component) if own_config.is_file() else ({}, component.from_json({}))
     weights = hub.open_named(folder, HPS_FILES)
     # The authors leave `antialias` to torchvision, whose releases differ; this is what it does since 0.17.
     preprocess = Preprocessor(config.image_size, resize_floats=True, half_to_even=True)
-    tokenizer = hub.load_tokenizer(_with_tokenizer(folder, CLIP_H))
+    tokenizer = _load_tokenizer(folder, CLIP_H, [], config.vocab_size)
     return Scorer(
         name=name,
-        params=hub.load_weights(weights, open_clip_tables.COMPONENT, json, dtype=dtype),
+        params=hub.load_weights(weights, component, json, dtype=dtype),
         tokenize=lambda prompts: _tokenize_clip(tokenizer, config.max_length, [clean(prompt) for prompt in prompts]),
         embed_text=functools.partial(_embed_clip, config),
         score=functools.partial(cosine, config, preprocess),
@@ -154,11 +157,11 @@ def load_hps(name: str, folder: Path, dtype: Any = None) -> Scorer:
 
 
 def clean(prompt: str) -> str:
-    """A prompt as open_clip's tokenizer reads it: escapes resolved twice, lower case, plain spaces and quotes.
+    """A prompt as open_clip's tokenizer reads it: escapes resolved twice, lower case, plain spaces and characters.
 
-    ftfy's repair of wrongly decoded text is left out.
+    ftfy's repair of text that was decoded wrongly is left out.
     """
-    unescaped = html.unescape(html.unescape(prompt.translate(STRAIGHT_QUOTES)))
+    unescaped = html.unescape(html.unescape(prompt.translate(PLAIN)))
     return " ".join(unescaped.split()).lower()
 
 
@@ -207,11 +210,9 @@ def load_image_reward(name: str, folder: Path, dtype: Any = None) -> Scorer:
       folder: holds `ImageReward`, `.safetensors` or `.pt`, and `med_config.json`; optionally the tokenizer (default
         that of BERT base uncased).
     """
-    json = hub.read_json(folder / "med_config.json")
-    config = blip.Config.from_json(json)
+    json, config = hub.read_config(folder / "med_config.json", blip_tables.COMPONENT)
     weights = hub.open_named(folder, IMAGE_REWARD_FILES)
-    tokenizer = hub.load_tokenizer(_with_tokenizer(folder, BERT))
-    tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's own
+    tokenizer = _load_tokenizer(folder, BERT, ["[DEC]", "[ENC]"], config.text.vocab_size)
     return Scorer(
         name=name,
         params={
@@ -241,14 +242,14 @@ def _load_head(weights: Any, input_size: int) -> Any:
     return hub.load_weights(weights, head_tables.COMPONENT, {"input_size": input_size}, dtype=jnp.float32)
 
 
-def _with_tokenizer(folder: Path, default: str) -> Path:
-    """The folder itself if it has a tokenizer, else the published one."""
+def _load_tokenizer(folder: Path, default: str, added: Sequence[str], vocabulary: int) -> Any:
+    """The folder's own tokenizer if it has one, else the published one, with the network's own tokens added."""
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return folder if own else hub.resolve(default, weights="")
-
-
-def _optional_json(file: Path) -> dict[str, Any]:
-    return hub.read_json(file) if file.is_file() else {}
+    tokenizer = hub.load_tokenizer(folder if own else hub.resolve(default, weights=""))
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    if len(tokenizer) > vocabulary:
+        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the network {vocabulary}")
+    return tokenizer
 
 
 HEADER = "names and shapes of every published tensor"

@@ -1,5 +1,7 @@
 """BLIP's towers and the score head against torch, and their tables."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,20 @@ def test_the_tables_cover_the_whole_published_network():
     del headers["blip.visual_encoder.blocks.3.attn.qkv.bias"]
     with pytest.raises(ConversionError, match=r"missing: blip.visual_encoder.blocks.3.attn.qkv.bias \[3072\], for"):
         network.read(Weights(headers, headers.__getitem__), tables.COMPONENT, PUBLISHED)
+
+
+def test_the_published_size_runs_in_the_dtype_of_its_weights():
+    config = blip.Config.from_json(PUBLISHED)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), tables.COMPONENT.abstract(config)
+    )
+    pixels = jax.ShapeDtypeStruct((10, 224, 224, 3), jnp.float32)
+    tokens = blip.Tokens(jax.ShapeDtypeStruct((1, 35), jnp.int32), jax.ShapeDtypeStruct((1, 35), bool))
+    lowered = jax.jit(blip.encode, static_argnums=1).lower(params, config, pixels, tokens)
+    assert lowered.out_info == jax.ShapeDtypeStruct((10, 768), jnp.float32)
+    operands = re.findall(r"dot_general .* : \((.*)\) ->", lowered.as_text())
+    assert len(operands) > 20
+    assert not [types for types in operands if "f32" in types]
 
 
 def test_unknown_activation_is_refused():

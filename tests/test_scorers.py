@@ -187,7 +187,7 @@ def test_scores_follow_their_images_and_prompts(pair):
     np.testing.assert_allclose(one_prompt[0], scores[0], rtol=1e-4)
 
 
-def test_score_stays_on_the_device_and_is_differentiable(pair):
+def test_score_stays_on_the_device(pair):
     scorer, _ = pair
     images = jnp.asarray(np.stack(list(draw_images((64, 64), 1))))
     text = jax.jit(scorer.embed_text)(scorer.params, scorer.tokenize(["a cat"]))
@@ -209,6 +209,18 @@ def test_half_precision_keeps_heads_and_scores_in_float32(pair, tmp_path):
     scores, expected = scores_of(half, images, PROMPTS), scores_of(scorer, images, PROMPTS)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, expected, atol=0.1 * np.abs(expected).max())
+
+
+def test_a_tokenizer_of_another_network_is_refused(tmp_path):
+    make_image_reward(tmp_path)
+    config = oracle.MED_CONFIG | {"vocab_size": 133}
+    (tmp_path / "med_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the tokenizer has 134 tokens, the network 133"):
+        scorers.load_scorer("imagereward", source=tmp_path)
+    del config["hidden_size"]
+    (tmp_path / "med_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"med_config.json: lacks 'hidden_size'"):
+        scorers.load_scorer("imagereward", source=tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -244,6 +256,7 @@ def test_aesthetic_head_may_lie_beside_its_clip(tmp_path):
         ("a &amp;lt; b &copy;", "a < b \u00a9"),
         ("\u2018a\u2019 \u201cB\u201d", "'a' \"b\""),
         ("\u732b \u00c9", "\u732b \u00e9"),
+        ("\uff21\uff0c\ufb01\u3000\uff71", "a,fi \u30a2"),
     ],
 )
 def test_hps_prompts_are_cleaned(prompt, cleaned):
