@@ -57,7 +57,9 @@ def test_models_lists_every_model_and_reward(capsys):
         (["search", "x", "--budget", "0"], "budget=0 must be at least 1"),
         (["search", "x", "--model", "no_such"], "unknown model 'no_such'"),
         (["search", "x", "--reward", "nice"], "unknown reward 'nice'"),
-        (["search", "x", "--reward", "pick=1,hps"], "weights such as pick=1,clip=0.5"),
+        (["search", "x", "--reward", "pick=1,hps"], "weights such as pick=1,hps=0.5"),
+        (["search", "x", "--reward", "no_such_module:judge"], "reward 'no_such_module:judge': No module named"),
+        (["search", "x", "--report", "nice"], "unknown reward 'nice'"),
         (["search", "x", "--height", "60"], "height=60 must be a multiple of 16"),
         (["search", "x", "--level", "7"], "level=7 does not fit a latent of 8 x 8"),
         (["generate", "x", "--steps", "0"], "steps=0 must be at least 1"),
@@ -70,10 +72,25 @@ def test_bad_input_is_one_line_and_exit_status_two(tmp_path, capsys, arguments, 
     assert "Traceback" not in error
 
 
-def test_mixtures_are_parsed():
+def test_rewards_are_parsed(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("def red(images, prompts):\n    return images[..., 0].mean(axis=(1, 2))\n")
+    monkeypatch.chdir(tmp_path)
     assert cli._parse_reward("pick") == "pick"
     assert cli._parse_reward("pick=1, clip=0.5") == {"pick": 1.0, "clip": 0.5}
-    assert cli._parse_reward(None) is None
+    mixed = cli._parse_reward("clip=1,my_rewards:red=-2")
+    assert [getattr(name, "__name__", name) for name in mixed] == ["clip", "red"]
+    assert list(mixed.values()) == [1.0, -2.0]
+    assert str(tmp_path) not in sys.path
+
+
+def test_a_search_by_a_users_function_with_a_report(tmp_path, monkeypatch):
+    (tmp_path / "my_judge.py").write_text("def red(images, prompts):\n    return images[..., 0].mean(axis=(1, 2))\n")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["search", PROMPT, *FAST, "--reward", "my_judge:red", "--report", "clip", "--out", "out"]
+    assert cli.main(arguments) == 0
+    saved = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert saved["config"]["reward"] == "red"
+    assert set(saved["components"]) == {"red", "clip"}
 
 
 WITHOUT_TORCH = """

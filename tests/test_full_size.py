@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ses_jax import cem, generation, rewards
+from ses_jax import generation, rewards, scorers
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
 from ses_jax.pipelines import base
 from ses_jax.pipelines import z_image as family
+from ses_jax.preprocess import Preprocessor
 
 CLIP_H = clip.Config(
     text=clip.Tower(1024, 4096, 24, 16, "gelu"), vision=clip.Tower(1280, 5120, 32, 16, "gelu"), projection_dim=1024
@@ -55,7 +56,9 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
             functools.partial(family.velocity, z_image.Config()),
             functools.partial(family.decode, autoencoder_kl.Config()),
         ),
-        score=functools.partial(rewards.clip_score, CLIP_H, rewards.Preprocessor()),
+        score=rewards.DeviceScores((functools.partial(scorers.clip_score, CLIP_H, Preprocessor()),)),
+        weights=(1.0,),
+        standardize=False,
         wavelet="db1",
         shape=shape[1:],
         population=POPULATION,
@@ -68,15 +71,15 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
         low=low,
         high=high,
         condition=condition,
-        text=jax.ShapeDtypeStruct((1, 1024), jnp.float32),
+        text=(jax.ShapeDtypeStruct((1, 1024), jnp.float32),),
         sigmas=base.static_shift_sigmas(STEPS, 3.0),
         budget=jnp.int32(50),
     )
-    state = cem.init(low.shape)
+    state = generation.init(program, low.shape, elites=5, generations=5)
     step = functools.partial(generation.generation_step, program)
-    after, scored = jax.eval_shape(step, (params, params["clip"]), inputs, jnp.int32(0), state)
+    after, scored = jax.eval_shape(step, (params, (params["clip"],)), inputs, jnp.int32(0), state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert scored.scores.shape == (POPULATION,)
+    assert scored.components.shape == (POPULATION, 1)
     assert {leaf.dtype for leaf in jax.tree.leaves((after, scored))} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
