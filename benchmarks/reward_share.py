@@ -1,8 +1,8 @@
 """How much of a generation goes into decoding and scoring, and that no image leaves the device for it.
 
-`python benchmarks/reward_share.py` runs on the demo. `--model z-image-turbo --height 1024 --width 1024` runs Z-Image-Turbo
-with CLIP ViT-H/14 at their real sizes, on random bfloat16 weights made on the device: it needs a GPU or TPU of about
-40 GB. A generation of 10 candidates runs under a guard that refuses transfers from the device to the host.
+`python benchmarks/reward_share.py` runs on the demo. With `--model z-image-turbo --height 1024 --width 1024` it runs
+Z-Image-Turbo and CLIP ViT-H/14 at their real sizes, on random bfloat16 weights made on the device, which takes a GPU or
+TPU of about 40 GB. Generations run under a guard that refuses transfers from the device to the host.
 """
 
 import dataclasses
