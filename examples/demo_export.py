@@ -20,7 +20,7 @@ SETTINGS = {"steps": 20, "preview_steps": 10, "guidance": 2.0, "height": 64, "wi
 
 def export(work: Path, out: Path, sizes: Sizes) -> None:
     """Averaged weights of every stage in `work`, as bfloat16, into the folder `out`; other files there stay."""
-    _, vae = demo_training.load(work / "vae")
+    vae = load_vae(work)
     _, reward = demo_training.load(work / "clip")
     _, dit = demo_training.load(work / "dit")
     out.mkdir(parents=True, exist_ok=True)
@@ -38,6 +38,12 @@ def export(work: Path, out: Path, sizes: Sizes) -> None:
     _write_json(out / "scheduler" / "scheduler_config.json", scheduler_config())
     _write_json(out / "model_index.json", MODEL_INDEX)
     _write_json(out / "ses_jax.json", SETTINGS)
+
+
+def load_vae(work: Path) -> Any:
+    """The autoencoder with its decoder as it was trained on."""
+    (_, vae), (_, decoder) = demo_training.load(work / "vae"), demo_training.load(work / "decoder")
+    return vae | {"decoder": decoder}
 
 
 MODEL_INDEX = {

@@ -69,7 +69,7 @@ DEMO = Sizes(
     clip_families=48,
     dit_batch=32,
     pool=32_000,
-    rebuilt=4000,
+    rebuilt=2000,
 )
 TINY = Sizes(
     vae=autoencoder_kl.Config(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4),

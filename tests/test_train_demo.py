@@ -18,7 +18,14 @@ import demo_training
 import scenes
 import train_demo
 
-STAGES = ("vae", "clip", "dit")
+STAGES = ("vae", "decoder", "clip", "dit")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
