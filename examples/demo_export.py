@@ -15,7 +15,7 @@ from demo_models import CLIP_LENGTH, CLIP_MEAN, CLIP_STD, Sizes, load_tokenizers
 from ses_jax.convert import autoencoder_kl, clip, decoder_lm, network, z_image
 
 SHIFT = 3.0
-SETTINGS = {"steps": 20, "preview_steps": 10, "guidance": 2.0, "height": 64, "width": 64, "level": 1, "reward": "clip"}
+SETTINGS = {"steps": 20, "preview_steps": 10, "guidance": 0.5, "height": 64, "width": 64, "level": 1, "reward": "clip"}
 
 
 def export(work: Path, out: Path, sizes: Sizes) -> None:
