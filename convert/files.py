@@ -115,6 +115,7 @@ def write_weights(
             total += sum(array.nbytes for array in shard.values())
         names = [_shard_name(stem, number, len(parts)) for number in range(1, len(parts) + 1)]
         for part, name in zip(parts, names, strict=True):
+            part.chmod(0o644)  # the writer leaves files that only their owner can read
             part.rename(folder / name)
     finally:
         for part in parts:

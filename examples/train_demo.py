@@ -23,7 +23,7 @@ from demo_models import CLIP_MEAN, CLIP_STD, Sizes
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
 
 Stage = Literal["tokenizer", "vae", "decoder", "clip", "dit", "export"]
-STEPS: dict[str, int] = {"vae": 1640, "decoder": 500, "clip": 1000, "dit": 6400}
+STEPS: dict[str, int] = {"vae": 1640, "decoder": 420, "clip": 1000, "dit": 6000}
 
 
 @dataclasses.dataclass(frozen=True)
