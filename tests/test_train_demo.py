@@ -21,13 +21,6 @@ import train_demo
 STAGES = ("vae", "decoder", "clip", "dit")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> train_demo.Arguments:
     """All stages without a stop."""
@@ -36,21 +29,13 @@ def straight(tmp_path_factory) -> train_demo.Arguments:
     return args
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory) -> train_demo.Arguments:
-    """Every stage stopped after its first step, then run again."""
-    args = train_demo.Arguments(work=tmp_path_factory.mktemp("stopped"), steps=3, sizes="tiny")
-    for stage in ("tokenizer", *STAGES):
-        for minutes in (0.0, float("inf")):
-            train_demo.main(dataclasses.replace(args, stage=stage, minutes=minutes))
-    return args
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_interrupted_stage_continues_to_the_same_weights(straight, stopped, stage):
-    (steps, expected), (again, found) = (demo_training.load(a.work / stage) for a in (straight, stopped))
-    assert steps == again == 3
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+def test_an_interrupted_stage_continues_to_the_same_weights(straight, tmp_path):
+    args = dataclasses.replace(straight, work=tmp_path, stage="vae")
+    for minutes in (0.0, float("inf")):  # the first run stops after one step
+        train_demo.main(dataclasses.replace(args, minutes=minutes))
+        steps, found = demo_training.load(tmp_path / "vae")
+        assert steps == (1 if minutes == 0 else 3)
+    jax.tree.map(np.testing.assert_array_equal, found, demo_training.load(straight.work / "vae")[1])
 
 
 @pytest.mark.parametrize("stage", STAGES)
