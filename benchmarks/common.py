@@ -28,10 +28,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(name: str, result: Mapping[str, Any]) -> Path:
-    """Writes `results/<name>.json`, the environment included."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def save(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes `<folder>/<name>.json`, the environment included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({**result, "environment": environment()}, indent=2) + "\n")
     temporary.replace(path)

@@ -1,6 +1,6 @@
 """What a search gains on the demo: a picture of it, and curves against best-of-N at the same budget.
 
-`python benchmarks/effect.py` writes, under `benchmarks/results/`:
+`python benchmarks/effect.py` writes, under `benchmarks/results/` unless `--out` says otherwise:
 
     effect.png   three prompts, the same seed, budgets 0 / 10 / 30 / 50 side by side with their scores
     curve.png    mean reward, and accuracy by the judge of `examples/scenes.py`, over the budget
@@ -27,7 +27,7 @@ import common
 import scenes
 
 import ses_jax
-from ses_jax.engine import search_prompt
+from ses_jax.engine import base_noise, prompt_keys, search_prompt
 from ses_jax.result import to_image, write
 
 matplotlib.use("Agg")
@@ -49,35 +49,40 @@ class Arguments:
     Attributes:
       prompts: how many evaluation prompts the curves average over.
       budgets: the budgets of the curves.
+      prompt_seed: of the evaluation prompts; 2024 are those that the demo's defaults were chosen on.
       seed: of the noise.
       model: the checkpoint; its images must be those that `examples/scenes.py` can judge.
+      out: folder for the results.
     """
 
     prompts: int = 50
     budgets: tuple[int, ...] = (1, 10, 20, 30, 40, 50)
+    prompt_seed: int = 2024
     seed: int = 0
     model: str = "demo"
+    out: Path = common.RESULTS
 
 
 def main(args: Arguments) -> None:
     pipeline = ses_jax.load_pipeline(args.model)
     reward = ses_jax.load_reward("clip", source=pipeline.folder / "clip")
-    common.RESULTS.mkdir(exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     rows = [list(picture_row(pipeline, reward, prompt, args.seed)) for prompt in PICTURE_PROMPTS]
-    write(common.RESULTS / "effect.png", lambda path: contact_sheet(rows).save(path, format="PNG"))
+    write(args.out / "effect.png", lambda path: contact_sheet(rows).save(path, format="PNG"))
 
-    cases = scenes.evaluation_prompts(args.prompts)
+    cases = scenes.evaluation_prompts(args.prompts, seed=args.prompt_seed)
     methods = {"search": searched, "best of N": best_of}
     curves = {
         name: curve([list(method(pipeline, reward, case, i, args)) for i, case in enumerate(cases)], args.budgets)
         for name, method in methods.items()
     }
-    write(common.RESULTS / "curve.png", lambda path: plot(curves, args.budgets).savefig(path, format="png", dpi=130))
+    write(args.out / "curve.png", lambda path: plot(curves, args.budgets).savefig(path, format="png", dpi=130))
     picture = [
         {"prompt": p, "scores": [score for _, score in row]} for p, row in zip(PICTURE_PROMPTS, rows, strict=True)
     ]
-    path = common.save("effect", {"arguments": dataclasses.asdict(args), "curves": curves, "picture": picture})
+    arguments = {name: value for name, value in dataclasses.asdict(args).items() if name != "out"}
+    path = common.save("effect", {"arguments": arguments, "curves": curves, "picture": picture}, args.out)
     report(curves, args.budgets)
     print(path)
 
@@ -99,12 +104,13 @@ def searched(pipeline: Any, reward: Any, case: tuple, index: int, args: Argument
 
 
 def best_of(pipeline: Any, reward: Any, case: tuple, index: int, args: Arguments) -> Iterator[dict[str, float]]:
-    """The same for the best of N independent noises, scored by the same previews."""
+    """The same for the best of N independent noises, the search's own base first, scored by the same previews."""
     scene, prompt = case
     config = ses_jax.SearchConfig().resolve(pipeline)
     shape = pipeline.noise_shape(config.height, config.width)
-    key = jax.random.fold_in(jax.random.key(args.seed + 1), index)
-    noise = np.asarray(jax.random.normal(key, (max(args.budgets), *shape)))
+    base_key, key = prompt_keys(args.seed, index)
+    others = jax.random.normal(key, (max(args.budgets) - 1, *shape))
+    noise = np.concatenate([base_noise(base_key, shape)[None], others])
     scores = np.concatenate(
         [render_and_score(pipeline, reward, prompt, part, config.preview_steps)[1] for part in split_in_tens(noise)]
     )

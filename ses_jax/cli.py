@@ -133,10 +133,7 @@ def models() -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line; bad input is one line on stderr and exit status 2."""
-    # Compiled programs are kept between runs; a second search of the same shape starts at once.
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(cache) / "ses_jax" / "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    _keep_compiled_programs()
     try:
         tyro.extras.subcommand_cli_from_dict(
             {"search": search, "generate": generate, "models": models}, prog="ses-jax", args=args
@@ -147,6 +144,16 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _keep_compiled_programs() -> None:
+    """Compiled programs are kept between runs, so that a second search of the same shape starts at once."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "ses_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _parse_reward(text: str) -> Any:

@@ -1,6 +1,7 @@
 """The shell commands, on the packaged demo checkpoint."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -119,6 +120,13 @@ def test_a_search_runs_without_torch_in_a_process_of_its_own(tmp_path):
     arguments = ["search", PROMPT, *FAST, "--out", str(tmp_path / "out")]
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], cwd=tmp_path, check=True)
     assert (tmp_path / "out" / "result.json").exists()
+
+
+def test_compiled_programs_are_kept_between_runs(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "ses_jax", "generate", PROMPT, "--steps", "1", "--out", str(tmp_path / "out")]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    assert any((tmp_path / "ses_jax" / "xla").iterdir())
 
 
 def test_the_module_is_the_command(tmp_path):

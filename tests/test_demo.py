@@ -72,9 +72,10 @@ def test_colours_follow_the_prompt(pipeline):
 
 
 def test_search_raises_the_reward(pipeline):
-    results = ses_jax.search(PROMPTS, model=pipeline, budget=30, progress=False)
+    """The result never loses to the unsearched image, and later generations are better than the first on average."""
+    results = ses_jax.search(PROMPTS, model=pipeline, budget=40, progress=False)
     assert all(result.score >= result.baseline_score for result in results)
-    gain = np.mean([result.score - result.baseline_score for result in results])
-    spread = np.mean([np.std([row["score"] for row in result.history[:10]]) for result in results])
-    assert gain > spread
+    assert np.mean([result.score for result in results]) > np.mean([result.baseline_score for result in results])
+    scores = np.array([[row["score"] for row in result.history] for result in results])
+    assert scores[:, 20:].mean() > scores[:, :10].mean()
     assert isinstance(results[0].image, Image.Image)
