@@ -53,7 +53,12 @@ class Arguments:
 def main(args: Arguments) -> None:
     pipeline, reward = demo() if args.model == "demo" else random_z_image()
     config = ses_jax.SearchConfig(
-        budget=args.population, population=args.population, height=args.height, width=args.width, chunk=args.chunk
+        budget=args.population,
+        population=args.population,
+        elites=min(5, args.population - 1),
+        height=args.height,
+        width=args.width,
+        chunk=args.chunk,
     ).resolve(pipeline)
     prompt = "a red circle left of a blue square"
     program = engine._program(pipeline, reward, config, prompt)
