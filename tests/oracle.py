@@ -79,7 +79,7 @@ def z_image_pipeline(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> ZImag
 
 def z_image(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> ZImageTransformer2DModel:
     """The diffusion transformer."""
-    return _seeded(
+    return seeded(
         lambda: ZImageTransformer2DModel(
             all_patch_size=(2,),
             all_f_patch_size=(1,),
@@ -119,13 +119,13 @@ def qwen3(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> Qwen3Model:
         attention_bias=False,
         tie_word_embeddings=True,
     )
-    return _seeded(lambda: Qwen3Model(config), seed, sizes.gain)
+    return seeded(lambda: Qwen3Model(config), seed, sizes.gain)
 
 
 def vae(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> AutoencoderKL:
     """The autoencoder."""
     blocks = len(sizes.vae_widths)
-    return _seeded(
+    return seeded(
         lambda: AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * blocks,
             up_block_types=("UpDecoderBlock2D",) * blocks,
@@ -173,7 +173,7 @@ def clip(
         text_config=text | {"hidden_act": act, "eos_token_id": eos_token_id} | overrides.get("text", {}),
         vision_config=vision | {"hidden_act": act} | overrides.get("vision", {}),
     )
-    return _seeded(lambda: CLIPModel(config), seed, gain)
+    return seeded(lambda: CLIPModel(config), seed, gain)
 
 
 def save_clip(folder: Path, model: CLIPModel) -> None:
@@ -212,17 +212,17 @@ MED_CONFIG = {
 
 def open_clip(seed: int = 0, gain: float = 1.0) -> nn.Module:
     """CLIP in open_clip's layout, of the sizes in `OPEN_CLIP`."""
-    return _seeded(lambda: OpenCLIP(OPEN_CLIP["model_cfg"]), seed, gain)
+    return seeded(lambda: OpenCLIP(OPEN_CLIP["model_cfg"]), seed, gain)
 
 
 def image_reward(seed: int = 0, gain: float = 1.0) -> nn.Module:
     """ImageReward in its authors' layout, of the sizes in `MED_CONFIG`."""
-    return _seeded(lambda: ImageReward(MED_CONFIG), seed, gain)
+    return seeded(lambda: ImageReward(MED_CONFIG), seed, gain)
 
 
 def score_head(width: int, seed: int = 0) -> nn.Module:
     """The five-layer head."""
-    return _seeded(lambda: ScoreHead(width), seed)
+    return seeded(lambda: ScoreHead(width), seed)
 
 
 class OpenCLIP(nn.Module):
@@ -420,7 +420,7 @@ def _byte_tokenizer(specials: tuple[str, ...]) -> Tokenizer:
     return tokenizer
 
 
-def _seeded(build: Any, seed: int, gain: float = 1.0, matrix_gain: float = 1.0) -> Any:
+def seeded(build: Any, seed: int, gain: float = 1.0, matrix_gain: float = 1.0) -> Any:
     """Builds a network with weights of a size that makes every part of it count.
 
     Library defaults hide bugs: norms of ones and biases of zeros a swapped norm or a dropped bias, and the small
