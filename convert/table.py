@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 
 class Transform(NamedTuple):
@@ -105,6 +106,8 @@ class Component:
       table: content of `config.json` to the conversion table.
       stem: name of the published weights file, without `.safetensors`.
       single_file: the other published form, which is read where the network's own folder has no weights.
+      partition: ordered pairs of a path pattern in the params and how a leaf of that path is split over a mesh; the
+        whole network on every device unless said otherwise.
     """
 
     from_json: Callable[[Mapping[str, Any]], Any]
@@ -112,6 +115,7 @@ class Component:
     table: Callable[[Mapping[str, Any]], Table]
     stem: str = "diffusion_pytorch_model"
     single_file: SingleFile | None = None
+    partition: Sequence[tuple[str, PartitionSpec]] = ((".*", PartitionSpec()),)
 
     def abstract(self, config: Any) -> Any:
         """The params tree as shapes only; nothing is allocated."""

@@ -77,7 +77,10 @@ class Config:
         if channels % PATCH**2:
             raise ValueError(f"FLUX.1 with in_channels={channels} is not supported; expected a multiple of {PATCH**2}")
         fields = {field.name for field in dataclasses.fields(cls)} - {"timestep_rounding"}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields})
+        made = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields})
+        if sum(made.axes_dims_rope) != made.attention_head_dim:
+            raise ValueError(f"FLUX.1's axes_dims_rope must sum to attention_head_dim, {made.attention_head_dim}")
+        return made
 
     @property
     def dim(self) -> int:

@@ -104,7 +104,7 @@ def assemble(parts: base.Parts, *, max_tokens: int | None = None, timestep_round
     vae, text = parts.configs["vae"], parts.configs["text_encoder"]
     distilled = config.guidance_embeds
     lengths = (text.max_length, _token_count(max_tokens, MAX_TOKENS if distilled else SCHNELL_TOKENS))
-    off = GUIDANCE if distilled else GUIDANCE | {"scale": 0.0}
+    usual = GUIDANCE if distilled else GUIDANCE | {"scale": 0.0}
     tokenizers = tuple(parts.tokenizers.get(name) for name in TOKENIZERS)
     return base.Pipeline(
         family="FluxPipeline",
@@ -112,13 +112,13 @@ def assemble(parts: base.Parts, *, max_tokens: int | None = None, timestep_round
         params=parts.params,
         defaults=base.override(DEV if distilled else SCHNELL, parts.settings),
         size_multiple=vae.downscale * flux1.PATCH,
-        tokenize=functools.partial(tokenize, tokenizers, lengths, off),
+        tokenize=functools.partial(tokenize, tokenizers, lengths, usual),
         encode=functools.partial(encode, text, parts.configs["text_encoder_2"]),
         velocity=functools.partial(velocity, config),
         decode=functools.partial(decode, vae),
         sigmas=functools.partial(sigmas, _checked(parts), vae.downscale * flux1.PATCH),
         noise_shape=functools.partial(noise_shape, config, vae),
-        blank_tokens=functools.partial(blank_tokens, lengths, off),
+        blank_tokens=functools.partial(blank_tokens, lengths, usual),
         text_params=base.pick("text_encoder", "text_encoder_2"),
         image_params=base.pick("transformer", "vae"),
     )
@@ -127,7 +127,7 @@ def assemble(parts: base.Parts, *, max_tokens: int | None = None, timestep_round
 def tokenize(
     tokenizers: Sequence[Callable[..., Any]],
     lengths: tuple[int, int],
-    off: Mapping[str, float],
+    usual: Mapping[str, float],
     prompts: Sequence[str],
     *,
     guidance: base.Guidance | None = None,
@@ -138,15 +138,15 @@ def tokenize(
     Args:
       tokenizers: CLIP's and T5's.
       lengths: of their token ids; longer prompts are cut, shorter ones padded.
-      off: guidance where the caller says nothing.
+      usual: guidance where the caller says nothing.
       prompts: `P` of them.
-      guidance: a number or options, see the module docstring; None is `off`.
+      guidance: a number or options, see the module docstring; None is `usual`.
       negative_prompt: one for all, or one each.
 
     Raises:
       ValueError: for guidance that has no effect, or a negative prompt that has none.
     """
-    options = _options(guidance, off)
+    options = _options(guidance, usual)
 
     def ids(texts):
         rows = (
@@ -164,14 +164,14 @@ def tokenize(
 
 def blank_tokens(
     lengths: tuple[int, int],
-    off: Mapping[str, float],
+    usual: Mapping[str, float],
     count: int,
     length: int,
     *,
     guidance: base.Guidance | None = None,
 ) -> Tokens:
     """Tokens of `count` prompts without a tokenizer; they are of fixed length, whatever `length` says."""
-    options = _options(guidance, off)
+    options = _options(guidance, usual)
     ids = Ids(*(np.zeros((count, size), np.int32) for size in lengths))
     return Tokens(ids, ids if options["true_cfg"] > 1 else None, _columns(options, count))
 
@@ -231,9 +231,9 @@ def _token_count(wanted: int | None, default: int) -> int:
     return wanted
 
 
-def _options(guidance: base.Guidance | None, off: Mapping[str, float]) -> dict[str, float]:
-    options = base.guidance_options({} if guidance is None else guidance, off, "FLUX.1")
-    if not off["scale"] and options["scale"]:
+def _options(guidance: base.Guidance | None, usual: Mapping[str, float]) -> dict[str, float]:
+    options = base.guidance_options({} if guidance is None else guidance, usual, "FLUX.1")
+    if not usual["scale"] and options["scale"]:
         raise ValueError(f"guidance {options['scale']} has no effect: FLUX.1-schnell has no such input; pass 0")
     return options
 
