@@ -16,6 +16,7 @@ from ses_jax import generation
 from ses_jax.pipelines import abstract_pipeline, base, flux1
 
 LONG = "a very detailed painting of " + "many " * 300  # more than 77 and more than 512 tokens
+SHORT = 70
 VARIANTS = {
     "dev": Flux1Sizes(t5_layers=2, vae_layers=1),
     "schnell": Flux1Sizes(
@@ -48,6 +49,13 @@ def build(name, tmp_path_factory):
 @pytest.fixture(scope="module")
 def dev(tmp_path_factory):
     return build("dev", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def short(dev):
+    """dev with few tokens of T5, where their number is not the point."""
+    reference, pipeline = dev
+    return reference, ses_jax.load_pipeline(str(pipeline.folder), max_tokens=SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +97,25 @@ RAGGED = ["\u732b \U0001f431 caf\u00e9", "a somewhat longer prompt, of more than
 
 
 @pytest.mark.parametrize(
+    ("prompts", "size", "guidance"), [(["a cat"], (64, 64), None), ([LONG], (32, 32), 2.0)], ids=["plain", "too long"]
+)
+def test_dev_from_prompt_to_image(dev, prompts, size, guidance):
+    assert_same_images(*render_both(dev, prompts, size=size, guidance=guidance))
+
+
+@pytest.mark.parametrize(
     ("prompts", "size", "guidance", "negative"),
     [
-        (["a cat"], (64, 64), None, None),
         ([""], (64, 96), 1.0, None),
         (RAGGED, (48, 80), 3.5, None),
-        ([LONG], (32, 32), 2.0, None),
         (["a cat"], (32, 32), {"true_cfg": 4.0}, "ugly, blurry"),
-        (["a cat", LONG], (32, 32), {"scale": 2.0, "true_cfg": 2.5}, ""),
+        (["a cat", LONG], (48, 32), {"scale": 2.0, "true_cfg": 2.5}, ""),
     ],
-    ids=["plain", "empty", "ragged batch of unicode", "too long", "true cfg", "true cfg batch"],
+    ids=["empty", "ragged batch of unicode", "true cfg", "true cfg batch"],
 )
-def test_dev_from_prompt_to_image(dev, prompts, size, guidance, negative):
-    assert_same_images(*render_both(dev, prompts, size=size, guidance=guidance, negative=negative))
+def test_dev_with_few_tokens(short, prompts, size, guidance, negative):
+    both = render_both(short, prompts, size=size, guidance=guidance, negative=negative, max_tokens=SHORT)
+    assert_same_images(*both)
 
 
 @pytest.mark.parametrize(
@@ -119,17 +133,14 @@ def test_schnell_from_prompt_to_image(schnell, prompts, size, steps, guidance, n
     assert_same_images(*both)
 
 
-def test_max_tokens_is_the_references_max_sequence_length(dev):
-    reference, usual = dev
-    pipeline = ses_jax.load_pipeline(str(usual.folder), max_tokens=40)
-    assert_same_images(*render_both((reference, pipeline), [LONG, "a"], size=(32, 32), max_tokens=40))
-    for wrong in (0, 513):
-        with pytest.raises(ValueError, match=f"max_tokens={wrong} is not between 1 and 512"):
-            ses_jax.load_pipeline(str(usual.folder), max_tokens=wrong)
+@pytest.mark.parametrize("wrong", [0, 513])
+def test_max_tokens_are_limited(dev, wrong):
+    with pytest.raises(ValueError, match=f"max_tokens={wrong} is not between 1 and 512"):
+        ses_jax.load_pipeline(str(dev[1].folder), max_tokens=wrong)
 
 
-def test_rows_of_a_batch_are_the_images_of_their_prompts(dev):
-    _, pipeline = dev
+def test_rows_of_a_batch_are_the_images_of_their_prompts(short):
+    _, pipeline = short
     noise = np.random.default_rng(0).standard_normal((3, *pipeline.noise_shape(32, 32)), np.float32)
     settings = {"steps": 2, "height": 32, "width": 32}
     together = ses_jax.generate(pipeline, RAGGED, noise=noise, **settings)
@@ -216,26 +227,26 @@ def test_encode_and_velocity_use_only_their_own_params(dev):
     assert jax.eval_shape(pipeline.decode, image, latents).shape == (1, 32, 32, 3)
 
 
-def test_bfloat16_weights_run_and_stay_close(dev):
-    _, exact = dev
-    rough = ses_jax.load_pipeline(str(exact.folder), dtype=jnp.bfloat16, timestep_rounding="reference")
+def test_bfloat16_weights_run_and_stay_close(short):
+    _, exact = short
+    rough = ses_jax.load_pipeline(str(exact.folder), dtype=jnp.bfloat16, max_tokens=SHORT)
     assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
     images = [np.asarray(ses_jax.generate(p, "a cat", height=32, width=32, steps=2)) for p in (exact, rough)]
     assert images[1].dtype == np.float32
     assert np.isfinite(images[1]).all()
-    assert np.abs(images[0] - images[1]).mean() < 0.05
+    assert np.abs(images[0] - images[1]).mean() < 0.1 < images[0].std()
 
 
-def test_rounding_makes_no_difference_to_float32_weights(dev):
-    _, pipeline = dev
-    other = ses_jax.load_pipeline(str(pipeline.folder), timestep_rounding="reference")
+def test_rounding_makes_no_difference_to_float32_weights(short):
+    _, pipeline = short
+    other = ses_jax.load_pipeline(str(pipeline.folder), max_tokens=SHORT, timestep_rounding="reference")
     images = [ses_jax.generate(p, "a cat", height=32, width=32, steps=2) for p in (pipeline, other)]
     np.testing.assert_allclose(*images, atol=1e-4)
 
 
 @pytest.mark.parametrize("guidance", [3.5, {"true_cfg": 2.0}], ids=["distilled", "true cfg"])
-def test_a_search_runs_with_a_clip_reward(dev, guidance, tmp_path):
-    _, pipeline = dev
+def test_a_search_runs_with_a_clip_reward(short, guidance, tmp_path):
+    _, pipeline = short
     oracle.save_clip(tmp_path, oracle.clip())
     settings = {"height": 32, "width": 48, "guidance": guidance}
     negative = {"negative_prompt": "a dog"} if isinstance(guidance, dict) else {}
@@ -251,8 +262,8 @@ def test_a_search_runs_with_a_clip_reward(dev, guidance, tmp_path):
     np.testing.assert_allclose(np.asarray(result.image) / 255, again[0], atol=0.5 / 255 + 1e-4)
 
 
-def test_prompts_of_any_length_share_one_compilation(dev):
-    _, pipeline = dev
+def test_prompts_of_any_length_share_one_compilation(short):
+    _, pipeline = short
     before = generation.generation_step._cache_size()
     ses_jax.search(
         ["a cat", "", LONG], model=pipeline, reward=toy.brightness(), budget=4, population=2, elites=1, level=1,
