@@ -17,12 +17,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import RMSNorm, TimeEmbedder, stack
 from ses_jax.models.mmdit import (
+    JOINT_PARTITION,
     NORM_EPS,
+    ROUNDINGS,
     JointBlock,
     ModulatedOutput,
     Modulation,
@@ -30,13 +33,24 @@ from ses_jax.models.mmdit import (
     grid_positions,
     modulate,
     pack,
+    thousandfold,
     unpack,
 )
 
 PATCH = 2
 MLP_RATIO = 4
 ROPE_THETA = 10000.0
-ROUNDINGS = ("exact", "reference")
+
+# Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
+PARTITION = (
+    *JOINT_PARTITION,
+    (r"single_blocks/mlp_in/kernel", P(None, None, "model")),
+    (r"single_blocks/mlp_in/bias", P(None, "model")),
+    (r"single_blocks/mlp_out/kernel", P(None, "model", None)),
+    (r"single_blocks/modulation/linear/kernel", P(None, "model", None)),
+    (r"single_blocks/modulation/linear/bias", P()),
+    (r"(x_embedder|context_embedder|condition/\w+/linear_\d|output/(norm_out/linear|proj_out))/(kernel|bias)", P()),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +178,7 @@ class ConditionEmbedder(nn.Module):
     @nn.compact
     def __call__(self, sigma, guidance, pooled):
         c, dtype = self.config, pooled.dtype
-        time, guidance = _thousandfold(sigma, guidance, dtype if c.timestep_rounding == "reference" else jnp.float32)
+        time, guidance = thousandfold(sigma, guidance, dtype if c.timestep_rounding == "reference" else jnp.float32)
         vector = TimeEmbedder(c.dim, c.dim, name="timestep_embedder")(time, dtype)
         if c.guidance_embeds:
             vector = vector + TimeEmbedder(c.dim, c.dim, name="guidance_embedder")(guidance, dtype)
@@ -182,7 +196,11 @@ class VectorEmbedder(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Attention and feed-forward side by side over the joint sequence, with one projection for both."""
+    """Attention and feed-forward side by side over the joint sequence.
+
+    The reference joins their outputs for one last projection; here each has its own part of it, so that nothing is
+    copied, and that a mesh can split both.
+    """
 
     config: Config
 
@@ -191,13 +209,13 @@ class SingleBlock(nn.Module):
         c = self.config
         shift, scale, gate = Modulation(c.dim, 3, name="modulation")(vector)
         h = modulate(x, shift, scale)
-        attended = SelfAttention(c, name="attention")(h, cos, sin)
-        mlp = jax.nn.gelu(nn.Dense(MLP_RATIO * c.dim, name="proj_mlp")(h), approximate=True)
-        return x + gate * nn.Dense(c.dim, name="proj_out")(jnp.concatenate([attended, mlp], axis=-1)), None
+        hidden = jax.nn.gelu(nn.Dense(MLP_RATIO * c.dim, name="mlp_in")(h), approximate=True)
+        mlp = nn.Dense(c.dim, use_bias=False, name="mlp_out")(hidden)
+        return x + gate * (SelfAttention(c, name="attention")(h, cos, sin) + mlp), None
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention without a projection of its own behind it."""
+    """Multi-head attention; queries and keys are normed per head, then rotated."""
 
     config: Config
 
@@ -208,7 +226,7 @@ class SelfAttention(nn.Module):
         q, k, v = (nn.Dense(c.dim, name=f"to_{name}")(x).reshape(split) for name in "qkv")
         q = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_q")(q), cos, sin)
         k = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_k")(k), cos, sin)
-        return attention(q, k, v)
+        return nn.Dense(c.dim, name="to_out")(attention(q, k, v))
 
 
 def positions(grid: tuple[int, int], text_length: int) -> np.ndarray:
@@ -216,14 +234,3 @@ def positions(grid: tuple[int, int], text_length: int) -> np.ndarray:
     rows, columns = grid_positions(grid)
     image = np.stack([np.zeros_like(rows), rows, columns], axis=-1)
     return np.concatenate([image, np.zeros((text_length, 3), image.dtype)])
-
-
-def _thousandfold(sigma: jax.Array, guidance: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Time and guidance times 1000, in float32, rounded on the way as the reference's pipeline does in `dtype`."""
-    kind = jnp.finfo(dtype)
-
-    def rounded(x):  # compilers may skip a conversion there and back, but not this
-        return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
-
-    time = rounded(1000 * rounded(rounded(1000 * sigma.astype(jnp.float32)) / 1000))
-    return time, rounded(1000 * rounded(guidance.astype(jnp.float32)))

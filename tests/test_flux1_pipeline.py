@@ -8,11 +8,10 @@ import oracle
 import oracle_flux1
 import pytest
 import torch
-import toy
 from oracle_flux1 import Flux1Sizes
 
 import ses_jax
-from ses_jax import generation
+from ses_jax import generation, partition
 from ses_jax.pipelines import abstract_pipeline, base, flux1
 
 LONG = "a very detailed painting of " + "many " * 300  # more than 77 and more than 512 tokens
@@ -244,32 +243,43 @@ def test_rounding_makes_no_difference_to_float32_weights(short):
     np.testing.assert_allclose(*images, atol=1e-4)
 
 
-@pytest.mark.parametrize("guidance", [3.5, {"true_cfg": 2.0}], ids=["distilled", "true cfg"])
-def test_a_search_runs_with_a_clip_reward(short, guidance, tmp_path):
+def test_a_search_runs_with_a_clip_reward(short, tmp_path):
+    """Three prompts, the shortest and the longest; one program serves all."""
     _, pipeline = short
     oracle.save_clip(tmp_path, oracle.clip())
-    settings = {"height": 32, "width": 48, "guidance": guidance}
-    negative = {"negative_prompt": "a dog"} if isinstance(guidance, dict) else {}
-    result = ses_jax.search(
-        "a cat", model=pipeline, reward=ses_jax.load_reward("clip", source=str(tmp_path)), budget=5, population=4,
-        elites=2, level=1, preview_steps=1, steps=2, progress=False, **settings, **negative,
-    )  # fmt: skip
-    scores = [row["score"] for row in result.history]
-    assert len(scores) == 5
-    assert result.score == max(scores) > min(scores)
-    assert result.image.size == (48, 32)
-    again = ses_jax.generate(pipeline, "a cat", noise=result.noise[None], steps=2, **settings, **negative)
-    np.testing.assert_allclose(np.asarray(result.image) / 255, again[0], atol=0.5 / 255 + 1e-4)
-
-
-def test_prompts_of_any_length_share_one_compilation(short):
-    _, pipeline = short
+    settings = {"guidance": {"true_cfg": 2.0}, "negative_prompt": "a dog", "height": 32, "width": 32, "steps": 2}
     before = generation.generation_step._cache_size()
-    ses_jax.search(
-        ["a cat", "", LONG], model=pipeline, reward=toy.brightness(), budget=4, population=2, elites=1, level=1,
-        preview_steps=1, steps=1, height=32, width=32, progress=False,
+    results = ses_jax.search(
+        ["a cat", "", LONG], model=pipeline, reward=ses_jax.load_reward("clip", source=str(tmp_path)), budget=5,
+        population=4, elites=2, level=1, preview_steps=2, progress=False, **settings,
     )  # fmt: skip
-    assert generation.generation_step._cache_size() - before == 1
+    for result in results:
+        scores = [row["score"] for row in result.history]
+        assert len(scores) == 5
+        assert result.score == max(scores) > min(scores)
+        assert result.image.size == (32, 32)
+    # Five candidates in generations of four: the last generation is a program of its own at most.
+    assert generation.generation_step._cache_size() - before <= 2
+    again = ses_jax.generate(pipeline, LONG, noise=results[2].noise[None], **settings)
+    np.testing.assert_allclose(np.asarray(results[2].image) / 255, again[0], atol=0.5 / 255 + 1e-4)
+
+
+def test_the_text_encoders_may_leave_the_device(short):
+    _, pipeline = short
+    away = ses_jax.load_pipeline(str(pipeline.folder), max_tokens=SHORT, offload_text_encoder=True)
+    settings = {"steps": 2, "height": 32, "width": 32}
+    images = [ses_jax.generate(p, "a cat", **settings) for p in (pipeline, away)]
+    np.testing.assert_array_equal(*images)
+
+
+@pytest.mark.parametrize("mesh", ["data=1,model=4", "data=2,model=2"])
+@pytest.mark.parametrize("name", ["transformer", "text_encoder_2"])
+def test_partition_rules_cover_the_published_network_and_split_it(name, mesh):
+    params = abstract_pipeline("black-forest-labs/FLUX.1-dev").params[name]
+    mesh, rules = partition.abstract_mesh(mesh), flux1.COMPONENTS[name].partition
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    split = partition.bytes_per_device(mesh, rules, params)
+    assert whole / mesh.shape["model"] <= split < 1.05 * whole / mesh.shape["model"]
 
 
 PUBLISHED = {"black-forest-labs/FLUX.1-dev": 512, "black-forest-labs/FLUX.1-schnell": 256}
