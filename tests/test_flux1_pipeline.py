@@ -95,22 +95,18 @@ def assert_same_images(images, expected):
 RAGGED = ["\u732b \U0001f431 caf\u00e9", "a somewhat longer prompt, of more than thirty-two tokens", ""]
 
 
-@pytest.mark.parametrize(
-    ("prompts", "size", "guidance"), [(["a cat"], (64, 64), None), ([LONG], (32, 32), 2.0)], ids=["plain", "too long"]
-)
-def test_dev_from_prompt_to_image(dev, prompts, size, guidance):
-    assert_same_images(*render_both(dev, prompts, size=size, guidance=guidance))
+def test_dev_from_prompt_to_image(dev):
+    assert_same_images(*render_both(dev, ["a cat", LONG], size=(64, 64)))
 
 
 @pytest.mark.parametrize(
     ("prompts", "size", "guidance", "negative"),
     [
-        ([""], (64, 96), 1.0, None),
-        (RAGGED, (48, 80), 3.5, None),
+        (RAGGED, (48, 80), 2.0, None),
         (["a cat"], (32, 32), {"true_cfg": 4.0}, "ugly, blurry"),
         (["a cat", LONG], (48, 32), {"scale": 2.0, "true_cfg": 2.5}, ""),
     ],
-    ids=["empty", "ragged batch of unicode", "true cfg", "true cfg batch"],
+    ids=["ragged batch of unicode", "true cfg", "true cfg batch"],
 )
 def test_dev_with_few_tokens(short, prompts, size, guidance, negative):
     both = render_both(short, prompts, size=size, guidance=guidance, negative=negative, max_tokens=SHORT)
@@ -120,12 +116,11 @@ def test_dev_with_few_tokens(short, prompts, size, guidance, negative):
 @pytest.mark.parametrize(
     ("prompts", "size", "steps", "guidance", "negative"),
     [
-        (["a cat"], (64, 64), 4, None, None),
-        (RAGGED, (48, 80), 1, None, None),
-        ([LONG], (32, 32), 2, None, None),
+        (["a cat"], (32, 64), 4, None, None),
+        ([*RAGGED, LONG], (48, 80), 1, None, None),
         (["a cat"], (32, 32), 2, {"true_cfg": 2.0}, "a dog"),
     ],
-    ids=["plain", "ragged batch of unicode", "too long", "true cfg"],
+    ids=["plain", "ragged batch", "true cfg"],
 )
 def test_schnell_from_prompt_to_image(schnell, prompts, size, steps, guidance, negative):
     both = render_both(schnell, prompts, size=size, steps=steps, guidance=guidance, negative=negative, max_tokens=256)
@@ -140,8 +135,8 @@ def test_max_tokens_are_limited(dev, wrong):
 
 def test_rows_of_a_batch_are_the_images_of_their_prompts(short):
     _, pipeline = short
-    noise = np.random.default_rng(0).standard_normal((3, *pipeline.noise_shape(32, 32)), np.float32)
-    settings = {"steps": 2, "height": 32, "width": 32}
+    noise = np.random.default_rng(0).standard_normal((3, *pipeline.noise_shape(48, 80)), np.float32)
+    settings = {"steps": 2, "height": 48, "width": 80}
     together = ses_jax.generate(pipeline, RAGGED, noise=noise, **settings)
     for i in (0, 1):
         alone = ses_jax.generate(pipeline, RAGGED[i : i + 1], noise=noise[i : i + 1], **settings)
