@@ -31,6 +31,8 @@ class Transform(NamedTuple):
 IDENTITY = Transform("identity", lambda x: x, lambda x: x)
 LINEAR = Transform("linear", lambda x: x.transpose(1, 0), lambda x: x.transpose(1, 0))  # [out, in] <-> [in, out]
 CONV = Transform("conv", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
+# OIDHW <-> DHWIO
+CONV3D = Transform("conv3d", lambda x: x.transpose(2, 3, 4, 1, 0), lambda x: x.transpose(4, 3, 0, 1, 2))
 
 
 class Rule(NamedTuple):
@@ -99,6 +101,11 @@ def fused(source: str, targets: Sequence[str], *, separator: str = ".") -> tuple
 def conv(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:
     """A 2-D convolution."""
     return _weighted(source, f"{target}/kernel", CONV) + _bias(source, target, bias)
+
+
+def conv3d(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:
+    """A 3-D convolution, time first."""
+    return _weighted(source, f"{target}/kernel", CONV3D) + _bias(source, target, bias)
 
 
 def norm(source: str, target: str, *, bias: bool = False) -> tuple[Rule, ...]:
