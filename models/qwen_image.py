@@ -47,8 +47,10 @@ class Config:
                 raise ValueError(f"Qwen-Image with {option}=true is not supported; use the text-to-image checkpoint")
         fields = {f.name for f in dataclasses.fields(cls)}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields}
+        if "out_channels" in known and known["out_channels"] is None:
+            known["out_channels"] = known.get("in_channels", cls.in_channels)
         made = cls(**known)
-        if made.in_channels != made.patch_size**2 * (made.out_channels or 0):
+        if made.in_channels != made.patch_size**2 * made.out_channels:
             raise ValueError(
                 f"Qwen-Image with in_channels={made.in_channels} and out_channels={made.out_channels} is not "
                 f"supported; a text-to-image model has out_channels x {made.patch_size}**2 input channels"
