@@ -3,6 +3,10 @@
 Image and text tokens are two streams through 60 blocks that are joined in attention. The position of an image token
 counts from the grid's centre; text goes on along the diagonal from where the grid's longer half ends, so that
 positions depend on the size of the image and not on the length of the text.
+
+The reference hands the time over in the dtype of the weights: in bfloat16, time 988.4 becomes 988.28.
+`Config.timestep_rounding` chooses: "exact" keeps it in float32, so that it means the same whatever the weights are
+stored in; "reference" rounds as the reference does. With float32 weights the two agree.
 """
 
 import dataclasses
@@ -15,16 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ses_jax.models.layers import RMSNorm, TimeEmbedder, stack
-from ses_jax.models.mmdit import JointBlock, ModulatedOutput, axes_rope, grid_positions, pack, unpack
+from ses_jax.models.layers import RMSNorm, TimeEmbedder, rounded, stack
+from ses_jax.models.mmdit import DoubleBlock, ModulatedOutput, axes_rope, grid_positions, pack, unpack
 
 ROPE_THETA = 10000.0
+ROUNDINGS = ("exact", "reference")
 UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Architecture, field for field as in the published `transformer/config.json`."""
+    """Architecture, field for field as in the published `transformer/config.json`.
+
+    Attributes:
+      timestep_rounding: "exact" or "reference", see the module docstring; no part of the published file.
+    """
 
     patch_size: int = 2
     in_channels: int = 64
@@ -34,6 +43,11 @@ class Config:
     num_attention_heads: int = 24
     joint_attention_dim: int = 3584
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    timestep_rounding: str = "exact"
+
+    def __post_init__(self):
+        if self.timestep_rounding not in ROUNDINGS:
+            raise ValueError(f"timestep_rounding={self.timestep_rounding!r} is none of {', '.join(ROUNDINGS)}")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
@@ -45,7 +59,7 @@ class Config:
         for option in UNSUPPORTED:
             if config.get(option):
                 raise ValueError(f"Qwen-Image with {option}=true is not supported; use the text-to-image checkpoint")
-        fields = {f.name for f in dataclasses.fields(cls)}
+        fields = {f.name for f in dataclasses.fields(cls)} - {"timestep_rounding"}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields}
         if "out_channels" in known and known["out_channels"] is None:
             known["out_channels"] = known.get("in_channels", cls.in_channels)
@@ -79,16 +93,16 @@ class Text(NamedTuple):
 
 
 def velocity(
-    params: Any, config: Config, latents: Float[Array, "b c h w"], timestep: Float[Array, " b"], text: Text
+    params: Any, config: Config, latents: Float[Array, "b c h w"], sigma: Float[Array, " b"], text: Text
 ) -> Float[Array, "b c h w"]:
     """Velocity `d latents / d sigma` (noise minus image), float32 `[B, C, h, w]`.
 
     Args:
       latents: `[B, C, h, w]`, h and w multiples of the patch size.
-      timestep: `[B]`, 1000 (noise) to 0 (image).
+      sigma: `[B]`, the noise level, 1 (noise) to 0 (image).
       text: encoded prompts, batch B.
     """
-    return QwenImage(config).apply({"params": params}, latents, timestep, text).astype(jnp.float32)
+    return QwenImage(config).apply({"params": params}, latents, sigma, text).astype(jnp.float32)
 
 
 def init(key: jax.Array, config: Config) -> Any:
@@ -109,14 +123,14 @@ class QwenImage(nn.Module):
         self.img_in = nn.Dense(c.dim)
         self.txt_norm = RMSNorm(1e-6)
         self.txt_in = nn.Dense(c.dim)
-        self.blocks = stack(JointBlock, c.num_layers)(c.num_attention_heads, c.attention_head_dim)
+        self.blocks = stack(DoubleBlock, c.num_layers)(c.num_attention_heads, c.attention_head_dim)
         self.output = ModulatedOutput(c.patch_size**2 * c.out_channels)
 
-    def __call__(self, latents, timestep, text):
+    def __call__(self, latents, sigma, text):
         c = self.config
         grid = (latents.shape[2] // c.patch_size, latents.shape[3] // c.patch_size)
         cos, sin = rope(c, grid, text.features.shape[1])
-        vector = self.time_embedder(timestep, self.dtype)
+        vector = self.time_embedder(timesteps(c, sigma, self.dtype), self.dtype)
         image = self.img_in(pack(latents.astype(self.dtype), c.patch_size))
         words = self.txt_in(self.txt_norm(text.features.astype(self.dtype)))
         (image, _), _ = self.blocks((image, words), vector, cos, sin, text.lengths)
@@ -127,6 +141,13 @@ class QwenImage(nn.Module):
         """The dtype of the weights (float32 while they are being created)."""
         params = self.variables.get("params", {})
         return next(iter(jax.tree.leaves(params)), jnp.zeros(())).dtype
+
+
+def timesteps(config: Config, sigma: Float[Array, " b"], dtype: Any) -> Float[Array, " b"]:
+    """Times `[B]`, 1000 to 0, of noise levels `sigma [B]` in a network whose weights are of `dtype`."""
+    if config.timestep_rounding == "exact":
+        return 1000 * sigma
+    return 1000 * rounded(rounded(1000 * sigma, dtype) / 1000, dtype)
 
 
 def rope(config: Config, grid: tuple[int, int], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,8 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from oracle import VOCABULARY, qwen_tokenizer, seeded
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from oracle import ZImageSizes, qwen2_5_vl, qwen_tokenizer, seeded
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -75,40 +75,16 @@ def transformer(sizes: Sizes = Sizes(), seed: int = 0) -> QwenImageTransformer2D
 
 def text_encoder(sizes: Sizes = Sizes(), seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """The text encoder, with the parts that see."""
-    head_dim = sizes.text_width // sizes.text_heads
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": sizes.text_width,
-            "intermediate_size": 2 * sizes.text_width,
-            "num_hidden_layers": sizes.text_layers,
-            "num_attention_heads": sizes.text_heads,
-            "num_key_value_heads": sizes.text_kv_heads,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1000000.0,
-            "max_position_embeddings": 2048,
-            "rope_scaling": {
-                "type": "default",
-                "rope_type": "default",
-                "mrope_section": [head_dim // 8, head_dim // 8, head_dim // 4],
-            },
-            "tie_word_embeddings": False,
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": sizes.text_width,
-            "fullatt_block_indexes": [0],
-        },
-        image_token_id=0,
-        video_token_id=1,
-        vision_start_token_id=2,
-        vision_end_token_id=3,
-        tie_word_embeddings=False,
+    return qwen2_5_vl(
+        ZImageSizes(
+            text_layers=sizes.text_layers,
+            text_heads=sizes.text_heads,
+            text_kv_heads=sizes.text_kv_heads,
+            text_head_dim=sizes.text_width // sizes.text_heads,
+            gain=sizes.gain,
+        ),
+        seed,
     )
-    return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config), seed, sizes.gain)
 
 
 def vae(sizes: Sizes = Sizes(), seed: int = 0) -> AutoencoderKLQwenImage:

@@ -21,11 +21,11 @@ SIZES = {
     "faint": oracle.Sizes(gain=0.05, layers=1),
     "faint matrices": oracle.Sizes(matrix_gain=0.02, layers=1),
 }
-# Latent height and width, prompt lengths, timesteps: square and not, odd grids, one prompt and ragged batches.
-RAGGED = ((10, 6), (9, 1, 5), (1000.0, 20.0, 503.7))
+# Latent height and width, prompt lengths, sigmas: square and not, odd grids, one prompt and ragged batches.
+RAGGED = ((10, 6), (9, 1, 5), (1.0, 0.02, 0.5037))
 CASES = {
-    "square": ("default", ((16, 16), (64, 64), (900.0, 300.0))),
-    "one": ("default", ((4, 22), (50,), (770.0,))),
+    "square": ("default", ((16, 16), (64, 64), (0.9, 0.3))),
+    "one": ("default", ((4, 22), (50,), (0.77,))),
     "ragged": ("default", RAGGED),
     **{name: (name, RAGGED) for name in SIZES if name != "default"},
 }
@@ -60,7 +60,7 @@ def pad(features, length, fill=0.0):
     return padded
 
 
-def reference_velocity(reference, latents, timesteps, features):
+def reference_velocity(reference, latents, sigmas, features):
     """As the reference's pipeline calls it, which packs latents and masks only ragged batches."""
     batch, channels, height, width = latents.shape
     longest = max(map(len, features))
@@ -71,17 +71,17 @@ def reference_velocity(reference, latents, timesteps, features):
             hidden_states=pipeline._pack_latents(torch.from_numpy(latents), batch, channels, height, width),
             encoder_hidden_states=torch.from_numpy(pad(features, longest)),
             encoder_hidden_states_mask=None if mask.all() else torch.from_numpy(mask),
-            timestep=torch.tensor(timesteps) / 1000,
+            timestep=torch.tensor(sigmas),
             img_shapes=[[(1, height // 2, width // 2)]] * batch,
             return_dict=False,
         )[0]
     return pipeline._unpack_latents(out, 8 * height, 8 * width, 8)[:, :, 0].numpy()
 
 
-def our_velocity(params, config, latents, timesteps, features, *, extra=0, fill=0.0):
+def our_velocity(params, config, latents, sigmas, features, *, extra=0, fill=0.0):
     lengths = np.array([len(feature) for feature in features], np.int32)
     text = qwen_image.Text(pad(features, lengths.max() + extra, fill), lengths)
-    return np.asarray(run(params, config, latents, timesteps, jax.tree.map(jnp.asarray, text)))
+    return np.asarray(run(params, config, latents, sigmas, jax.tree.map(jnp.asarray, text)))
 
 
 run = jax.jit(qwen_image.velocity, static_argnums=1)
@@ -89,12 +89,12 @@ run = jax.jit(qwen_image.velocity, static_argnums=1)
 
 @pytest.mark.parametrize("case", CASES)
 def test_velocity_equals_the_reference(networks, case):
-    name, (size, lengths, timesteps) = CASES[case]
+    name, (size, lengths, sigmas) = CASES[case]
     reference, config, params = networks(name)
     latents, features = draw(config, size, lengths)
-    timesteps = np.float32(timesteps)
-    expected = reference_velocity(reference, latents, timesteps, features)
-    ours = our_velocity(params, config, latents, timesteps, features)
+    sigmas = np.float32(sigmas)
+    expected = reference_velocity(reference, latents, sigmas, features)
+    ours = our_velocity(params, config, latents, sigmas, features)
     scale = min(1.0, expected.std())
     np.testing.assert_allclose(ours / scale, expected / scale, **TOLERANCE)
 
@@ -107,19 +107,19 @@ def small(networks):
 def test_longer_buckets_and_their_content_do_not_matter(small):
     _, config, params = small
     latents, features = draw(config, (8, 6), (5, 12))
-    timesteps = np.float32([600, 200])
-    expected = our_velocity(params, config, latents, timesteps, features)
-    longer = our_velocity(params, config, latents, timesteps, features, extra=20, fill=3.0)
+    sigmas = np.float32([0.6, 0.2])
+    expected = our_velocity(params, config, latents, sigmas, features)
+    longer = our_velocity(params, config, latents, sigmas, features, extra=20, fill=3.0)
     np.testing.assert_allclose(longer, expected, atol=2e-5)
 
 
 def test_a_batch_equals_its_members(small):
     _, config, params = small
     latents, features = draw(config, (8, 6), (5, 12))
-    timesteps = np.float32([600, 200])
-    together = our_velocity(params, config, latents, timesteps, features)
+    sigmas = np.float32([0.6, 0.2])
+    together = our_velocity(params, config, latents, sigmas, features)
     for i in (0, 1):
-        alone = our_velocity(params, config, latents[i : i + 1], timesteps[i : i + 1], features[i : i + 1])
+        alone = our_velocity(params, config, latents[i : i + 1], sigmas[i : i + 1], features[i : i + 1])
         np.testing.assert_allclose(together[i : i + 1], alone, atol=2e-5)
 
 
@@ -128,8 +128,8 @@ def test_loudness_of_the_text(small, loudness):
     reference, config, params = small
     latents, features = draw(config, (4, 4), (9,))
     features = [np.float32(loudness) * feature for feature in features]
-    expected = reference_velocity(reference, latents, np.float32([500]), features)
-    ours = our_velocity(params, config, latents, np.float32([500]), features)
+    expected = reference_velocity(reference, latents, np.float32([0.5]), features)
+    ours = our_velocity(params, config, latents, np.float32([0.5]), features)
     np.testing.assert_allclose(ours, expected, **TOLERANCE)
 
 
@@ -143,6 +143,20 @@ def test_positions_equal_the_reference_at_published_sizes(grid):
     cos, sin = qwen_image.rope(config, grid, 512)
     np.testing.assert_allclose(cos[0], expected.real, atol=5e-6)
     np.testing.assert_allclose(sin[0], expected.imag, atol=5e-6)
+
+
+def test_rounding_of_time():
+    """As the reference's pipeline hands it over: a product, a quotient, a product, the first two in bfloat16."""
+    sigmas = np.linspace(0.02, 1, 50, dtype=np.float32)
+    for dtype in ("bfloat16", "float32"):
+        times = torch.tensor(1000 * sigmas).to(getattr(torch, dtype)) / 1000
+        config = qwen_image.Config(timestep_rounding="reference")
+        ours = jax.jit(lambda x, c=config, d=dtype: qwen_image.timesteps(c, x, jnp.dtype(d)))(sigmas)
+        np.testing.assert_array_equal(ours, 1000 * times.float().numpy())
+    exact = qwen_image.timesteps(qwen_image.Config(), jnp.asarray(sigmas), jnp.bfloat16)
+    np.testing.assert_array_equal(exact, 1000 * sigmas)
+    with pytest.raises(ValueError, match="timestep_rounding='none' is none of exact, reference"):
+        qwen_image.Config(timestep_rounding="none")
 
 
 @pytest.mark.parametrize(
@@ -165,9 +179,9 @@ def test_unsupported_options_are_refused(change, complaint):
 def test_bfloat16_stays_close(small):
     _, config, params = small
     latents, features = draw(config, (8, 6), (5, 12))
-    timesteps = np.float32([600, 200])
-    exact = our_velocity(params, config, latents, timesteps, features)
+    sigmas = np.float32([0.6, 0.2])
+    exact = our_velocity(params, config, latents, sigmas, features)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    rounded = our_velocity(half, config, latents, timesteps, features)
+    rounded = our_velocity(half, config, latents, sigmas, features)
     assert rounded.dtype == np.float32
     assert np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
