@@ -152,11 +152,12 @@ def dynamic_shift_sigmas(steps: int, mu: float, *, terminal: float | None = None
 
     Reference: diffusers `FlowMatchEulerDiscreteScheduler.set_timesteps(sigmas=linspace(1, 1/n, n), mu=mu)` with
     `time_shift_type="exponential"`; the sigmas before the final 0 are stretched so that the last is `terminal`.
+    A single step has nothing to stretch; the reference divides by zero there.
     """
     sigmas = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
     sigmas = math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
-    if terminal:
-        sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
+    if terminal and steps > 1:
+        sigmas = 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal))
     return np.append(sigmas, 0.0).astype(np.float32)
 
 
