@@ -40,4 +40,6 @@ TABLE = Table(
     )
 )
 
-COMPONENT = Component(qwen_image.Config.from_json, qwen_image.init, lambda config: TABLE)
+COMPONENT = Component(
+    qwen_image.Config.from_json, qwen_image.init, lambda config: TABLE, partition=qwen_image.PARTITION
+)

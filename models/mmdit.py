@@ -11,12 +11,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import RMSNorm, layer_norm
 
 NORM_EPS = 1e-6
+
+# Of stacked double blocks: heads and feed-forward widths are split over the model axis of a mesh.
+PARTITION = (
+    (r".*/attn/(to_[qkv]|add_[qkv]_proj)/kernel", P(None, None, "model")),
+    (r".*/attn/(to_[qkv]|add_[qkv]_proj)/bias", P(None, "model")),
+    (r".*/attn/to_(add_)?out/kernel", P(None, "model", None)),
+    (r".*/ff(_context)?/linear_1/kernel", P(None, None, "model")),
+    (r".*/ff(_context)?/linear_1/bias", P(None, "model")),
+    (r".*/ff(_context)?/linear_2/kernel", P(None, "model", None)),
+    (r".*/norm1(_context)?/linear/kernel", P(None, None, "model")),
+    (r".*/norm1(_context)?/linear/bias", P(None, "model")),
+    (r".*/attn/(to_(add_)?out/bias|norm_\w+/scale)|.*/ff(_context)?/linear_2/bias", P()),
+)
 
 
 class DoubleBlock(nn.Module):

@@ -17,13 +17,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.layers import RMSNorm, TimeEmbedder, rounded, stack
+from ses_jax.models.mmdit import PARTITION as BLOCK_PARTITION
 from ses_jax.models.mmdit import DoubleBlock, ModulatedOutput, axes_rope, grid_positions, pack, unpack
 
 ROPE_THETA = 10000.0
 ROUNDINGS = ("exact", "reference")
+PARTITION = (
+    *BLOCK_PARTITION,
+    (r"(time_embedder/linear_\d|img_in|txt_in|output/(norm_out/linear|proj_out))/(kernel|bias)|txt_norm/scale", P()),
+)
 UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import ses_jax
-from ses_jax import pipelines
+from ses_jax import partition, pipelines
+from ses_jax.convert import files
+from ses_jax.convert.__main__ import main as convert
 from ses_jax.pipelines import base, qwen_image
 
 LONG = "a very detailed painting of " + "many " * 300  # more tokens than are kept, and than the reference reads
@@ -237,8 +239,81 @@ def test_a_search_runs_and_its_preview_is_the_generated_one(pipeline):
     assert result.config["guidance"] == 4.0
 
 
-def test_published_model_is_assembled_as_shapes():
-    published = pipelines.abstract_pipeline("Qwen/Qwen-Image")
+@pytest.fixture(scope="module")
+def published():
+    return pipelines.abstract_pipeline("Qwen/Qwen-Image")
+
+
+def test_published_sizes_and_how_they_split(published):
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in published.params.items()}
     assert counts["transformer"] == 20_430_401_088
     assert counts["text_encoder"] == 7_070_619_136
+    mesh = partition.abstract_mesh("model=4")
+    rules = {name: component.partition for name, component in qwen_image.COMPONENTS.items()}
+    for name in ("transformer", "text_encoder"):
+        each = partition.bytes_per_device(mesh, rules[name], published.params[name])
+        assert each < 0.26 * 2 * counts[name]
+    transformer = partition.shardings(mesh, rules, published.params)["transformer"]
+    last = published.params["transformer"]["blocks"]["attn"]["to_out"]["kernel"]
+    assert transformer["blocks"]["attn"]["to_out"]["kernel"].shard_shape(last.shape) == (60, 768, 3072)
+
+
+@pytest.mark.parametrize("size", [(1328, 1328), (1664, 928)])
+def test_published_model_at_its_native_sizes(published, size):
+    """A preview of two candidates, abstractly: from tokens through the guided velocity to images."""
+    shape = published.noise_shape(*size)
+    assert shape == (16, size[0] // 8, size[1] // 8)
+    tokens = published.blank_tokens(2, 40, guidance=4.0)
+    condition = jax.eval_shape(published.encode, published.text_params(published.params), tokens)
+    assert condition.positive.features.shape == condition.negative.features.shape == (2, 64, 3584)
+    assert condition.positive.features.dtype == jnp.bfloat16
+    params = published.image_params(published.params)
+    latents = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    velocity = jax.eval_shape(published.velocity, params, latents, jax.ShapeDtypeStruct((2,), jnp.float32), condition)
+    assert (velocity.shape, velocity.dtype) == (latents.shape, latents.dtype)
+    images = jax.eval_shape(published.decode, params, latents)
+    assert (images.shape, images.dtype) == ((2, *size, 3), jnp.dtype(jnp.float32))
+
+
+def test_products_and_convolutions_run_in_the_dtype_of_the_weights(published):
+    """Nothing in the blocks silently promotes bfloat16 to float32, and no convolution is three-dimensional."""
+    params, latents = published.image_params(published.params), jax.ShapeDtypeStruct((2, 16, 8, 8), jnp.float32)
+    condition = jax.eval_shape(published.encode, published.params, published.blank_tokens(2, 40, guidance=4.0))
+    sigma = jax.ShapeDtypeStruct((2,), jnp.float32)
+    traced = jax.make_jaxpr(published.velocity)(params, latents, sigma, condition)
+    products = [eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name == "dot_general"]
+    convolutions = [
+        eqn
+        for eqn in equations(jax.make_jaxpr(published.decode)(params, latents).jaxpr)
+        if "conv_general" in str(eqn.primitive)
+    ]
+    assert len(products) >= 15
+    assert len(convolutions) == 37
+    for equation in [*products, *convolutions]:
+        assert {operand.aval.dtype for operand in equation.invars} == {jnp.dtype(jnp.bfloat16)}, equation
+    assert {equation.invars[1].aval.ndim for equation in convolutions} == {4}
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_folder_converts_and_comes_back(root, pipeline, tmp_path):
+    """The command, both ways: the same image from the converted folder, the published tensors bit for bit."""
+    convert(str(pipeline.folder), tmp_path / "converted")
+    convert(str(tmp_path / "converted"), tmp_path / "back", export=True)
+    for name, component in qwen_image.COMPONENTS.items():
+        ours, theirs = (
+            files.open_weights(path / name, component.stem) for path in (tmp_path / "back", pipeline.folder)
+        )
+        assert ours.headers.keys() == theirs.headers.keys()
+        for tensor in theirs.headers:
+            np.testing.assert_array_equal(ours.read(tensor), theirs.read(tensor))
+    again = ses_jax.load_pipeline(str(tmp_path / "converted"))
+    jax.tree.map(np.testing.assert_array_equal, again.params, pipeline.params)
+    np.testing.assert_array_equal(again.tokenize(["a cat"]).ids, pipeline.tokenize(["a cat"]).ids)
