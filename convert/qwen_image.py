@@ -6,17 +6,17 @@ from ses_jax.models import qwen_image
 SOURCE, TARGET = "transformer_blocks.{i}", "blocks"
 
 
-def _stream(name: str, norm1: str, mlp: str) -> tuple[Rule, ...]:
+def _stream(published: str, ours: str) -> tuple[Rule, ...]:
     """One stream's modulation and feed-forward."""
     return (
-        *linear(f"{SOURCE}.{name}_mod.1", f"{TARGET}/{norm1}/linear"),
-        *linear(f"{SOURCE}.{name}_mlp.net.0.proj", f"{TARGET}/{mlp}/linear_1"),
-        *linear(f"{SOURCE}.{name}_mlp.net.2", f"{TARGET}/{mlp}/linear_2"),
+        *linear(f"{SOURCE}.{published}_mod.1", f"{TARGET}/{ours}_modulation/linear"),
+        *linear(f"{SOURCE}.{published}_mlp.net.0.proj", f"{TARGET}/{ours}_mlp/linear_1"),
+        *linear(f"{SOURCE}.{published}_mlp.net.2", f"{TARGET}/{ours}_mlp/linear_2"),
     )
 
 
 def _attention() -> tuple[Rule, ...]:
-    source, target = f"{SOURCE}.attn", f"{TARGET}/attn"
+    source, target = f"{SOURCE}.attn", f"{TARGET}/attention"
     projections = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     norms = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     return (
@@ -32,8 +32,8 @@ TABLE = Table(
         *linear("img_in", "img_in"),
         *norm("txt_norm", "txt_norm"),
         *linear("txt_in", "txt_in"),
-        *_stream("img", "norm1", "ff"),
-        *_stream("txt", "norm1_context", "ff_context"),
+        *_stream("img", "image"),
+        *_stream("txt", "text"),
         *_attention(),
         *linear("norm_out.linear", "output/norm_out/linear"),
         *linear("proj_out", "output/proj_out"),

@@ -18,50 +18,54 @@ from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import RMSNorm, layer_norm
 
 NORM_EPS = 1e-6
+# How time and guidance are multiplied by 1000: in float32, or in the dtype of the weights as the references do.
+ROUNDINGS = ("exact", "reference")
 
-# Of stacked double blocks: heads and feed-forward widths are split over the model axis of a mesh.
-PARTITION = (
-    (r".*/attn/(to_[qkv]|add_[qkv]_proj)/kernel", P(None, None, "model")),
-    (r".*/attn/(to_[qkv]|add_[qkv]_proj)/bias", P(None, "model")),
-    (r".*/attn/to_(add_)?out/kernel", P(None, "model", None)),
-    (r".*/ff(_context)?/linear_1/kernel", P(None, None, "model")),
-    (r".*/ff(_context)?/linear_1/bias", P(None, "model")),
-    (r".*/ff(_context)?/linear_2/kernel", P(None, "model", None)),
-    (r".*/norm1(_context)?/linear/kernel", P(None, None, "model")),
-    (r".*/norm1(_context)?/linear/bias", P(None, "model")),
-    (r".*/attn/(to_(add_)?out/bias|norm_\w+/scale)|.*/ff(_context)?/linear_2/bias", P()),
+# Of stacked joint blocks: heads and feed-forward widths are split over the model axis of a mesh.
+JOINT_PARTITION = (
+    (r".*/attention/(to_[qkv]|add_[qkv]_proj)/kernel", P(None, None, "model")),
+    (r".*/attention/(to_[qkv]|add_[qkv]_proj)/bias", P(None, "model")),
+    (r".*/attention/to_(add_)?out/kernel", P(None, "model", None)),
+    (r".*/(image|text)_mlp/linear_1/kernel", P(None, None, "model")),
+    (r".*/(image|text)_mlp/linear_1/bias", P(None, "model")),
+    (r".*/(image|text)_mlp/linear_2/kernel", P(None, "model", None)),
+    (r".*/(image|text)_modulation/linear/kernel", P(None, None, "model")),
+    (r".*/(image|text)_modulation/linear/bias", P(None, "model")),
+    (r".*/attention/(to_(add_)?out/bias|norm_\w+/scale)|.*/(image|text)_mlp/linear_2/bias", P()),
 )
 
 
-class DoubleBlock(nn.Module):
-    """Joint attention of image and text, then a feed-forward for each, with weights and modulations of their own."""
+class JointBlock(nn.Module):
+    """One layer: joint attention, then a GELU feed-forward of each stream; both streams modulated and gated."""
 
     heads: int
     head_dim: int
 
     @nn.compact
     def __call__(self, streams, vector, cos, sin, text_lengths=None):
-        """Takes and gives image `[B, S, D]` and text `[B, L, D]`; `vector [B, D]` modulates both."""
+        """Takes and gives `(image [B, S, D], text [B, L, D])`; `vector [B, D]` conditions both."""
         image, text = streams
         dim = image.shape[-1]
-        image_shift, image_scale, image_gate, *image_mlp = Modulation(dim, 6, name="norm1")(vector)
-        text_shift, text_scale, text_gate, *text_mlp = Modulation(dim, 6, name="norm1_context")(vector)
+        i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = Modulation(dim, 6, name="image_modulation")(vector)
+        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = Modulation(dim, 6, name="text_modulation")(vector)
 
-        normed = modulate(image, image_shift, image_scale), modulate(text, text_shift, text_scale)
-        attention = JointAttention(self.heads, self.head_dim, name="attn")
-        image_out, text_out = attention(*normed, cos, sin, text_lengths)
-        image = ModulatedMLP(name="ff")(image + image_gate * image_out, *image_mlp)
-        text = ModulatedMLP(name="ff_context")(text + text_gate * text_out, *text_mlp)
+        attention = JointAttention(self.heads, self.head_dim, name="attention")
+        image_normed, text_normed = modulate(image, i_shift1, i_scale1), modulate(text, t_shift1, t_scale1)
+        image_out, text_out = attention(image_normed, text_normed, cos, sin, text_lengths)
+        image, text = image + i_gate1 * image_out, text + t_gate1 * text_out
+
+        image = image + i_gate2 * MLP(name="image_mlp")(modulate(image, i_shift2, i_scale2))
+        text = text + t_gate2 * MLP(name="text_mlp")(modulate(text, t_shift2, t_scale2))
         return (image, text), None
 
 
-class ModulatedMLP(nn.Module):
-    """Residual feed-forward of the modulated LayerNorm, four times as wide, with the tanh approximation of GELU."""
+class MLP(nn.Module):
+    """Feed-forward four times as wide as its input, with the tanh approximation of GELU."""
 
     @nn.compact
-    def __call__(self, x, shift, scale, gate):
-        h = nn.Dense(4 * x.shape[-1], name="linear_1")(modulate(x, shift, scale))
-        return x + gate * nn.Dense(x.shape[-1], name="linear_2")(jax.nn.gelu(h, approximate=True))
+    def __call__(self, x):
+        hidden = jax.nn.gelu(nn.Dense(4 * x.shape[-1], name="linear_1")(x), approximate=True)
+        return nn.Dense(x.shape[-1], name="linear_2")(hidden)
 
 
 class JointAttention(nn.Module):

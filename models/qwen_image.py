@@ -21,13 +21,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.layers import RMSNorm, TimeEmbedder, rounded, stack
-from ses_jax.models.mmdit import PARTITION as BLOCK_PARTITION
-from ses_jax.models.mmdit import DoubleBlock, ModulatedOutput, axes_rope, grid_positions, pack, unpack
+from ses_jax.models.mmdit import (
+    JOINT_PARTITION,
+    ROUNDINGS,
+    JointBlock,
+    ModulatedOutput,
+    axes_rope,
+    grid_positions,
+    pack,
+    unpack,
+)
 
 ROPE_THETA = 10000.0
-ROUNDINGS = ("exact", "reference")
 PARTITION = (
-    *BLOCK_PARTITION,
+    *JOINT_PARTITION,
     (r"(time_embedder/linear_\d|img_in|txt_in|output/(norm_out/linear|proj_out))/(kernel|bias)|txt_norm/scale", P()),
 )
 UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
@@ -129,7 +136,7 @@ class QwenImage(nn.Module):
         self.img_in = nn.Dense(c.dim)
         self.txt_norm = RMSNorm(1e-6)
         self.txt_in = nn.Dense(c.dim)
-        self.blocks = stack(DoubleBlock, c.num_layers)(c.num_attention_heads, c.attention_head_dim)
+        self.blocks = stack(JointBlock, c.num_layers)(c.num_attention_heads, c.attention_head_dim)
         self.output = ModulatedOutput(c.patch_size**2 * c.out_channels)
 
     def __call__(self, latents, sigma, text):

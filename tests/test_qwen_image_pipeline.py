@@ -254,8 +254,8 @@ def test_published_sizes_and_how_they_split(published):
         each = partition.bytes_per_device(mesh, rules[name], published.params[name])
         assert each < 0.26 * 2 * counts[name]
     transformer = partition.shardings(mesh, rules, published.params)["transformer"]
-    last = published.params["transformer"]["blocks"]["attn"]["to_out"]["kernel"]
-    assert transformer["blocks"]["attn"]["to_out"]["kernel"].shard_shape(last.shape) == (60, 768, 3072)
+    last = published.params["transformer"]["blocks"]["attention"]["to_out"]["kernel"]
+    assert transformer["blocks"]["attention"]["to_out"]["kernel"].shard_shape(last.shape) == (60, 768, 3072)
 
 
 @pytest.mark.parametrize("size", [(1328, 1328), (1664, 928)])
