@@ -138,6 +138,8 @@ def test_guidance_options(pipeline):
         pipeline.tokenize(["a"], guidance=1.0, negative_prompt="b")
     with pytest.raises(ValueError, match=r"unknown guidance options \['truncation'\]; Qwen-Image takes scale, rescale"):
         pipeline.tokenize(["a"], guidance={"truncation": 1.0})
+    with pytest.raises(ValueError, match="1 negative prompts for 2 prompts; pass one, or one for each"):
+        pipeline.tokenize(["a", "b"], negative_prompt=["c"])
     tokens = pipeline.tokenize(["a", "b"], guidance={"scale": 3.0, "rescale": False}, negative_prompt=["c", "d"])
     np.testing.assert_array_equal(tokens.guidance["scale"], [3, 3])
     np.testing.assert_array_equal(tokens.guidance["rescale"], [0, 0])

@@ -81,19 +81,6 @@ PUBLISHED = (
 )
 
 
-class Tokens(NamedTuple):
-    """Token ids `[P, 34 + L]` of the prompts and, where guidance is on, of the negative ones; guidance.
-
-    Lengths `[P]` count what follows the dropped tokens.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    negative_ids: np.ndarray | None
-    negative_lengths: np.ndarray | None
-    guidance: dict[str, np.ndarray]
-
-
 class Condition(NamedTuple):
     """Encoded prompts, and the guidance of each, `[P]`."""
 
@@ -132,7 +119,7 @@ def tokenize(
     *,
     guidance: base.Guidance = 4.0,
     negative_prompt: str | Sequence[str] | None = None,
-) -> Tokens:
+) -> base.GuidedTokens:
     """Token ids of `P` prompts in the template; the negative prompts (default: " ") only if guidance is on."""
     options = base.guidance_options(guidance, GUIDANCE_OFF, "Qwen-Image")
     if options["scale"] <= 1 and negative_prompt:
@@ -141,17 +128,17 @@ def tokenize(
     negatives = base.negative_prompts(negative_prompt, len(prompts), NEGATIVE_PROMPT) if on else []
     texts = [TEMPLATE.format(prompt) for prompt in [*prompts, *negatives]]
     token_ids = tokenizer(texts, truncation=True, max_length=DROPPED_TOKENS + MAX_TOKENS)["input_ids"]
-    return _tokens(token_ids, tokenizer.pad_token_id, len(prompts), options)
+    return base.guided_tokens(*_padded(token_ids, tokenizer.pad_token_id), len(prompts), options)
 
 
-def blank_tokens(count: int, length: int, *, guidance: base.Guidance = 4.0) -> Tokens:
+def blank_tokens(count: int, length: int, *, guidance: base.Guidance = 4.0) -> base.GuidedTokens:
     """Tokens of `count` prompts of `length` token ids, without a tokenizer."""
     options = base.guidance_options(guidance, GUIDANCE_OFF, "Qwen-Image")
     rows = 2 * count if options["scale"] > 1 else count
-    return _tokens([[0] * (DROPPED_TOKENS + length)] * rows, 0, count, options)
+    return base.guided_tokens(*_padded([[0] * (DROPPED_TOKENS + length)] * rows, 0), count, options)
 
 
-def encode(config: decoder_lm.Config, params: Any, tokens: Tokens) -> Condition:
+def encode(config: decoder_lm.Config, params: Any, tokens: base.GuidedTokens) -> Condition:
     """Last states of the text encoder, once a prompt."""
 
     def text(ids, lengths):
@@ -212,19 +199,11 @@ def noise_shape(config: qwen_image.Config, vae: qwen_vae.Config, height: int, wi
     return config.out_channels, height // vae.downscale, width // vae.downscale
 
 
-def _tokens(token_ids: Sequence[Sequence[int]], pad_id: int, count: int, options: Mapping[str, float]) -> Tokens:
-    """The rows of `count` prompts, then those of their negative prompts where there are any."""
+def _padded(token_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids `[B, 34 + L]`, L a bucket; lengths `[B]` count what follows the tokens that are dropped."""
     kept, lengths = base.pad_to_bucket([ids[DROPPED_TOKENS:] for ids in token_ids], pad_id)
     dropped = np.array([ids[:DROPPED_TOKENS] for ids in token_ids], np.int32)
-    ids = np.concatenate([dropped, kept], axis=1)
-    negative = len(ids) > count
-    return Tokens(
-        ids=ids[:count],
-        lengths=lengths[:count],
-        negative_ids=ids[count:] if negative else None,
-        negative_lengths=lengths[count:] if negative else None,
-        guidance={name: np.full(count, value, np.float32) for name, value in options.items()},
-    )
+    return np.concatenate([dropped, kept], axis=1), lengths
 
 
 def _check_scheduler(parts: base.Parts) -> None:
