@@ -29,9 +29,9 @@ JOINT_PARTITION = (
     (r".*/(image|text)_mlp/linear_1/kernel", P(None, None, "model")),
     (r".*/(image|text)_mlp/linear_1/bias", P(None, "model")),
     (r".*/(image|text)_mlp/linear_2/kernel", P(None, "model", None)),
-    (r".*/(image|text)_modulation/linear/kernel", P(None, None, "model")),
-    (r".*/(image|text)_modulation/linear/bias", P(None, "model")),
-    (r".*/attention/(to_(add_)?out/bias|norm_\w+/scale)|.*/(image|text)_mlp/linear_2/bias", P()),
+    # Over its inputs, so that every device has its few outputs whole; split, they would split the tokens' channels.
+    (r".*/(image|text)_modulation/linear/kernel", P(None, "model", None)),
+    (r".*/(image|text)_(modulation/linear|mlp/linear_2)/bias|.*/attention/(to_(add_)?out/bias|norm_\w+/scale)", P()),
 )
 
 
