@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ses_jax
-from ses_jax import partition, pipelines
+from ses_jax import partition, pipelines, wavelet
 from ses_jax.convert import files
 from ses_jax.convert.__main__ import main as convert
 from ses_jax.pipelines import base, qwen_image
@@ -194,10 +194,15 @@ def test_defaults_and_sizes(pipeline):
 
 @pytest.mark.parametrize("size", [(1328, 1328), (1664, 928), (1472, 1104), (1584, 1056)])
 def test_native_sizes_allow_the_default_level(pipeline, size):
-    """Their latents are not divisible by 16: 166 x 166, 208 x 116, 184 x 138, 198 x 132."""
+    """Their latents don't divide by 16: 166 x 166, 208 x 116, 184 x 138, 198 x 132."""
     for height, width in (size, size[::-1]):
         config = ses_jax.SearchConfig(height=height, width=width).resolve(pipeline)
         assert config.level == 4
+        shape = pipeline.noise_shape(height, width)
+        noise = np.random.default_rng(0).standard_normal(shape, np.float32)[:1]
+        low, high = wavelet.split(noise, level=4)
+        assert low.shape == (1, *(-(-side // 16) for side in shape[1:]))
+        np.testing.assert_allclose(wavelet.merge(low, high, shape=shape[1:]), noise, atol=1e-5)
 
 
 def test_scheduler_options_are_refused():
