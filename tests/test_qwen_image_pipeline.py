@@ -199,7 +199,7 @@ def test_native_sizes_allow_the_default_level(pipeline, size):
         config = ses_jax.SearchConfig(height=height, width=width).resolve(pipeline)
         assert config.level == 4
         shape = pipeline.noise_shape(height, width)
-        noise = np.random.default_rng(0).standard_normal(shape, np.float32)[:1]
+        noise = jnp.asarray(np.random.default_rng(0).standard_normal(shape, np.float32)[:1])
         low, high = wavelet.split(noise, level=4)
         assert low.shape == (1, *(-(-side // 16) for side in shape[1:]))
         np.testing.assert_allclose(wavelet.merge(low, high, shape=shape[1:]), noise, atol=1e-5)
