@@ -1,6 +1,7 @@
 """Qwen-Image from prompt to image against diffusers, on tiny random checkpoints in the published layout."""
 
 import functools
+import re
 import shutil
 
 import jax
@@ -247,6 +248,25 @@ def test_a_search_runs_and_its_preview_is_the_generated_one(pipeline):
     np.testing.assert_allclose(again[0], np.concatenate(seen[:2])[winner], atol=1e-4)
     assert result.score >= result.baseline_score
     assert result.config["guidance"] == 4.0
+
+
+def test_a_mesh_changes_no_velocity_and_sums_four_times_a_block(pipeline):
+    """Tokens of image and text are summed over devices after attention and after the feed-forward."""
+    on_mesh = ses_jax.load_pipeline(str(pipeline.folder), mesh="data=2,model=4")
+    condition = jax.jit(pipeline.encode)(pipeline.text_params(pipeline.params), pipeline.tokenize(["a cat", "dogs"]))
+    noise = np.random.default_rng(0).standard_normal((2, *pipeline.noise_shape(32, 48)), np.float32)
+    arguments = jnp.asarray(noise), jnp.float32([0.9, 0.3]), condition
+    expected = jax.jit(pipeline.velocity)(pipeline.image_params(pipeline.params), *arguments)
+    arguments = partition.replicate(on_mesh.mesh, arguments)
+    compiled = jax.jit(on_mesh.velocity).lower(on_mesh.image_params(on_mesh.params), *arguments).compile()
+    found = compiled(on_mesh.image_params(on_mesh.params), *arguments)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.std(expected))
+
+    program = compiled.as_text()
+    sums = re.findall(r"= (.*) all-reduce\(", program)
+    assert sum(len(re.findall(r"\w+\[\d+,\d+,\d+\]", result)) for result in sums) == 4
+    assert "all-to-all" not in program
+    assert "collective-permute" not in program
 
 
 @pytest.fixture(scope="module")
