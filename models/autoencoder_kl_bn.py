@@ -1,9 +1,9 @@
-"""AutoencoderKL behind a BatchNorm: 8x latents, packed 2x2 into channels and normalised (diffusers `AutoencoderKLFlux2`).
+"""AutoencoderKL behind a BatchNorm: 8x latents, packed 2x2 into channels and normalised (`AutoencoderKLFlux2`).
 
-What a diffusion model sees is `[B, 4 * C, h/2, w/2]`: each channel of the packed latents minus its running mean, over its
-standard deviation. The network underneath is `autoencoder_kl`'s, with a 1x1 convolution on either side of the latents.
-Traps: the statistics belong to the packed channels, so they are undone before unpacking, and the epsilon (1e-4, not the
-usual 1e-5) is inside the square root.
+What a diffusion model sees is `[B, 4 * C, h/2, w/2]`, each channel minus its running mean, over its standard deviation.
+The network underneath is that of `autoencoder_kl`, with a 1x1 convolution on either side of the latents. Traps: the
+statistics belong to the packed channels, so they are undone before unpacking, and the epsilon (1e-4, not the usual
+1e-5) is inside the square root.
 """
 
 import dataclasses

@@ -1,0 +1,44 @@
+"""Tables of the FLUX.2 transformer (published as diffusers `Flux2Transformer2DModel`, and in its authors' layout)."""
+
+from ses_jax.convert.table import Component, Rule, Table, fused, linear, norm
+from ses_jax.models import flux2
+
+DUAL, SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+
+
+def _linear(source: str, target: str) -> tuple[Rule, ...]:
+    return linear(source, target, bias=False)
+
+
+TABLE = Table(
+    (
+        *_linear("x_embedder", "x_embedder"),
+        *_linear("context_embedder", "context_embedder"),
+        *_linear("time_guidance_embed.timestep_embedder.linear_{n}", "time_embedder/linear_{n}"),
+        *_linear("time_guidance_embed.guidance_embedder.linear_{n}", "guidance_embedder/linear_{n}"),
+        *_linear("double_stream_modulation_img.linear", "image_modulation/linear"),
+        *_linear("double_stream_modulation_txt.linear", "text_modulation/linear"),
+        *_linear("single_stream_modulation.linear", "modulation/linear"),
+        *(rule for n in "qkv" for rule in _linear(f"{DUAL}.attn.to_{n}", f"dual_blocks/attention/to_{n}")),
+        *(rule for n in "qkv" for rule in _linear(f"{DUAL}.attn.add_{n}_proj", f"dual_blocks/attention/add_{n}_proj")),
+        *_linear(f"{DUAL}.attn.to_out.0", "dual_blocks/attention/to_out"),
+        *_linear(f"{DUAL}.attn.to_add_out", "dual_blocks/attention/to_add_out"),
+        *(
+            rule
+            for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+            for rule in norm(f"{DUAL}.attn.{name}", f"dual_blocks/attention/{name}")
+        ),
+        *fused(f"{DUAL}.ff.linear_in", ["dual_blocks/image_mlp/w1", "dual_blocks/image_mlp/w3"]),
+        *_linear(f"{DUAL}.ff.linear_out", "dual_blocks/image_mlp/w2"),
+        *fused(f"{DUAL}.ff_context.linear_in", ["dual_blocks/text_mlp/w1", "dual_blocks/text_mlp/w3"]),
+        *_linear(f"{DUAL}.ff_context.linear_out", "dual_blocks/text_mlp/w2"),
+        *_linear(f"{SINGLE}.attn.to_qkv_mlp_proj", "single_blocks/to_qkv_mlp"),
+        *_linear(f"{SINGLE}.attn.to_out", "single_blocks/to_out"),
+        *norm(f"{SINGLE}.attn.norm_q", "single_blocks/norm_q"),
+        *norm(f"{SINGLE}.attn.norm_k", "single_blocks/norm_k"),
+        *_linear("norm_out.linear", "output/norm_out/linear"),
+        *_linear("proj_out", "output/proj_out"),
+    )
+)
+
+COMPONENT = Component(flux2.Config.from_json, flux2.init, lambda config: TABLE)
