@@ -3,9 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Angles = jax.Array | np.ndarray
+
+# Scores are held for as many queries at a time as need no more than this.
+SCORE_BYTES = 2**28
+CUDNN_HEAD_DIM = 128
 
 
 def attention(
@@ -13,20 +17,42 @@ def attention(
     k: Float[Array, "b s k d"],
     v: Float[Array, "b s k d"],
     *,
-    key_mask: Bool[Array, "b s"] | None = None,
+    key_lengths: Int[Array | np.ndarray, " b"] | None = None,
+    key_mask: Bool[Array | np.ndarray, "b s"] | None = None,
     causal: bool = False,
 ) -> Float[Array, "b t nd"]:
     """Attention of `q [B, T, N, D]` over `k, v [B, S, K, D]`, N a multiple of K; softmax in float32.
 
+    On an NVIDIA GPU half-precision inputs run in cuDNN's fused kernel. Elsewhere long sequences take their queries in
+    blocks, so that the scores of 16384 cells or of a whole population never exist at once.
+
     Args:
-      key_mask: bool `[B, S]`, False where a key must not be seen.
+      key_lengths: int `[B]`, how many leading keys may be seen; cheaper than a mask.
+      key_mask: bool `[B, S]`, False where a key must not be seen. A query that sees no key at all gives zeros.
       causal: whether query t sees only keys up to t.
 
     Returns:
       `[B, T, N * D]`, heads merged.
     """
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+    mask = None if key_mask is None else jnp.asarray(key_mask)[:, None, None, :]
+    lengths = None if key_lengths is None else jnp.asarray(key_lengths, jnp.int32)
+
+    def attend(queries):
+        return jax.nn.dot_product_attention(
+            queries,
+            k,
+            v,
+            mask=mask,
+            key_value_seq_lengths=lengths,
+            is_causal=causal,
+            implementation="cudnn" if _fits_cudnn(q) else "xla",
+        )
+
+    block = _block(q, k)
+    out = attend(q) if causal or block >= q.shape[1] or _fits_cudnn(q) else _in_blocks(attend, q, block)
+    if key_mask is not None:
+        seen = jnp.cumsum(key_mask, axis=1) > 0 if causal else jnp.any(key_mask, axis=1, keepdims=True)
+        out = jnp.where(seen[:, :, None, None], out, 0)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -45,3 +71,30 @@ def rotate_half(x: Float[Array, "b s n d"], cos: Angles, sin: Angles) -> Float[A
     cos, sin = cos[:, None, :], sin[:, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def _block(q: jax.Array, k: jax.Array) -> int:
+    """How many queries' scores fit into the limit."""
+    batch, _, heads, _ = q.shape
+    return max(1, SCORE_BYTES // (4 * batch * heads * k.shape[1]))
+
+
+def _in_blocks(attend, q: jax.Array, block: int) -> jax.Array:
+    """`attend` over even blocks of queries, one after the other."""
+    batch, length, heads, dim = q.shape
+    count = -(-length // block)
+    block = -(-length // count)
+    padded = jnp.pad(q, ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(batch, count, block, heads, dim), 1, 0)
+    out = jnp.moveaxis(jax.lax.map(attend, blocks), 0, 1)
+    return out.reshape(batch, count * block, heads, -1)[:, :length]
+
+
+def _fits_cudnn(q: jax.Array) -> bool:
+    """Whether cuDNN has a fused kernel for these queries on the device that programs are compiled for."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if not half or q.shape[-1] > CUDNN_HEAD_DIM or q.shape[-1] % 8 or jax.default_backend() != "gpu":
+        return False
+    # AMD's devices are "gpu" too; Ampere is the first generation with the kernel.
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return capability.replace(".", "").isdigit() and float(capability) >= 8.0

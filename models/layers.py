@@ -3,6 +3,8 @@
 Activations run in the dtype of the weights; norms, embeddings of time and rotary positions compute in float32.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,20 @@ class GatedMLP(nn.Module):
         gate = nn.Dense(self.hidden_dim, use_bias=False, name="w1")(x)
         value = nn.Dense(self.hidden_dim, use_bias=False, name="w3")(x)
         return nn.Dense(x.shape[-1], use_bias=False, name="w2")(jax.nn.silu(gate) * value)
+
+
+class TimeEmbedder(nn.Module):
+    """Timesteps `[B]` (0 to 1000) to vectors `[B, dim]`: sinusoid, linear, SiLU, linear; none after the second."""
+
+    hidden_dim: int
+    dim: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, timestep: jax.Array, dtype: Any) -> jax.Array:
+        x = timestep_embedding(timestep).astype(dtype)
+        x = jax.nn.silu(nn.Dense(self.hidden_dim, use_bias=self.use_bias, name="linear_1")(x))
+        return nn.Dense(self.dim, use_bias=self.use_bias, name="linear_2")(x)
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
-from ses_jax.models.layers import GatedMLP, RMSNorm, layer_norm, stack, timestep_embedding
+from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, layer_norm, stack
 
 SEQUENCE_MULTIPLE = 32
 TIME_HIDDEN = 1024
@@ -120,7 +120,7 @@ class ZImage(nn.Module):
     def setup(self):
         c = self.config
         self.x_embedder = nn.Dense(c.dim)
-        self.t_embedder = TimeEmbedder(c.time_dim)
+        self.t_embedder = TimeEmbedder(TIME_HIDDEN, c.time_dim)
         self.cap_norm = RMSNorm(c.norm_eps)
         self.cap_embedder = nn.Dense(c.dim)
         self.x_pad_token = self.param("x_pad_token", nn.initializers.normal(0.02), (1, c.dim))
@@ -140,7 +140,7 @@ class ZImage(nn.Module):
         x = jnp.where(jnp.arange(length)[:, None] < lengths[:, None, None], x, self.cap_pad_token)
         padded = _round_up(lengths)
         cos, sin = rope(c, _caption_positions(length)[None])
-        x, _ = self.context_refiner(x, cos, sin, jnp.arange(length) < padded[:, None])
+        x, _ = self.context_refiner(x, cos, sin, padded)
         return Caption(x, padded)
 
     def image_velocity(self, latents, time, caption):
@@ -158,27 +158,15 @@ class ZImage(nn.Module):
 
         length = caption.tokens.shape[1]
         cap_cos, cap_sin = rope(c, jnp.broadcast_to(_caption_positions(length), (batch, length, 3)))
-        visible = jnp.arange(length) < caption.lengths[:, None]
-        mask = jnp.concatenate([jnp.ones((batch, x.shape[1]), bool), visible], axis=1)
+        lengths = x.shape[1] + caption.lengths
         x = jnp.concatenate([x, caption.tokens], axis=1)
         cos, sin = jnp.concatenate([cos, cap_cos], axis=1), jnp.concatenate([sin, cap_sin], axis=1)
-        x, _ = self.layers(x, cos, sin, mask, time_embedding)
+        x, _ = self.layers(x, cos, sin, lengths, time_embedding)
         return unpatchify(self.final_layer(x[:, :count], time_embedding), grid, c.patch_size)
 
     @property
     def dtype(self):
         return self.x_pad_token.dtype
-
-
-class TimeEmbedder(nn.Module):
-    """Sinusoid and two linear layers; there is no activation after the second."""
-
-    dim: int
-
-    @nn.compact
-    def __call__(self, timestep, dtype):
-        x = nn.Dense(TIME_HIDDEN, name="linear_1")(timestep_embedding(timestep).astype(dtype))
-        return nn.Dense(self.dim, name="linear_2")(jax.nn.silu(x))
 
 
 class ModulatedBlock(nn.Module):
@@ -187,13 +175,13 @@ class ModulatedBlock(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, cos, sin, key_mask, time_embedding):
+    def __call__(self, x, cos, sin, key_lengths, time_embedding):
         c = self.config
         modulation = nn.Dense(4 * c.dim, name="modulation")(time_embedding)[:, None, :]
         scale_attn, gate_attn, scale_ffn, gate_ffn = jnp.split(modulation, 4, axis=-1)
 
         h = RMSNorm(c.norm_eps, name="attention_norm1")(x) * (1 + scale_attn)
-        h = RMSNorm(c.norm_eps, name="attention_norm2")(SelfAttention(c, name="attention")(h, cos, sin, key_mask))
+        h = RMSNorm(c.norm_eps, name="attention_norm2")(SelfAttention(c, name="attention")(h, cos, sin, key_lengths))
         x = x + jnp.tanh(gate_attn) * h
 
         h = RMSNorm(c.norm_eps, name="ffn_norm1")(x) * (1 + scale_ffn)
@@ -207,9 +195,9 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, cos, sin, key_mask):
+    def __call__(self, x, cos, sin, key_lengths):
         c = self.config
-        h = SelfAttention(c, name="attention")(RMSNorm(c.norm_eps, name="attention_norm1")(x), cos, sin, key_mask)
+        h = SelfAttention(c, name="attention")(RMSNorm(c.norm_eps, name="attention_norm1")(x), cos, sin, key_lengths)
         x = x + RMSNorm(c.norm_eps, name="attention_norm2")(h)
         h = GatedMLP(c.ffn_dim, name="feed_forward")(RMSNorm(c.norm_eps, name="ffn_norm1")(x))
         return x + RMSNorm(c.norm_eps, name="ffn_norm2")(h), None
@@ -221,7 +209,7 @@ class SelfAttention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, cos, sin, key_mask):
+    def __call__(self, x, cos, sin, key_lengths):
         c = self.config
 
         def project(name):
@@ -230,7 +218,7 @@ class SelfAttention(nn.Module):
         # The reference fixes this epsilon, whatever `norm_eps` is.
         q = rotate_interleaved(RMSNorm(1e-5, name="norm_q")(project("to_q")), cos, sin)
         k = rotate_interleaved(RMSNorm(1e-5, name="norm_k")(project("to_k")), cos, sin)
-        return nn.Dense(c.dim, use_bias=False, name="to_out")(attention(q, k, project("to_v"), key_mask=key_mask))
+        return nn.Dense(c.dim, use_bias=False, name="to_out")(attention(q, k, project("to_v"), key_lengths=key_lengths))
 
 
 class FinalLayer(nn.Module):

@@ -1,33 +1,96 @@
 """Families of text-to-image models: one file each, and the registry that finds the right one for a checkpoint."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from ses_jax import hub
 from ses_jax.pipelines import z_image
-from ses_jax.pipelines.base import Defaults, Guidance, Pipeline
+from ses_jax.pipelines.base import Defaults, Guidance, Parts, Pipeline, Published
 
-__all__ = ["FAMILIES", "Defaults", "Guidance", "Pipeline", "load_pipeline"]
+__all__ = ["FAMILIES", "Defaults", "Guidance", "Pipeline", "abstract_pipeline", "load_pipeline"]
 
 FAMILIES: dict[str, ModuleType] = {"ZImagePipeline": z_image}
 
 
-def load_pipeline(source: str = "demo", *, dtype: Any = None) -> Pipeline:
+def load_pipeline(source: str = "demo", *, dtype: Any = None, **options: Any) -> Pipeline:
     """Loads a text-to-image model.
 
     Args:
       source: "demo" (the small checkpoint inside this package), a local folder in diffusers layout, a folder written by
         `python -m ses_jax.convert`, or a Hugging Face id such as "Tongyi-MAI/Z-Image-Turbo".
       dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
+      options: the family's own, see its module in `ses_jax.pipelines`.
 
     Returns:
       The `Pipeline` of its family.
 
     Raises:
-      ValueError: for an unknown source or model family, or a broken checkpoint; the message names file and tensor.
+      ValueError: for an unknown source, model family or option, or a broken checkpoint; the message names file and
+        tensor.
     """
     folder = hub.resolve(source)
-    name = hub.read_json(folder / "model_index.json").get("_class_name")
+    index = hub.read_json(folder / "model_index.json")
+    family = _family(source, index.get("_class_name"))
+    _check_options(source, family, options)
+    scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
+    tokenizers = {name: hub.load_tokenizer(folder / name) for name in family.TOKENIZERS}
+    loaded = {name: hub.load_component(folder / name, part, dtype=dtype) for name, part in family.COMPONENTS.items()}
+    configs = {name: config for name, (config, _) in loaded.items()}
+    params = {name: params for name, (_, params) in loaded.items()}
+    parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder))
+    return family.assemble(parts, **options)
+
+
+def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, **options: Any) -> Pipeline:
+    """A published model as shapes: its functions can be traced, planned and compiled without weights.
+
+    Args:
+      source: the Hugging Face id of one of the families' `PUBLISHED` checkpoints.
+      dtype: of the weights.
+      options: the family's own.
+
+    Returns:
+      A `Pipeline` whose params are `jax.ShapeDtypeStruct`s and which has no tokenizer (see `blank_tokens`).
+
+    Raises:
+      ValueError: for another source.
+    """
+    for family in FAMILIES.values():
+        for published in family.PUBLISHED:
+            if published.source == source and published.configs:
+                _check_options(source, family, options)
+                return family.assemble(_abstract_parts(family, published, dtype), **options)
+    raise ValueError(f"{source}: no published model of that name; known: {', '.join(_published_names())}")
+
+
+def _abstract_parts(family: ModuleType, published: Published, dtype: Any) -> Parts:
+    def cast(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    params = {
+        name: jax.tree.map(cast, component.abstract(published.configs[name]))
+        for name, component in family.COMPONENTS.items()
+    }
+    return Parts(Path(published.source), published.configs, params, {}, published.scheduler, published.index)
+
+
+def _family(source: str, name: str | None) -> ModuleType:
     if name not in FAMILIES:
         raise ValueError(f"{source}: pipeline class {name!r} is not supported; known: {', '.join(FAMILIES)}")
-    return FAMILIES[name].load(folder, dtype=dtype)
+    return FAMILIES[name]
+
+
+def _check_options(source: str, family: ModuleType, options: Mapping[str, Any]) -> None:
+    unknown = options.keys() - set(family.OPTIONS)
+    if unknown:
+        known = ", ".join(family.OPTIONS) or "none"
+        raise ValueError(f"{source}: unknown options {sorted(unknown)}; this family takes: {known}")
+
+
+def _published_names() -> list[str]:
+    return [p.source for family in dict.fromkeys(FAMILIES.values()) for p in family.PUBLISHED if p.configs]

@@ -1,12 +1,26 @@
-"""What every family of models looks like from outside: a frozen record of pure functions and their params."""
+"""What every family of models looks like from outside, and what the families share.
+
+A family is a module with
+
+    COMPONENTS  its networks by subfolder, `{name: convert.table.Component}`
+    TOKENIZERS  the subfolders of its tokenizers
+    PUBLISHED   the checkpoints it was written for
+    OPTIONS     names of what `assemble` takes besides the parts
+    assemble    `(parts, **options) -> Pipeline`
+
+so that one loader serves all, and the same pipeline can be assembled around shapes instead of weights.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 Guidance = float | Mapping[str, float]
 
@@ -35,6 +49,28 @@ class Defaults:
     reward: str = "pick"
 
 
+class Parts(NamedTuple):
+    """What a pipeline is assembled from: the content of a checkpoint folder, or the facts of a published one.
+
+    Attributes:
+      folder: where the checkpoint lies.
+      configs: by name, the networks' configs.
+      params: by name, the networks' params, or their shapes.
+      tokenizers: by name; empty where only shapes are wanted.
+      scheduler: content of `scheduler/scheduler_config.json`.
+      index: content of `model_index.json`.
+      settings: content of the checkpoint's own `ses_jax.json`.
+    """
+
+    folder: Path
+    configs: Mapping[str, Any]
+    params: Mapping[str, Any]
+    tokenizers: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    index: Mapping[str, Any] = {}
+    settings: Mapping[str, Any] = {}
+
+
 class Published(NamedTuple):
     """A published checkpoint of a family.
 
@@ -42,11 +78,16 @@ class Published(NamedTuple):
       source: what `load_pipeline` takes.
       defaults: its size and settings, for people.
       verified: what the port was checked against, for people.
+      configs: by name, the networks' configs; empty for a checkpoint that comes with the package.
+      scheduler, index: as in `Parts`.
     """
 
     source: str
     defaults: str
     verified: str
+    configs: Mapping[str, Any] = {}
+    scheduler: Mapping[str, Any] = {}
+    index: Mapping[str, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +108,10 @@ class Pipeline:
       decode: `(params, latents [B, C, h, w]) -> images [B, H, W, 3]` in [0, 1].
       sigmas: `(steps, height, width) -> [steps + 1]`, from 1 down to 0.
       noise_shape: `(height, width) -> (C, h, w)`.
+      blank_tokens: `(count, length, *, guidance) -> tokens`, those of `count` prompts of about `length` tokens, made
+        without a tokenizer: for shapes, plans and benchmarks.
+      text_params: the part of the params that `encode` uses.
+      image_params: the part that `velocity` and `decode` use.
     """
 
     family: str
@@ -80,6 +125,14 @@ class Pipeline:
     decode: Callable[[Any, jax.Array], jax.Array]
     sigmas: Callable[[int, int, int], np.ndarray]
     noise_shape: Callable[[int, int], tuple[int, int, int]]
+    blank_tokens: Callable[..., Any] | None = None
+    text_params: Callable[[Any], Any] = lambda params: params
+    image_params: Callable[[Any], Any] = lambda params: params
+
+
+def pick(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """The function that takes only these networks out of the params."""
+    return lambda params: {name: params[name] for name in names}
 
 
 def override(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
@@ -92,6 +145,27 @@ def override(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
     if unknown:
         raise ValueError(f"ses_jax.json has unknown entries {sorted(unknown)}; see ses_jax.pipelines.Defaults")
     return dataclasses.replace(defaults, **settings)
+
+
+def dynamic_shift_sigmas(steps: int, mu: float, *, terminal: float | None = None) -> np.ndarray:
+    """Sigmas `[steps + 1]` of the flow-matching Euler schedule shifted by `exp(mu)`, float32, 1 to 0.
+
+    Reference: diffusers `FlowMatchEulerDiscreteScheduler.set_timesteps(sigmas=linspace(1, 1/n, n), mu=mu)` with
+    `time_shift_type="exponential"`; the sigmas before the final 0 are stretched so that the last is `terminal`.
+    """
+    sigmas = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
+    sigmas = math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
+    if terminal:
+        sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
+    return np.append(sigmas, 0.0).astype(np.float32)
+
+
+def linear_mu(tokens: int, scheduler: Mapping[str, Any]) -> float:
+    """Shift of the schedule for so many image tokens, linear and unclamped (diffusers `calculate_shift`)."""
+    fewest, most = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    slope = (high - low) / (most - fewest)
+    return tokens * slope + low - slope * fewest
 
 
 def static_shift_sigmas(steps: int, shift: float) -> np.ndarray:
@@ -116,3 +190,33 @@ def pad_to_bucket(token_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[np.n
     for row, ids in zip(padded, token_ids, strict=True):
         row[: len(ids)] = ids
     return padded, lengths
+
+
+def both(positive: Any, negative: Any) -> Any:
+    """Two pytrees as one batch, positive rows first: the two branches of classifier-free guidance."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), positive, negative)
+
+
+def negative_prompts(negative_prompt: str | Sequence[str] | None, count: int, default: str = "") -> list[str]:
+    """A negative prompt for each of `count` prompts."""
+    if isinstance(negative_prompt, str | None):
+        return [default if negative_prompt is None else negative_prompt] * count
+    return list(negative_prompt)
+
+
+def guidance_options(guidance: Guidance, off: Mapping[str, float], family: str) -> dict[str, float]:
+    """A family's named guidance options, filled up from those that mean "off"; a number is its `scale`.
+
+    Raises:
+      ValueError: for an option that the family does not have.
+    """
+    options = dict(guidance) if isinstance(guidance, Mapping) else {"scale": guidance}
+    unknown = options.keys() - off.keys()
+    if unknown:
+        raise ValueError(f"unknown guidance options {sorted(unknown)}; {family} takes {', '.join(off)}")
+    return {**off, **options}
+
+
+def to_images(pixels: Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:
+    """An autoencoder's output in [-1, 1] as float32 images in [0, 1]."""
+    return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)

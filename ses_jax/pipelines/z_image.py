@@ -10,7 +10,6 @@ is what other programs call 5. It takes a number, or a mapping of
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax import hub
 from ses_jax.convert import autoencoder_kl as vae_tables
 from ses_jax.convert import decoder_lm as text_tables
 from ses_jax.convert import z_image as transformer_tables
@@ -30,19 +28,30 @@ COMPONENTS = {
     "vae": vae_tables.COMPONENT,
     "text_encoder": text_tables.component(hidden_state=-2),
 }
+TOKENIZERS = ("tokenizer",)
+OPTIONS: tuple[str, ...] = ()
 MAX_TOKENS = 512
 TURBO = base.Defaults(steps=8, preview_steps=8, guidance=0.0)
 BASE = base.Defaults(steps=50, guidance=4.0)
 GUIDANCE_OFF = {"scale": 0.0, "normalization": 0.0, "truncation": 1.0}
+# The part of the transformer that refines captions.
+CAPTION_PARAMS = ("cap_norm", "cap_embedder", "cap_pad_token", "context_refiner")
 
+CONFIGS = {
+    "transformer": z_image.Config(),
+    "vae": autoencoder_kl.Config(),
+    "text_encoder": decoder_lm.Config(),
+}
 VERIFIED = (
     "names and shapes of every published tensor; prompt to image against diffusers on tiny random checkpoints; "
     "not run with the published weights"
 )
 PUBLISHED = (
     base.Published("demo", "64 x 64 px, trained by examples/train_demo.py, shipped in the package", "run for real"),
-    base.Published("Tongyi-MAI/Z-Image-Turbo", "6.2 B parameters, 8 steps, guidance 0", VERIFIED),
-    base.Published("Tongyi-MAI/Z-Image", "6.2 B parameters, 50 steps, guidance 4", VERIFIED),
+    base.Published(
+        "Tongyi-MAI/Z-Image-Turbo", "6.2 B parameters, 8 steps, guidance 0", VERIFIED, CONFIGS, {"shift": 3.0}
+    ),
+    base.Published("Tongyi-MAI/Z-Image", "6.2 B parameters, 50 steps, guidance 4", VERIFIED, CONFIGS, {"shift": 6.0}),
 )
 
 
@@ -64,24 +73,32 @@ class Condition(NamedTuple):
     guidance: dict[str, jax.Array]
 
 
-def load(folder: Path, *, dtype: Any = None) -> base.Pipeline:
-    """Loads a checkpoint folder in diffusers layout, or its converted form."""
-    loaded = {name: hub.load_component(folder / name, part, dtype=dtype) for name, part in COMPONENTS.items()}
-    configs = {name: config for name, (config, _) in loaded.items()}
-    shift = _shift(folder)
+def assemble(parts: base.Parts) -> base.Pipeline:
+    """The pipeline of a checkpoint; a static shift of 3 tells Turbo from the base model."""
+    configs = parts.configs
+    shift = _shift(parts)
     return base.Pipeline(
         family="ZImagePipeline",
-        folder=folder,
-        params={name: params for name, (_, params) in loaded.items()},
-        defaults=base.override(TURBO if shift == 3.0 else BASE, hub.settings(folder)),
+        folder=parts.folder,
+        params=parts.params,
+        defaults=base.override(TURBO if shift == 3.0 else BASE, parts.settings),
         size_multiple=configs["vae"].downscale * configs["transformer"].patch_size,
-        tokenize=functools.partial(tokenize, hub.load_tokenizer(folder / "tokenizer")),
+        tokenize=functools.partial(tokenize, parts.tokenizers.get("tokenizer")),
         encode=functools.partial(encode, configs["text_encoder"], configs["transformer"]),
         velocity=functools.partial(velocity, configs["transformer"]),
         decode=functools.partial(decode, configs["vae"]),
         sigmas=lambda steps, height, width: base.static_shift_sigmas(steps, shift),
         noise_shape=functools.partial(noise_shape, configs["transformer"], configs["vae"]),
+        blank_tokens=blank_tokens,
+        text_params=text_params,
+        image_params=base.pick("transformer", "vae"),
     )
+
+
+def text_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What `encode` uses: the text encoder, and the transformer's caption refiner."""
+    refiner = {name: params["transformer"][name] for name in CAPTION_PARAMS}
+    return {"text_encoder": params["text_encoder"], "transformer": refiner}
 
 
 def tokenize(
@@ -92,25 +109,20 @@ def tokenize(
     negative_prompt: str | Sequence[str] | None = None,
 ) -> Tokens:
     """Token ids of `P` prompts in the chat template; the negative prompts (default: empty) only if guidance is on."""
-    options = _guidance_options(guidance)
-    negatives = []
-    if options["scale"] > 0:
-        negatives = (
-            [negative_prompt or ""] * len(prompts) if isinstance(negative_prompt, str | None) else negative_prompt
-        )
-    elif negative_prompt:
+    options = base.guidance_options(guidance, GUIDANCE_OFF, "Z-Image")
+    if options["scale"] <= 0 and negative_prompt:
         raise ValueError("negative_prompt has no effect without guidance; pass guidance > 0")
+    negatives = base.negative_prompts(negative_prompt, len(prompts)) if options["scale"] > 0 else []
     texts = [_in_template(tokenizer, prompt) for prompt in [*prompts, *negatives]]
     token_ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
-    ids, lengths = base.pad_to_bucket(token_ids, tokenizer.pad_token_id)
-    count = len(prompts)
-    return Tokens(
-        ids=ids[:count],
-        lengths=lengths[:count],
-        negative_ids=ids[count:] if negatives else None,
-        negative_lengths=lengths[count:] if negatives else None,
-        guidance={name: np.full(count, value, np.float32) for name, value in options.items()},
-    )
+    return _tokens(*base.pad_to_bucket(token_ids, tokenizer.pad_token_id), len(prompts), options)
+
+
+def blank_tokens(count: int, length: int, *, guidance: base.Guidance = 0.0) -> Tokens:
+    """Tokens of `count` prompts of `length` token ids, without a tokenizer."""
+    options = base.guidance_options(guidance, GUIDANCE_OFF, "Z-Image")
+    rows = 2 * count if options["scale"] > 0 else count
+    return _tokens(*base.pad_to_bucket([[0] * length] * rows, 0), count, options)
 
 
 def encode(text_config: decoder_lm.Config, config: z_image.Config, params: Any, tokens: Tokens) -> Condition:
@@ -135,10 +147,8 @@ def velocity(
     run = functools.partial(z_image.velocity, params["transformer"], config)
     if condition.negative is None:
         return run(latents, sigma, condition.positive)
-    double = functools.partial(jax.tree.map, lambda a, b: jnp.concatenate([a, b]))
-    both = run(double(latents, latents), double(sigma, sigma), double(condition.positive, condition.negative))
-    positive, negative = jnp.split(both, 2)
-    return guide(positive, negative, sigma, condition.guidance)
+    out = run(*base.both((latents, sigma, condition.positive), (latents, sigma, condition.negative)))
+    return guide(*jnp.split(out, 2), sigma, condition.guidance)
 
 
 def guide(
@@ -159,8 +169,8 @@ def guide(
 
 def decode(config: autoencoder_kl.Config, params: Any, latents: Float[Array, "b c h w"]) -> Float[Array, "b H W 3"]:
     """Images `[B, H, W, 3]` in [0, 1]."""
-    images = autoencoder_kl.decode(params["vae"], config, latents / config.scaling_factor + config.shift_factor)
-    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+    scaled = latents / config.scaling_factor + config.shift_factor
+    return base.to_images(autoencoder_kl.decode(params["vae"], config, scaled))
 
 
 def noise_shape(config: z_image.Config, vae: autoencoder_kl.Config, height: int, width: int) -> tuple[int, int, int]:
@@ -168,19 +178,22 @@ def noise_shape(config: z_image.Config, vae: autoencoder_kl.Config, height: int,
     return config.in_channels, height // vae.downscale, width // vae.downscale
 
 
-def _shift(folder: Path) -> float:
-    scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
-    if scheduler.get("use_dynamic_shifting"):
-        raise ValueError(f"{folder}: Z-Image with use_dynamic_shifting=true is not supported")
-    return float(scheduler.get("shift", 1.0))
+def _tokens(ids: np.ndarray, lengths: np.ndarray, count: int, options: Mapping[str, float]) -> Tokens:
+    """The rows of `count` prompts, then those of their negative prompts where there are any."""
+    negative = len(ids) > count
+    return Tokens(
+        ids=ids[:count],
+        lengths=lengths[:count],
+        negative_ids=ids[count:] if negative else None,
+        negative_lengths=lengths[count:] if negative else None,
+        guidance={name: np.full(count, value, np.float32) for name, value in options.items()},
+    )
 
 
-def _guidance_options(guidance: base.Guidance) -> dict[str, float]:
-    options = dict(guidance) if isinstance(guidance, Mapping) else {"scale": guidance}
-    unknown = options.keys() - GUIDANCE_OFF.keys()
-    if unknown:
-        raise ValueError(f"unknown guidance options {sorted(unknown)}; Z-Image takes {', '.join(GUIDANCE_OFF)}")
-    return GUIDANCE_OFF | options
+def _shift(parts: base.Parts) -> float:
+    if parts.scheduler.get("use_dynamic_shifting"):
+        raise ValueError(f"{parts.folder}: Z-Image with use_dynamic_shifting=true is not supported")
+    return float(parts.scheduler.get("shift", 1.0))
 
 
 def _in_template(tokenizer: Any, prompt: str) -> str:

@@ -1,0 +1,116 @@
+"""What the multimodal diffusion transformers share: two streams of tokens, image and text, that attend to each other.
+
+References: diffusers `FluxAttention`, `AdaLayerNormContinuous`, `FluxPosEmbed`. Joint sequences run image first, text
+last: attention does not care, and padding then stands at the end, where kernels take a length instead of a mask.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ses_jax.models.attention import attention, rotate_interleaved
+from ses_jax.models.layers import RMSNorm, layer_norm
+
+NORM_EPS = 1e-6
+
+
+class JointAttention(nn.Module):
+    """Attention over the tokens of both streams, each with its own projections and norms of queries and keys."""
+
+    heads: int
+    head_dim: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, image, text, cos, sin, text_lengths=None):
+        """Outputs for image `[B, S, D]` and text `[B, L, D]`; `cos, sin [B or 1, S + L, head_dim / 2]`."""
+        count = image.shape[1]
+        joint = (self._project(image, "to", ""), self._project(text, "add", "_added"))
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*joint, strict=True))
+        lengths = None if text_lengths is None else count + text_lengths
+        out = attention(rotate_interleaved(q, cos, sin), rotate_interleaved(k, cos, sin), v, key_lengths=lengths)
+        image_out = nn.Dense(image.shape[-1], use_bias=self.use_bias, name="to_out")(out[:, :count])
+        return image_out, nn.Dense(text.shape[-1], use_bias=self.use_bias, name="to_add_out")(out[:, count:])
+
+    def _project(self, x, prefix, infix):
+        """Queries, keys and values, each `[B, S, N, D]`; the first two are normed."""
+        suffix = "_proj" if infix else ""
+        split = (*x.shape[:2], self.heads, self.head_dim)
+        q, k, v = (
+            nn.Dense(self.heads * self.head_dim, use_bias=self.use_bias, name=f"{prefix}_{n}{suffix}")(x).reshape(split)
+            for n in "qkv"
+        )
+        return RMSNorm(NORM_EPS, name=f"norm{infix}_q")(q), RMSNorm(NORM_EPS, name=f"norm{infix}_k")(k), v
+
+
+class Modulation(nn.Module):
+    """`count` vectors `[B, 1, dim]` from a conditioning vector `[B, D]`, through SiLU and one linear layer."""
+
+    dim: int
+    count: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, vector):
+        out = nn.Dense(self.count * self.dim, use_bias=self.use_bias, name="linear")(jax.nn.silu(vector))
+        return jnp.split(out[:, None, :], self.count, axis=-1)
+
+
+class ModulatedOutput(nn.Module):
+    """The last layers of a transformer: modulated LayerNorm (scale first, then shift) and the projection to patches."""
+
+    patch_dim: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x, vector):
+        scale, shift = Modulation(x.shape[-1], 2, self.use_bias, name="norm_out")(vector)
+        return nn.Dense(self.patch_dim, use_bias=self.use_bias, name="proj_out")(modulate(x, shift, scale))
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """LayerNorm without affine parameters, then `x * (1 + scale) + shift`."""
+    return layer_norm(x, NORM_EPS) * (1 + scale) + shift
+
+
+def axes_rope(
+    axes_dims: Sequence[int], theta: float, positions: Int[np.ndarray, "s axes"], *, dtype: Any = np.float64
+) -> tuple[Float[np.ndarray, "1 s half"], Float[np.ndarray, "1 s half"]]:
+    """Cosines and sines, float32 `[1, S, sum(axes_dims) / 2]`, of a rotary embedding with several axes.
+
+    Args:
+      axes_dims: channels of each axis.
+      theta: base of the frequencies.
+      positions: integers `[S, axes]`.
+      dtype: in which angles are computed; the references differ.
+    """
+    # The frequencies are rounded before the product, as the references do.
+    frequencies = [1 / dtype(theta) ** (np.arange(0, dim, 2).astype(dtype) / dtype(dim)) for dim in axes_dims]
+    angles = [positions[:, axis, None].astype(dtype) * f for axis, f in enumerate(frequencies)]
+    joined = np.concatenate(angles, axis=-1)[None]
+    return np.cos(joined).astype(np.float32), np.sin(joined).astype(np.float32)
+
+
+def pack(latents: Float[Array, "b c h w"], patch: int = 2) -> Float[Array, "b s d"]:
+    """`[B, C, h, w]` to row-major tokens `[B, h/p * w/p, C * p * p]`, channel outermost."""
+    batch, channels, height, width = latents.shape
+    x = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.transpose(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+
+
+def unpack(tokens: Float[Array, "b s d"], grid: tuple[int, int], patch: int = 2) -> Float[Array, "b c h w"]:
+    """Inverse of `pack` for a grid of `(h/p, w/p)` tokens."""
+    rows, columns = grid
+    x = tokens.reshape(tokens.shape[0], rows, columns, -1, patch, patch)
+    return x.transpose(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, rows * patch, columns * patch)
+
+
+def grid_positions(grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column, each int `[S]`, of the tokens of a grid in row-major order."""
+    rows, columns = np.indices(grid).reshape(2, -1)
+    return rows, columns
