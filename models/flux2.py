@@ -59,7 +59,9 @@ class Config:
             if config.get(name, value) != value:
                 raise ValueError(f"FLUX.2 with {name}={config[name]} is not supported; expected {value}")
         fields = {f.name for f in dataclasses.fields(cls)}
-        known = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields})
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields}
+        values |= {name: float(values[name]) for name in ("mlp_ratio", "rope_theta") if name in values}
+        known = cls(**values)
         if config.get("out_channels") not in (None, known.in_channels):
             raise ValueError("FLUX.2 with out_channels other than in_channels is not supported")
         if sum(known.axes_dims_rope) != known.attention_head_dim:

@@ -14,7 +14,19 @@ import oracle
 import pytest
 import safetensors.numpy
 
-from ses_jax.convert import autoencoder_kl, clip, decoder_lm, engine, files, folder, network, open_clip, z_image
+from ses_jax.convert import (
+    autoencoder_kl,
+    autoencoder_kl_bn,
+    clip,
+    decoder_lm,
+    engine,
+    files,
+    flux2,
+    folder,
+    network,
+    open_clip,
+    z_image,
+)
 from ses_jax.convert.__main__ import main
 from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.convert.table import CONV, IDENTITY, LINEAR, Component, Rule, Table, fused, linear
@@ -48,11 +60,20 @@ def clip_config(projection, text, vision):
 
 CLIP_H = clip_config(1024, (1024, 24, 16, 4096), (1280, 32, 16, 5120))
 CLIP_L = clip_config(768, (768, 12, 12, 3072), (1024, 24, 16, 4096))
+KLEIN = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "guidance_embeds": False}
 # Header, component, config.json and the number of tensors that aren't loaded.
 PUBLISHED = {
     "z_image.transformer": (z_image.COMPONENT, {}, 0),
     "qwen3_4b.text_encoder": (decoder_lm.component(), QWEN3_4B, 12),
     "flux1.vae": (autoencoder_kl.COMPONENT, {}, 0),
+    "flux2_dev.transformer": (flux2.COMPONENT, {}, 0),
+    "flux2_klein_4b.transformer": (flux2.COMPONENT, KLEIN | {"joint_attention_dim": 7680}, 0),
+    "flux2_klein_9b.transformer": (
+        flux2.COMPONENT,
+        KLEIN | {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+        0,
+    ),
+    "flux2.vae": (autoencoder_kl_bn.COMPONENT, {}, 1),
     "clip_h14_hf.reward": (clip.COMPONENT, CLIP_H, 2),
     "clip_l14_hf.reward": (clip.COMPONENT, CLIP_L, 0),
     "hpsv2_open_clip_h14.reward": (open_clip.COMPONENT, {}, 0),
