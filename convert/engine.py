@@ -266,8 +266,9 @@ def _header_problems(slot: Slot, header: Header) -> list[str]:
 
 
 def _find_prefix(table: Table, names: Iterable[str]) -> str:
-    """The first of the table's prefixes that occurs."""
-    return next((p for p in table.prefixes if p and any(name.startswith(p) for name in names)), "")
+    """The longest of the table's prefixes that occurs."""
+    names = list(names)
+    return max((p for p in table.prefixes if any(name.startswith(p) for name in names)), key=len, default="")
 
 
 def _is_ignored(table: Table, name: str, prefix: str) -> bool:

@@ -28,7 +28,7 @@ def export(work: Path, out: Path, sizes: Sizes) -> None:
     idle = ((name, _bfloat16(x)) for name, x in decoder_lm.idle_layers(text_json, sizes.text.layers))
     _write(out / "vae", autoencoder_kl.COMPONENT, vae_config(work, sizes), vae)
     _write(out / "transformer", z_image.COMPONENT, transformer_config(sizes), dit["transformer"])
-    _write(out / "text_encoder", decoder_lm.component(hidden_state=-2), text_json, dit["text_encoder"], unused=idle)
+    _write(out / "text_encoder", decoder_lm.component(-2), text_json, dit["text_encoder"], unused=idle)
     _write(out / "clip", clip.COMPONENT, clip_config(work, sizes), reward)
     for name in ("tokenizer", "clip"):
         shutil.copytree(

@@ -61,7 +61,7 @@ DEMO = Sizes(
         patch_size=8,
     ),
     text=decoder_lm.Config(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, layers=3, heads=4, kv_heads=2, head_dim=32
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, taps=(3,), heads=4, kv_heads=2, head_dim=32
     ),
     dit=z_image.Config(dim=192, n_layers=5, n_refiner_layers=1, n_heads=6, cap_feat_dim=128, axes_dims=(8, 12, 12)),
     captions=20_000,
@@ -83,7 +83,7 @@ TINY = Sizes(
         patch_size=16,
     ),
     text=decoder_lm.Config(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, layers=1, heads=2, kv_heads=1, head_dim=8
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, taps=(1,), heads=2, kv_heads=1, head_dim=8
     ),
     dit=z_image.Config(dim=48, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=16, axes_dims=(4, 6, 6)),
     captions=500,

@@ -20,7 +20,11 @@ from transformers import (
     BlipTextConfig,
     CLIPConfig,
     CLIPModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3Model,
 )
@@ -120,6 +124,72 @@ def qwen3(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> Qwen3Model:
         tie_word_embeddings=True,
     )
     return seeded(lambda: Qwen3Model(config), seed, sizes.gain)
+
+
+def mistral3(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> Mistral3ForConditionalGeneration:
+    """Mistral with its vision tower."""
+    text = {
+        "model_type": "mistral",
+        "vocab_size": VOCABULARY,
+        "hidden_size": sizes.text_width,
+        "intermediate_size": 3 * sizes.text_width,
+        "num_hidden_layers": sizes.text_layers,
+        "num_attention_heads": sizes.text_heads,
+        "num_key_value_heads": sizes.text_kv_heads,
+        "head_dim": sizes.text_head_dim,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000000.0,
+        "sliding_window": None,
+        "max_position_embeddings": 1024,
+    }
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 28,
+        "patch_size": 14,
+        "num_channels": 3,
+        "head_dim": 8,
+    }
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=10, spatial_merge_size=2)
+    return seeded(lambda: Mistral3ForConditionalGeneration(config), seed, sizes.gain)
+
+
+def qwen2_5_vl(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5 with its vision tower."""
+    width = sizes.text_heads * sizes.text_head_dim
+    sections = [sizes.text_head_dim // 4, sizes.text_head_dim // 8, sizes.text_head_dim // 8]
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": sizes.text_layers,
+        "num_attention_heads": sizes.text_heads,
+        "num_key_value_heads": sizes.text_kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "max_position_embeddings": 2048,
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": sections},
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": width,
+        "fullatt_block_indexes": [0],
+    }
+    specials = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=False,
+        **dict.fromkeys(specials, VOCABULARY - 1),
+    )
+    return seeded(lambda: Qwen2_5_VLForConditionalGeneration(config), seed, sizes.gain)
 
 
 def vae(sizes: ZImageSizes = ZImageSizes(), seed: int = 0) -> AutoencoderKL:

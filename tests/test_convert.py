@@ -44,6 +44,34 @@ QWEN3_4B = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
 }
+QWEN3_8B = QWEN3_4B | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+MISTRAL_SMALL = {
+    "model_type": "mistral3",
+    "text_config": {
+        "model_type": "mistral",
+        "num_hidden_layers": 40,
+        "vocab_size": 131072,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000000.0,
+    },
+}
+QWEN2_5_VL_7B = {
+    "model_type": "qwen2_5_vl",
+    "num_hidden_layers": 28,
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
 
 
 def clip_config(projection, text, vision):
@@ -64,7 +92,10 @@ KLEIN = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "g
 # Header, component, config.json and the number of tensors that aren't loaded.
 PUBLISHED = {
     "z_image.transformer": (z_image.COMPONENT, {}, 0),
-    "qwen3_4b.text_encoder": (decoder_lm.component(), QWEN3_4B, 12),
+    "qwen3_4b.text_encoder": (decoder_lm.component(-2), QWEN3_4B, 12),
+    "qwen3_8b.text_encoder": (decoder_lm.component(9, 18, 27), QWEN3_8B, 9 * 11 + 2),
+    "mistral_small.text_encoder": (decoder_lm.component(10, 20, 30), MISTRAL_SMALL, 585 - 1 - 30 * 9),
+    "qwen2_5_vl_7b.text_encoder": (decoder_lm.component(-1), QWEN2_5_VL_7B, 390 + 1),
     "flux1.vae": (autoencoder_kl.COMPONENT, {}, 0),
     "flux2_dev.transformer": (flux2.COMPONENT, {}, 0),
     "flux2_klein_4b.transformer": (flux2.COMPONENT, KLEIN | {"joint_attention_dim": 7680}, 0),
@@ -157,7 +188,7 @@ def test_open_clip_fills_the_same_params_as_transformers():
 
 def test_a_wrong_config_is_reported_by_layer():
     headers = published_header("qwen3_4b.text_encoder")
-    component = decoder_lm.component()
+    component = decoder_lm.component(-2)
     for layers, complaint in (
         (35, "unexpected: model.layers.35."),
         (38, r"missing: model.layers.36.input_layernorm.weight"),
@@ -372,7 +403,7 @@ def test_export_of_own_params_fills_a_published_folder(tmp_path):
     """Params that were trained here, without the unused layer that the published layout asks for."""
     config = QWEN3_4B | {"num_hidden_layers": 3, "vocab_size": 8, "hidden_size": 6, "intermediate_size": 10}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
-    component = decoder_lm.component()
+    component = decoder_lm.component(-2)
     params = component.init(jax.random.key(0), component.from_json(config))
     network.export(tmp_path, component, config, params, unused=decoder_lm.idle_layers(config, layers=2))
     loaded = network.load(tmp_path, component)

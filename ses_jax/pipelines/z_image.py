@@ -26,7 +26,7 @@ from ses_jax.pipelines import base
 COMPONENTS = {
     "transformer": transformer_tables.COMPONENT,
     "vae": vae_tables.COMPONENT,
-    "text_encoder": text_tables.component(hidden_state=-2),
+    "text_encoder": text_tables.component(-2),
 }
 TOKENIZERS = ("tokenizer",)
 OPTIONS: tuple[str, ...] = ()
