@@ -1,7 +1,11 @@
-"""Tables of the FLUX.2 transformer (published as diffusers `Flux2Transformer2DModel`, and in its authors' layout)."""
+"""Table of the FLUX.2 transformer (published as diffusers `Flux2Transformer2DModel`), and its text encoder."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from ses_jax.convert import decoder_lm as text_tables
 from ses_jax.convert.table import Component, Rule, Table, fused, linear, norm
-from ses_jax.models import flux2
+from ses_jax.models import decoder_lm, flux2
 
 DUAL, SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 
@@ -41,4 +45,14 @@ TABLE = Table(
     )
 )
 
+
+def _text_config(config: Mapping[str, Any]) -> decoder_lm.Config:
+    """States at a quarter, half and three quarters of the depth: 10, 20, 30 of Mistral's 40 layers, 9, 18, 27 of 36."""
+    depth = decoder_lm.text_config(config)["num_hidden_layers"]
+    return decoder_lm.Config.from_json(config, hidden_states=[depth * quarters // 4 for quarters in (1, 2, 3)])
+
+
 COMPONENT = Component(flux2.Config.from_json, flux2.init, lambda config: TABLE)
+TEXT_ENCODER = Component(
+    _text_config, decoder_lm.init, lambda config: text_tables.table(config, _text_config(config)), stem="model"
+)
