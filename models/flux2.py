@@ -85,7 +85,7 @@ def velocity(
     latents: Float[Array, "b c h w"],
     sigma: Float[Array, " b"],
     text: Float[Array, "b l features"],
-    guidance: Float[Array | np.ndarray, " b"] | None = None,
+    guidance: Float[Array, " b"] | None = None,
 ) -> Float[Array, "b c h w"]:
     """Velocity `d latents / d sigma` (noise minus image), float32 `[B, C, h, w]`.
 

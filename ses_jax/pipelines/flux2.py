@@ -164,7 +164,7 @@ def encode(config: decoder_lm.Config, params: Any, tokens: Tokens) -> Condition:
     """Text features of three depths side by side; rows of padding are features like any other."""
     features = functools.partial(decoder_lm.hidden_state, params["text_encoder"], config)
     negative = None if tokens.negative_ids is None else features(tokens.negative_ids, tokens.negative_mask)
-    return Condition(features(tokens.ids, tokens.mask), negative, tokens.guidance)
+    return Condition(features(tokens.ids, tokens.mask), negative, jnp.asarray(tokens.guidance))
 
 
 def velocity(
