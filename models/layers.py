@@ -3,6 +3,7 @@
 Activations run in the dtype of the weights; norms, embeddings of time and rotary positions compute in float32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -25,15 +26,16 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU feed-forward, `w2(silu(w1 x) * w3 x)`, without biases."""
+    """Gated feed-forward, `w2(act(w1 x) * w3 x)`, without biases; SwiGLU unless told otherwise."""
 
     hidden_dim: int
+    act: Callable[[jax.Array], jax.Array] = jax.nn.silu
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = nn.Dense(self.hidden_dim, use_bias=False, name="w1")(x)
         value = nn.Dense(self.hidden_dim, use_bias=False, name="w3")(x)
-        return nn.Dense(x.shape[-1], use_bias=False, name="w2")(jax.nn.silu(gate) * value)
+        return nn.Dense(x.shape[-1], use_bias=False, name="w2")(self.act(gate) * value)
 
 
 class TimeEmbedder(nn.Module):

@@ -19,6 +19,39 @@ from ses_jax.models.layers import RMSNorm, layer_norm
 NORM_EPS = 1e-6
 
 
+class JointBlock(nn.Module):
+    """One layer: joint attention, then a GELU feed-forward of each stream; both streams modulated and gated."""
+
+    heads: int
+    head_dim: int
+
+    @nn.compact
+    def __call__(self, streams, vector, cos, sin, text_lengths=None):
+        """Takes and gives `(image [B, S, D], text [B, L, D])`; `vector [B, D]` conditions both."""
+        image, text = streams
+        dim = image.shape[-1]
+        i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = Modulation(dim, 6, name="image_modulation")(vector)
+        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = Modulation(dim, 6, name="text_modulation")(vector)
+
+        attention = JointAttention(self.heads, self.head_dim, name="attention")
+        image_normed, text_normed = modulate(image, i_shift1, i_scale1), modulate(text, t_shift1, t_scale1)
+        image_out, text_out = attention(image_normed, text_normed, cos, sin, text_lengths)
+        image, text = image + i_gate1 * image_out, text + t_gate1 * text_out
+
+        image = image + i_gate2 * MLP(name="image_mlp")(modulate(image, i_shift2, i_scale2))
+        text = text + t_gate2 * MLP(name="text_mlp")(modulate(text, t_shift2, t_scale2))
+        return (image, text), None
+
+
+class MLP(nn.Module):
+    """Feed-forward four times as wide as its input, with the tanh approximation of GELU."""
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = jax.nn.gelu(nn.Dense(4 * x.shape[-1], name="linear_1")(x), approximate=True)
+        return nn.Dense(x.shape[-1], name="linear_2")(hidden)
+
+
 class JointAttention(nn.Module):
     """Attention over the tokens of both streams, each with its own projections and norms of queries and keys."""
 

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from ses_jax import hub
-from ses_jax.pipelines import flux2, z_image
+from ses_jax.pipelines import flux1, flux2, z_image
 from ses_jax.pipelines.base import Defaults, Guidance, Parts, Pipeline, Published
 
 __all__ = ["FAMILIES", "Defaults", "Guidance", "Pipeline", "abstract_pipeline", "load_pipeline"]
 
 FAMILIES: dict[str, ModuleType] = {
     "ZImagePipeline": z_image,
+    "FluxPipeline": flux1,
     "Flux2Pipeline": flux2,
     "Flux2KleinPipeline": flux2,
 }
