@@ -18,8 +18,8 @@ TABLE = Table(
     (
         *_linear("x_embedder", "x_embedder"),
         *_linear("context_embedder", "context_embedder"),
-        *_linear("time_guidance_embed.timestep_embedder.linear_{n}", "time_embedder/linear_{n}"),
-        *_linear("time_guidance_embed.guidance_embedder.linear_{n}", "guidance_embedder/linear_{n}"),
+        *_linear("time_guidance_embed.timestep_embedder.linear_{n}", "condition/timestep_embedder/linear_{n}"),
+        *_linear("time_guidance_embed.guidance_embedder.linear_{n}", "condition/guidance_embedder/linear_{n}"),
         *_linear("double_stream_modulation_img.linear", "image_modulation/linear"),
         *_linear("double_stream_modulation_txt.linear", "text_modulation/linear"),
         *_linear("single_stream_modulation.linear", "modulation/linear"),

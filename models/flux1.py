@@ -23,6 +23,7 @@ from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import RMSNorm, TimeEmbedder, stack
 from ses_jax.models.mmdit import (
     NORM_EPS,
+    ROUNDINGS,
     JointBlock,
     ModulatedOutput,
     Modulation,
@@ -30,13 +31,13 @@ from ses_jax.models.mmdit import (
     grid_positions,
     modulate,
     pack,
+    thousandfold,
     unpack,
 )
 
 PATCH = 2
 MLP_RATIO = 4
 ROPE_THETA = 10000.0
-ROUNDINGS = ("exact", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ class ConditionEmbedder(nn.Module):
     @nn.compact
     def __call__(self, sigma, guidance, pooled):
         c, dtype = self.config, pooled.dtype
-        time, guidance = _thousandfold(sigma, guidance, dtype if c.timestep_rounding == "reference" else jnp.float32)
+        time, guidance = thousandfold(sigma, guidance, dtype if c.timestep_rounding == "reference" else jnp.float32)
         vector = TimeEmbedder(c.dim, c.dim, name="timestep_embedder")(time, dtype)
         if c.guidance_embeds:
             vector = vector + TimeEmbedder(c.dim, c.dim, name="guidance_embedder")(guidance, dtype)
@@ -216,14 +217,3 @@ def positions(grid: tuple[int, int], text_length: int) -> np.ndarray:
     rows, columns = grid_positions(grid)
     image = np.stack([np.zeros_like(rows), rows, columns], axis=-1)
     return np.concatenate([image, np.zeros((text_length, 3), image.dtype)])
-
-
-def _thousandfold(sigma: jax.Array, guidance: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Time and guidance times 1000, in float32, rounded on the way as the reference's pipeline does in `dtype`."""
-    kind = jnp.finfo(dtype)
-
-    def rounded(x):  # compilers may skip a conversion there and back, but not this
-        return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
-
-    time = rounded(1000 * rounded(rounded(1000 * sigma.astype(jnp.float32)) / 1000))
-    return time, rounded(1000 * rounded(guidance.astype(jnp.float32)))

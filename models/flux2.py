@@ -3,6 +3,9 @@
 Traps: the modulation is global, computed once a step and shared by all blocks of a kind; no linear layer has a bias;
 positions have four axes, the text along the last one with its padding counted, the image along the second and third;
 padded text rows are attended to, so the text always comes at its full length.
+
+The reference multiplies time and guidance by 1000 in the dtype of the weights. `Config.timestep_rounding` chooses:
+"exact" keeps both in float32, "reference" rounds as the reference does; with float32 weights the two agree.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, stack
 from ses_jax.models.mmdit import (
     NORM_EPS,
+    ROUNDINGS,
     JointAttention,
     ModulatedOutput,
     Modulation,
@@ -26,15 +30,18 @@ from ses_jax.models.mmdit import (
     grid_positions,
     modulate,
     pack,
+    thousandfold,
     unpack,
 )
-
-TIME_SCALE = 1000.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Architecture, field for field as in the published `transformer/config.json`."""
+    """Architecture, field for field as in the published `transformer/config.json`.
+
+    Attributes:
+      timestep_rounding: "exact" or "reference", see the module docstring; no part of the published file.
+    """
 
     in_channels: int = 128
     num_layers: int = 8
@@ -46,6 +53,11 @@ class Config:
     axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
     rope_theta: float = 2000.0
     guidance_embeds: bool = True
+    timestep_rounding: str = "exact"
+
+    def __post_init__(self):
+        if self.timestep_rounding not in ROUNDINGS:
+            raise ValueError(f"timestep_rounding={self.timestep_rounding!r} is none of {', '.join(ROUNDINGS)}")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
@@ -58,7 +70,7 @@ class Config:
         for name, value in fixed.items():
             if config.get(name, value) != value:
                 raise ValueError(f"FLUX.2 with {name}={config[name]} is not supported; expected {value}")
-        fields = {f.name for f in dataclasses.fields(cls)}
+        fields = {f.name for f in dataclasses.fields(cls)} - {"timestep_rounding"}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields}
         values |= {name: float(values[name]) for name in ("mlp_ratio", "rope_theta") if name in values}
         known = cls(**values)
@@ -95,8 +107,7 @@ def velocity(
       text: features `[B, L, joint_attention_dim]`, padding included.
       guidance: `[B]`, the distilled guidance scale; only where `config.guidance_embeds`.
     """
-    scaled = None if guidance is None else guidance * TIME_SCALE
-    return Flux2(config).apply({"params": params}, latents, sigma * TIME_SCALE, text, scaled).astype(jnp.float32)
+    return Flux2(config).apply({"params": params}, latents, sigma, text, guidance).astype(jnp.float32)
 
 
 def init(key: jax.Array, config: Config) -> Any:
@@ -106,18 +117,18 @@ def init(key: jax.Array, config: Config) -> Any:
 
 
 class Flux2(nn.Module):
-    """The whole transformer; `timestep` and `guidance` come multiplied by 1000."""
+    """The whole transformer."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, latents, timestep, text, guidance):
+    def __call__(self, latents, sigma, text, guidance):
         c = self.config
         grid, length = latents.shape[2:], text.shape[1]
         embed_image, embed_text = (nn.Dense(c.dim, use_bias=False, name=f"{n}_embedder") for n in ("x", "context"))
         text = embed_text(text)
         image = embed_image(pack(latents, 1).astype(text.dtype))
-        vector = self._time_vector(timestep, guidance, text.dtype)
+        vector = ConditionEmbedder(c, name="condition")(sigma, guidance, text.dtype)
         cos, sin = axes_rope(c.axes_dims_rope, c.rope_theta, positions(grid, length))
 
         modulations = (
@@ -130,13 +141,21 @@ class Flux2(nn.Module):
         out = ModulatedOutput(c.in_channels, use_bias=False, name="output")(x[:, : image.shape[1]], vector)
         return unpack(out, grid, 1)
 
-    def _time_vector(self, timestep, guidance, dtype):
-        """What drives the modulation: the embedded time, plus the embedded guidance where it is distilled."""
-        dim = self.config.dim
-        vector = TimeEmbedder(dim, dim, use_bias=False, name="time_embedder")(timestep, dtype)
-        if not self.config.guidance_embeds:
-            return vector
-        return vector + TimeEmbedder(dim, dim, use_bias=False, name="guidance_embedder")(guidance, dtype)
+
+class ConditionEmbedder(nn.Module):
+    """Time and, where it is distilled, guidance, as one vector `[B, dim]`."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, sigma, guidance, dtype):
+        c = self.config
+        guidance = jnp.zeros_like(sigma) if guidance is None else guidance
+        time, guidance = thousandfold(sigma, guidance, dtype if c.timestep_rounding == "reference" else jnp.float32)
+        vector = TimeEmbedder(c.dim, c.dim, use_bias=False, name="timestep_embedder")(time, dtype)
+        if c.guidance_embeds:
+            vector = vector + TimeEmbedder(c.dim, c.dim, use_bias=False, name="guidance_embedder")(guidance, dtype)
+        return vector
 
 
 class DualBlock(nn.Module):

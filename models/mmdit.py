@@ -17,6 +17,8 @@ from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import RMSNorm, layer_norm
 
 NORM_EPS = 1e-6
+# How time and guidance are multiplied by 1000: in float32, or in the dtype of the weights as the references do.
+ROUNDINGS = ("exact", "reference")
 
 
 class JointBlock(nn.Module):
@@ -109,6 +111,19 @@ class ModulatedOutput(nn.Module):
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """LayerNorm without affine parameters, then `x * (1 + scale) + shift`."""
     return layer_norm(x, NORM_EPS) * (1 + scale) + shift
+
+
+def thousandfold(
+    sigma: Float[Array, " b"], guidance: Float[Array, " b"], dtype: Any
+) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Time and guidance times 1000, in float32, rounded on the way as the references' pipelines do in `dtype`."""
+    kind = jnp.finfo(dtype)
+
+    def rounded(x):  # compilers may skip a conversion there and back, but not this
+        return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+
+    time = rounded(1000 * rounded(rounded(1000 * sigma.astype(jnp.float32)) / 1000))
+    return time, rounded(1000 * rounded(guidance.astype(jnp.float32)))
 
 
 def axes_rope(

@@ -14,7 +14,7 @@ from oracle_flux1 import Flux1Sizes
 
 from ses_jax import hub
 from ses_jax.convert.flux1 import COMPONENT
-from ses_jax.models import flux1
+from ses_jax.models import flux1, mmdit
 
 TOLERANCE = {"atol": 5e-5, "rtol": 5e-5}
 SIZES = {
@@ -128,7 +128,7 @@ SCHEDULE = np.linspace(1, 0, 57)[:-1].astype(np.float32)
 @pytest.mark.parametrize("guidance", [3.5, 1.7, 30.0])
 def test_reference_rounding_is_the_references(dtype, guidance):
     expected = reference_thousandfold(SCHEDULE, guidance, getattr(torch, dtype))
-    rounded = jax.jit(flux1._thousandfold, static_argnums=2)(
+    rounded = jax.jit(mmdit.thousandfold, static_argnums=2)(
         SCHEDULE, np.full(len(SCHEDULE), guidance, np.float32), jnp.dtype(dtype)
     )
     np.testing.assert_allclose(

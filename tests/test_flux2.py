@@ -1,5 +1,6 @@
 """FLUX.2's transformer against diffusers."""
 
+import dataclasses
 import functools
 import inspect
 
@@ -166,3 +167,24 @@ def equations(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner)
+
+
+@pytest.mark.parametrize(("rounding", "seen"), [("exact", (988.4, 1700.0)), ("reference", (988.0, 1704.0))])
+def test_bfloat16_weights_see_the_time_and_guidance_that_are_asked_for(networks, rounding, seen):
+    _, config, params = networks("dev")
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["condition"])
+
+    def embed(rounding, time, guidance):
+        embedder = flux2.ConditionEmbedder(dataclasses.replace(config, timestep_rounding=rounding))
+        inputs = (jnp.float32([value / 1000]) for value in (time, guidance))
+        return np.float32(embedder.apply({"params": half}, *inputs, jnp.bfloat16))
+
+    asked = embed(rounding, 988.4, 1700.0)
+    other = (1976.4 - seen[0], 3404.0 - seen[1])
+    error, contrast = (np.linalg.norm(asked - embed("exact", *values)) for values in (seen, other))
+    assert error < 0.02 * contrast
+
+
+def test_unknown_rounding_is_refused():
+    with pytest.raises(ValueError, match="timestep_rounding='half' is none of exact, reference"):
+        flux2.Config(timestep_rounding="half")

@@ -11,6 +11,9 @@ The text is always 512 tokens long, padding included, and the image sees all of 
     band   "packed", as the reference: the noise is `[128, H/16, W/16]`, the grid that the network sees, whose low band
            keeps the four cells of each 2x2 patch apart: 2048 numbers at 1024 x 1024 and level 4. "unpacked": the noise
            is `[32, H/8, W/8]`, the autoencoder's own grid, by default one level deeper: 512 numbers at level 5.
+    timestep_rounding
+           "exact" (default) or "reference": whether bfloat16 weights round time and guidance as well, as in the
+           reference, see `ses_jax.models.flux2`.
 """
 
 import dataclasses
@@ -34,7 +37,7 @@ COMPONENTS = {
     "text_encoder": tables.TEXT_ENCODER,
 }
 TOKENIZERS = ("tokenizer",)
-OPTIONS = ("band",)
+OPTIONS = ("band", "timestep_rounding")
 BANDS = ("packed", "unpacked")
 MAX_TOKENS = 512
 GUIDANCE_OFF = {"scale": 1.0}
@@ -79,13 +82,13 @@ class Kind(NamedTuple):
     in_template: Callable[[Any, str], str]
 
 
-def assemble(parts: base.Parts, *, band: str = "packed") -> base.Pipeline:
+def assemble(parts: base.Parts, *, band: str = "packed", timestep_rounding: str = "exact") -> base.Pipeline:
     """The pipeline of a checkpoint; `model_index.json` says of which kind it is."""
     if band not in BANDS:
         raise ValueError(f"band must be one of {', '.join(BANDS)}, not {band!r}")
     kind, configs = _kind(parts), parts.configs
     _check_fit(parts, kind)
-    vae, transformer = configs["vae"], configs["transformer"]
+    vae, transformer = configs["vae"], dataclasses.replace(configs["transformer"], timestep_rounding=timestep_rounding)
     cell = vae.downscale * vae.patch_size[0]
     pipeline = base.Pipeline(
         family=parts.index["_class_name"],
