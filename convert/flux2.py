@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ses_jax.convert import decoder_lm as text_tables
-from ses_jax.convert.table import Component, Rule, Table, fused, linear, norm
+from ses_jax.convert.table import Component, Rule, Table, fused, joined, linear, norm
 from ses_jax.models import decoder_lm, flux2
 
 DUAL, SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+
+# What a single block's first and last layer, published as one each, are made of.
+SINGLE_IN = [f"single_blocks/{name}" for name in ("to_q", "to_k", "to_v", "mlp/w1", "mlp/w3")]
+SINGLE_OUT = ["single_blocks/to_out", "single_blocks/mlp/w2"]
 
 
 def _linear(source: str, target: str) -> tuple[Rule, ...]:
@@ -36,8 +40,8 @@ TABLE = Table(
         *_linear(f"{DUAL}.ff.linear_out", "dual_blocks/image_mlp/w2"),
         *fused(f"{DUAL}.ff_context.linear_in", ["dual_blocks/text_mlp/w1", "dual_blocks/text_mlp/w3"]),
         *_linear(f"{DUAL}.ff_context.linear_out", "dual_blocks/text_mlp/w2"),
-        *_linear(f"{SINGLE}.attn.to_qkv_mlp_proj", "single_blocks/to_qkv_mlp"),
-        *_linear(f"{SINGLE}.attn.to_out", "single_blocks/to_out"),
+        *fused(f"{SINGLE}.attn.to_qkv_mlp_proj", SINGLE_IN),
+        *joined(f"{SINGLE}.attn.to_out", SINGLE_OUT),
         *norm(f"{SINGLE}.attn.norm_q", "single_blocks/norm_q"),
         *norm(f"{SINGLE}.attn.norm_k", "single_blocks/norm_k"),
         *_linear("norm_out.linear", "output/norm_out/linear"),
@@ -52,7 +56,11 @@ def _text_config(config: Mapping[str, Any]) -> decoder_lm.Config:
     return decoder_lm.Config.from_json(config, hidden_states=[depth * quarters // 4 for quarters in (1, 2, 3)])
 
 
-COMPONENT = Component(flux2.Config.from_json, flux2.init, lambda config: TABLE)
+COMPONENT = Component(flux2.Config.from_json, flux2.init, lambda config: TABLE, partition=flux2.PARTITION)
 TEXT_ENCODER = Component(
-    _text_config, decoder_lm.init, lambda config: text_tables.table(config, _text_config(config)), stem="model"
+    _text_config,
+    decoder_lm.init,
+    lambda config: text_tables.table(config, _text_config(config)),
+    stem="model",
+    partition=decoder_lm.PARTITION,
 )

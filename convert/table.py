@@ -2,7 +2,7 @@
 
 A rule pairs two templates. A placeholder such as `{i}` stands for a number. One that is absent from the target means
 that the published tensors `0, 1, 2, ...` are stacked along a leading axis of the target; one that is present renames.
-Several rules with one source, numbered by `part`, split a tensor that is published in one piece along its first axis:
+Several rules with one source, numbered by `part`, split a tensor that is published in one piece along one of its axes:
 
     linear("layers.{i}.attention.to_q", "layers/attention/to_q")          one stacked kernel for all layers
     conv("decoder.up_blocks.{b}.resnets.{r}.conv1", "up_{b}_resnet_{r}/conv1")   one kernel each
@@ -60,12 +60,14 @@ class Rule(NamedTuple):
       target: template of paths in the params, with slashes.
       transform: how the elements move.
       part: place among the rules that share the published tensor, from 0; None for a tensor of its own.
+      axis: of the published tensor, along which the parts lie.
     """
 
     source: str
     target: str
     transform: Transform = IDENTITY
     part: int | None = None
+    axis: int = 0
 
 
 class Table(NamedTuple):
@@ -145,6 +147,11 @@ def fused(source: str, targets: Sequence[str], *, separator: str = ".") -> tuple
     weights = (Rule(f"{source}{separator}weight", f"{t}/kernel", LINEAR, i) for i, t in enumerate(targets))
     biases = (Rule(f"{source}{separator}bias", f"{t}/bias", IDENTITY, i) for i, t in enumerate(targets))
     return (*weights, *biases)
+
+
+def joined(source: str, targets: Sequence[str]) -> tuple[Rule, ...]:
+    """Linear layers without biases whose outputs are added, published as one, their inputs in the order of `targets`."""
+    return tuple(Rule(f"{source}.weight", f"{t}/kernel", LINEAR, i, axis=1) for i, t in enumerate(targets))
 
 
 def conv(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:

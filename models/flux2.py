@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention, rotate_interleaved
@@ -32,6 +33,18 @@ from ses_jax.models.mmdit import (
     pack,
     thousandfold,
     unpack,
+)
+
+# Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
+PARTITION = (
+    (r"dual_blocks/attention/(to_[qkv]|add_[qkv]_proj)/kernel", P(None, None, "model")),
+    (r"dual_blocks/attention/(to_out|to_add_out)/kernel", P(None, "model", None)),
+    (r"dual_blocks/(image|text)_mlp/w[13]/kernel", P(None, None, "model")),
+    (r"dual_blocks/(image|text)_mlp/w2/kernel", P(None, "model", None)),
+    (r"single_blocks/(to_[qkv]|mlp/w[13])/kernel", P(None, None, "model")),
+    (r"single_blocks/(to_out|mlp/w2)/kernel", P(None, "model", None)),
+    (r"((image_|text_)?modulation|output/norm_out)/linear/kernel", P(None, "model")),
+    (r".*/scale|(x_embedder|context_embedder|condition/\w+/\w+|output/proj_out)/kernel", P()),
 )
 
 
@@ -179,7 +192,10 @@ class DualBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Attention and feed-forward side by side on one sequence, with shared projections in and out."""
+    """Attention and feed-forward side by side on one sequence, of the same input and added to the same output.
+
+    Published as one layer in and one out; here in parts, so that a mesh can split heads and feed-forward alike.
+    """
 
     config: Config
 
@@ -187,14 +203,16 @@ class SingleBlock(nn.Module):
     def __call__(self, x, modulation, cos, sin):
         c = self.config
         shift, scale, gate = modulation
-        widths = (c.dim, c.dim, c.dim, c.mlp_dim, c.mlp_dim)
-        h = nn.Dense(sum(widths), use_bias=False, name="to_qkv_mlp")(modulate(x, shift, scale))
-        q, k, v, mlp_gate, mlp_value = jnp.split(h, np.cumsum(widths)[:-1], axis=-1)
-        q, k, v = (part.reshape(*x.shape[:2], c.num_attention_heads, -1) for part in (q, k, v))
-        q = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_q")(q), cos, sin)
-        k = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_k")(k), cos, sin)
-        h = jnp.concatenate([attention(q, k, v), jax.nn.silu(mlp_gate) * mlp_value], axis=-1)
-        return x + gate * nn.Dense(c.dim, use_bias=False, name="to_out")(h), None
+        h = modulate(x, shift, scale)
+
+        def project(name):
+            out = nn.Dense(c.dim, use_bias=False, name=name)(h)
+            return out.reshape(*x.shape[:2], c.num_attention_heads, c.attention_head_dim)
+
+        q = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_q")(project("to_q")), cos, sin)
+        k = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_k")(project("to_k")), cos, sin)
+        attended = nn.Dense(c.dim, use_bias=False, name="to_out")(attention(q, k, project("to_v")))
+        return x + gate * (attended + GatedMLP(c.mlp_dim, name="mlp")(h)), None
 
 
 def positions(grid: tuple[int, int], length: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from ses_jax.convert import (
 )
 from ses_jax.convert.__main__ import main
 from ses_jax.convert.engine import ConversionError, Header, Weights
-from ses_jax.convert.table import CONV, IDENTITY, LINEAR, Component, Rule, Table, fused, linear
+from ses_jax.convert.table import CONV, IDENTITY, LINEAR, Component, Rule, Table, fused, joined, linear
 from ses_jax.pipelines import FAMILIES
 
 QWEN3_4B = {
@@ -301,6 +301,30 @@ def test_a_wrong_split_is_reported(parts, complaint):
     narrow = leaves | {"b": jax.ShapeDtypeStruct((2, 4), np.float32)}
     with pytest.raises(ConversionError, match="do not fit together"):
         engine.layout(Table((Rule("x", "a", part=0), Rule("x", "b", part=1))), narrow)
+    with pytest.raises(ConversionError, match="do not fit together"):
+        engine.layout(Table((Rule("x", "a", part=0), Rule("x", "b", part=1, axis=1))), leaves)
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+def test_tensors_that_are_joined_on_their_inputs_round_trip(layers):
+    source = "x.{i}.out" if layers else "x.out"
+    table = Table(joined(source, ["mlp", "attention"]))
+    names = [source.format(i=i) + ".weight" for i in range(layers or 1)]
+    rng = np.random.default_rng(0)
+    published = {name: rng.standard_normal((8, 90), np.float32) for name in names}
+    headers = {name: Header(array.shape, "F32", "file") for name, array in published.items()}
+    shapes = {"attention": (20, 8), "mlp": (70, 8)}
+    abstract = {
+        name: {"kernel": jax.ShapeDtypeStruct((layers, *shape) if layers else shape, np.float32)}
+        for name, shape in shapes.items()
+    }
+    params = engine.load(engine.plan(table, abstract, headers), abstract, Weights(headers, published.__getitem__))
+    attention = params["attention"]["kernel"][-1] if layers else params["attention"]["kernel"]
+    np.testing.assert_array_equal(attention, published[names[-1]][:, 70:].T)
+    assert_bit_equal(dict(engine.export(table, params)), published)
+    wrong = headers | {names[-1]: Header((8, 91), "F32", "file")}
+    with pytest.raises(ConversionError, match=r"out.weight in file is \[8, 91\], expected \[8, 90\]"):
+        engine.plan(table, abstract, wrong)
 
 
 @pytest.mark.parametrize("transform", [IDENTITY, LINEAR, CONV], ids=lambda t: t.name)
