@@ -150,7 +150,7 @@ def fused(source: str, targets: Sequence[str], *, separator: str = ".") -> tuple
 
 
 def joined(source: str, targets: Sequence[str]) -> tuple[Rule, ...]:
-    """Linear layers without biases whose outputs are added, published as one, their inputs in the order of `targets`."""
+    """Linear layers whose outputs are added, published as one, their inputs in the order of `targets`; no biases."""
     return tuple(Rule(f"{source}.weight", f"{t}/kernel", LINEAR, i, axis=1) for i, t in enumerate(targets))
 
 

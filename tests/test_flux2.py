@@ -6,6 +6,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import oracle_flux2
 import pytest
@@ -154,19 +155,10 @@ def test_a_megapixel_in_bfloat16_multiplies_bfloat16_only():
     inputs[2] = jax.ShapeDtypeStruct(inputs[2].shape, jnp.bfloat16)
     traced = jax.make_jaxpr(lambda p, *rest: flux2.velocity(p, config, *rest))(half, *inputs)
     assert [(out.shape, out.dtype) for out in traced.out_avals] == [((2, 128, 64, 64), jnp.float32)]
-    products = [equation for equation in equations(traced.jaxpr) if equation.primitive.name == "dot_general"]
+    products = jaxprs.products(traced.jaxpr)
     assert len(products) > 20
     for equation in products:
         assert all(operand.aval.dtype == jnp.bfloat16 for operand in equation.invars), equation
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 @pytest.mark.parametrize(("rounding", "seen"), [("exact", (988.4, 1700.0)), ("reference", (988.0, 1704.0))])
