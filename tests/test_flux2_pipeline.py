@@ -34,7 +34,7 @@ KLEIN_SIZES = oracle_flux2.Sizes(
     vae_groups=2,
 )
 REFERENCES = {
-    "dev": lambda: oracle_flux2.dev_pipeline(seed=1),
+    "dev": lambda: oracle_flux2.dev_pipeline(oracle_flux2.Sizes(vae_layers=1), seed=1),
     "klein": lambda: oracle_flux2.klein_pipeline(KLEIN_SIZES, seed=2),
     "klein base": lambda: oracle_flux2.klein_pipeline(KLEIN_SIZES, seed=3, distilled=False),
 }
@@ -100,20 +100,18 @@ def assert_same_images(images, expected):
     assert difference.mean() <= 1e-5
 
 
-CASES = {
-    "plain": (["a cat"], (64, 64)),
-    "empty": ([""], (64, 96)),
-    "unicode batch": (["\u732b \U0001f431 caf\u00e9", "a somewhat longer prompt, next to a short one"], (48, 80)),
-    "too long": ([LONG], (32, 32)),
-    "image token": (["a [IMG]cat[IMG]"], (32, 48)),
-}
+PROMPTS = ["a cat", "", "\u732b \U0001f431 caf\u00e9", LONG, "a [IMG]cat[IMG]"]
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", REFERENCES)
-def test_prompt_to_image(pairs, kind, case):
-    prompts, size = CASES[case]
-    assert_same_images(*render_both(pairs(kind), prompts, size=size, guidance=DEFAULT_GUIDANCE[kind]))
+def test_prompt_to_image(pairs, kind):
+    assert_same_images(*render_both(pairs(kind), ["a cat"], guidance=DEFAULT_GUIDANCE[kind]))
+
+
+@pytest.mark.parametrize("kind", ["dev", "klein base"])
+def test_a_batch_of_all_sorts_of_prompts(pairs, kind):
+    """Not square; short, empty, unicode, too long, with the token of an image."""
+    assert_same_images(*render_both(pairs(kind), PROMPTS, size=(32, 48), guidance=DEFAULT_GUIDANCE[kind]))
 
 
 @pytest.mark.parametrize(
@@ -121,23 +119,21 @@ def test_prompt_to_image(pairs, kind, case):
     [("dev", 1.0, None), ("dev", 7.5, None), ("klein base", 1.0, None), ("klein base", 2.5, "ugly, blurry")],
 )
 def test_guidance(pairs, kind, guidance, negative):
-    prompts = ["a cat", "two dogs"]
-    assert_same_images(*render_both(pairs(kind), prompts, size=(32, 48), guidance=guidance, negative=negative))
+    assert_same_images(*render_both(pairs(kind), ["a cat"], guidance=guidance, negative=negative))
 
 
 def test_more_steps(pairs):
-    for steps in (1, 7):
-        assert_same_images(*render_both(pairs("klein"), ["a cat"], size=(32, 32), steps=steps, guidance=1.0))
+    assert_same_images(*render_both(pairs("klein"), ["a cat"], steps=7, guidance=1.0))
 
 
 def test_a_batch_of_ragged_prompts_equals_single_runs(pairs):
-    for kind in ("dev", "klein"):
+    for kind in ("dev", "klein base"):
         _, pipeline = pairs(kind)
-        noise = draw(pipeline, 2, (32, 48))
+        noise = draw(pipeline, len(PROMPTS), (32, 48))
         settings = {"steps": 2, "height": 32, "width": 48}
-        together = ses_jax.generate(pipeline, ["a cat", LONG], noise=noise, **settings)
-        for i, prompt in enumerate(["a cat", LONG]):
-            alone = ses_jax.generate(pipeline, [prompt], noise=noise[i : i + 1], **settings)
+        together = ses_jax.generate(pipeline, PROMPTS, noise=noise, **settings)
+        for i in (0, 3):
+            alone = ses_jax.generate(pipeline, PROMPTS[i], noise=noise[i : i + 1], **settings)
             np.testing.assert_allclose(together[i : i + 1], alone, atol=1e-4)
 
 
@@ -208,10 +204,10 @@ def test_a_static_schedule_and_an_unknown_one():
 def test_both_bands_make_the_same_image_of_the_same_numbers(pairs, kind):
     _, packed = pairs(kind)
     unpacked = ses_jax.load_pipeline(str(packed.folder), band="unpacked")
-    assert unpacked.noise_shape(32, 48) == (32, 4, 6)
+    assert unpacked.noise_shape(64, 64) == (32, 8, 8)
     assert (packed.defaults.level, unpacked.defaults.level) == (4, 5)
-    noise = draw(packed, 1, (32, 48))
-    settings = {"steps": 2, "height": 32, "width": 48}
+    noise = draw(packed, 1, (64, 64))
+    settings = {"steps": 2, "height": 64, "width": 64}
     expected = ses_jax.generate(packed, "a cat", noise=noise, **settings)
     rearranged = np.asarray(autoencoder_kl_bn.unpack(jnp.asarray(noise), (2, 2)))
     np.testing.assert_allclose(ses_jax.generate(unpacked, "a cat", noise=rearranged, **settings), expected, atol=2e-6)
@@ -283,10 +279,11 @@ def test_params_are_used_where_they_are_said_to_be(pairs, kind):
     tokens = pipeline.tokenize(["a cat"], guidance=4.0)
     text, image = pipeline.text_params(pipeline.params), pipeline.image_params(pipeline.params)
     assert (set(text), set(image)) == ({"text_encoder"}, {"transformer", "vae"})
-    condition = pipeline.encode(text, tokens)
-    latents = jnp.asarray(draw(pipeline, 1, (32, 32)))
-    latents = pipeline.velocity(image, latents, jnp.ones(1), condition)
-    assert pipeline.decode(image, latents).shape == (1, 32, 32, 3)
+    condition = jax.eval_shape(pipeline.encode, text, tokens)
+    latents = jax.ShapeDtypeStruct((1, *pipeline.noise_shape(32, 32)), jnp.float32)
+    velocity = jax.eval_shape(pipeline.velocity, image, latents, jax.ShapeDtypeStruct((1,), jnp.float32), condition)
+    assert velocity == latents
+    assert jax.eval_shape(pipeline.decode, image, latents).shape == (1, 32, 32, 3)
 
 
 @pytest.mark.parametrize("published", flux2.PUBLISHED, ids=lambda published: published.source)
@@ -307,18 +304,16 @@ def test_published_sizes_trace_at_a_megapixel(published):
 
 
 def test_bfloat16_weights_run_and_stay_close(pairs):
-    for kind in ("dev", "klein"):
-        _, exact = pairs(kind)
-        rough = ses_jax.load_pipeline(str(exact.folder), dtype=jnp.bfloat16)
-        assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
-        images = [np.asarray(ses_jax.generate(p, "a cat", height=32, width=32, steps=2)) for p in (exact, rough)]
-        assert images[1].dtype == np.float32
-        assert np.abs(images[0] - images[1]).mean() < 0.05
+    _, exact = pairs("dev")
+    rough = ses_jax.load_pipeline(str(exact.folder), dtype=jnp.bfloat16, timestep_rounding="reference")
+    assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
+    images = [np.asarray(ses_jax.generate(p, "a cat", height=64, width=64, steps=2)) for p in (exact, rough)]
+    assert images[1].dtype == np.float32
+    assert np.abs(images[0] - images[1]).mean() < 0.05
 
 
-@pytest.mark.parametrize("band", ["packed", "unpacked"])
-def test_a_search_runs_and_its_preview_is_the_generated_one(pairs, band):
-    pipeline = ses_jax.load_pipeline(str(pairs("klein base")[1].folder), band=band)
+def test_a_search_runs_and_its_preview_is_the_generated_one(pairs):
+    pipeline = ses_jax.load_pipeline(str(pairs("klein base")[1].folder), band="unpacked")
     settings = {"height": 32, "width": 64, "guidance": 2.0, "negative_prompt": "ugly"}
     result = ses_jax.search(
         "a cat", model=pipeline, reward=toy.brightness(), budget=6, population=3, elites=2, level=1, preview_steps=1,
