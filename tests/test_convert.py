@@ -279,6 +279,14 @@ def test_fused_tensors_round_trip(layers):
     np.testing.assert_array_equal(q, published[f"{last}qkv.weight"][10:40].T)
     assert_bit_equal(dict(engine.export(table, params)), published)
 
+    def read_other(name):
+        assert "qkv" not in name
+        return published[name]
+
+    in_parts = Weights(headers, read_other, lambda name, index: published[name][index])
+    again = engine.load(engine.plan(table, abstract, headers), abstract, in_parts)
+    assert_bit_equal(flat(again), flat(params))
+
     wrong = headers | {f"{last}qkv.weight": Header((111, 80), "F32", "file")}
     with pytest.raises(ConversionError) as error:
         engine.plan(table, abstract, wrong)
@@ -325,6 +333,17 @@ def test_tensors_that_are_joined_on_their_inputs_round_trip(layers):
     wrong = headers | {names[-1]: Header((8, 91), "F32", "file")}
     with pytest.raises(ConversionError, match=r"out.weight in file is \[8, 91\], expected \[8, 90\]"):
         engine.plan(table, abstract, wrong)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_part_of_a_tensor_is_read_from_a_file(tmp_path, dtype):
+    tensor = np.arange(60).reshape(6, 10).astype(jnp.dtype(dtype))
+    safetensors.numpy.save_file({"x": tensor}, tmp_path / "file.safetensors")
+    weights = files.open_files([tmp_path / "file.safetensors"])
+    for index in ((slice(1, 4),), (slice(None), slice(3, 9))):
+        part = weights.read_part("x", index)
+        assert part.dtype == tensor.dtype
+        np.testing.assert_array_equal(part, tensor[index])
 
 
 @pytest.mark.parametrize("transform", [IDENTITY, LINEAR, CONV], ids=lambda t: t.name)
