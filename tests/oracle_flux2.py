@@ -57,14 +57,15 @@ class Sizes:
     decoder_widths: tuple[int, ...] | None = None
     vae_layers: int = 2
     vae_groups: int = 4
-    # Of all weights, and of the matrices alone; faint ones bring the norms' epsilons to light.
+    # Of all weights, of the matrices alone, and of those of queries and keys; faint ones bring epsilons to light.
     gain: float = 1.0
     matrix_gain: float = 1.0
+    query_gain: float = 1.0
 
 
 def transformer(sizes: Sizes = Sizes(), seed: int = 0) -> Flux2Transformer2DModel:
     """The diffusion transformer."""
-    return seeded(
+    network = seeded(
         lambda: Flux2Transformer2DModel(
             in_channels=128,
             num_layers=sizes.layers,
@@ -80,6 +81,13 @@ def transformer(sizes: Sizes = Sizes(), seed: int = 0) -> Flux2Transformer2DMode
         sizes.gain,
         sizes.matrix_gain,
     )
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if any(part in name for part in ("to_q.", "to_k.", "add_q_proj.", "add_k_proj.")):
+                parameter.mul_(sizes.query_gain)
+            if "to_qkv_mlp_proj." in name:
+                parameter[: 2 * network.inner_dim].mul_(sizes.query_gain)
+    return network
 
 
 def vae(sizes: Sizes = Sizes(), seed: int = 0) -> AutoencoderKLFlux2:

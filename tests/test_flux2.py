@@ -24,6 +24,7 @@ SIZES = {
     "deep": oracle_flux2.Sizes(layers=3, single_layers=1, heads=3, mlp_ratio=2.5, axes_dims=(2, 6, 6, 2)),
     "faint": oracle_flux2.Sizes(layers=1, single_layers=1, gain=0.05),
     "faint matrices": oracle_flux2.Sizes(layers=1, single_layers=1, matrix_gain=0.02),
+    "faint queries": oracle_flux2.Sizes(layers=1, single_layers=1, query_gain=1e-3),
 }
 # Latent height and width, text length, sigmas.
 CASES = {
@@ -33,6 +34,7 @@ CASES = {
     "deep": ("deep", ((2, 6), 9, (0.6, 0.2))),
     "faint": ("faint", ((3, 4), 8, (0.8, 0.1))),
     "faint matrices": ("faint matrices", ((3, 4), 8, (0.8, 0.1))),
+    "faint queries": ("faint queries", ((3, 4), 8, (0.8, 0.1))),
 }
 
 

@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retrieve_timesteps
 
 import ses_jax
-from ses_jax import generation, pipelines
+from ses_jax import generation, partition, pipelines
 from ses_jax.models import autoencoder_kl_bn
 from ses_jax.pipelines import flux2
 
@@ -323,3 +323,13 @@ def test_a_search_runs_and_its_preview_is_the_generated_one(pairs):
     assert result.score == pytest.approx(float(again.mean()), abs=1e-4)
     assert result.score >= result.baseline_score
     assert result.noise.shape == pipeline.noise_shape(32, 64)
+
+
+@pytest.mark.parametrize("published", [flux2.PUBLISHED[0], flux2.PUBLISHED[2]], ids=lambda published: published.source)
+def test_a_mesh_splits_the_large_networks(published):
+    mesh = partition.abstract_mesh("model=8")
+    params = pipelines.abstract_pipeline(published.source).params
+    for name, component in flux2.COMPONENTS.items():
+        whole = sum(2 * leaf.size for leaf in jax.tree.leaves(params[name]))
+        share = partition.bytes_per_device(mesh, component.partition, params[name])
+        assert share == whole if name == "vae" else whole / 8 <= share < whole / 7
