@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ses_jax.convert.engine import Header
-from ses_jax.convert.table import Component, Rule, SingleFile, Table, fused, linear, norm, swapped
+from ses_jax.convert.table import Component, Rule, SingleFile, Table, fused, joined, linear, norm, swapped
 from ses_jax.models import flux1
 
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -44,9 +44,15 @@ def _single() -> tuple[Rule, ...]:
         *(rule for n in "qkv" for rule in linear(f"{source}.attn.to_{n}", f"{target}/attention/to_{n}")),
         *norm(f"{source}.attn.norm_q", f"{target}/attention/norm_q"),
         *norm(f"{source}.attn.norm_k", f"{target}/attention/norm_k"),
-        *linear(f"{source}.proj_mlp", f"{target}/proj_mlp"),
-        *linear(f"{source}.proj_out", f"{target}/proj_out"),
+        *linear(f"{source}.proj_mlp", f"{target}/mlp_in"),
+        *_single_output(f"{source}.proj_out"),
     )
+
+
+def _single_output(source: str) -> tuple[Rule, ...]:
+    """The last projection of a single block, in both layouts: of the attention's output, then of the feed-forward's."""
+    attention, mlp = "single_blocks/attention/to_out", "single_blocks/mlp_out"
+    return (*joined(source, [attention, mlp]), Rule(f"{source}.bias", f"{attention}/bias"))
 
 
 TABLE = Table(
@@ -80,13 +86,13 @@ def _original_stream(source: str, stream: str, attention: tuple[str, ...], norm_
 
 def _original_single() -> tuple[Rule, ...]:
     source, target = "single_blocks.{i}", "single_blocks"
-    first = [*(f"{target}/attention/to_{n}" for n in "qkv"), f"{target}/proj_mlp"]
+    first = [*(f"{target}/attention/to_{n}" for n in "qkv"), f"{target}/mlp_in"]
     return (
         *linear(f"{source}.modulation.lin", f"{target}/modulation/linear"),
         *fused(f"{source}.linear1", first),
         Rule(f"{source}.norm.query_norm.scale", f"{target}/attention/norm_q/scale"),
         Rule(f"{source}.norm.key_norm.scale", f"{target}/attention/norm_k/scale"),
-        *linear(f"{source}.linear2", f"{target}/proj_out"),
+        *_single_output(f"{source}.linear2"),
     )
 
 
@@ -146,4 +152,5 @@ COMPONENT = Component(
     single_file=SingleFile(
         ("flux1-dev.safetensors", "flux1-schnell.safetensors"), lambda config: ORIGINAL, original_config
     ),
+    partition=flux1.PARTITION,
 )

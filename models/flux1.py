@@ -17,11 +17,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import RMSNorm, TimeEmbedder, stack
 from ses_jax.models.mmdit import (
+    JOINT_PARTITION,
     NORM_EPS,
     ROUNDINGS,
     JointBlock,
@@ -38,6 +40,17 @@ from ses_jax.models.mmdit import (
 PATCH = 2
 MLP_RATIO = 4
 ROPE_THETA = 10000.0
+
+# Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
+PARTITION = (
+    *JOINT_PARTITION,
+    (r"single_blocks/mlp_in/kernel", P(None, None, "model")),
+    (r"single_blocks/mlp_in/bias", P(None, "model")),
+    (r"single_blocks/mlp_out/kernel", P(None, "model", None)),
+    (r"single_blocks/modulation/linear/kernel", P(None, "model", None)),
+    (r"single_blocks/modulation/linear/bias", P()),
+    (r"(x_embedder|context_embedder|condition/\w+/linear_\d|output/(norm_out/linear|proj_out))/(kernel|bias)", P()),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +196,11 @@ class VectorEmbedder(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Attention and feed-forward side by side over the joint sequence, with one projection for both."""
+    """Attention and feed-forward side by side over the joint sequence.
+
+    The reference joins their outputs for one last projection; here each has its own part of it, so that nothing is
+    copied, and that a mesh can split both.
+    """
 
     config: Config
 
@@ -192,13 +209,13 @@ class SingleBlock(nn.Module):
         c = self.config
         shift, scale, gate = Modulation(c.dim, 3, name="modulation")(vector)
         h = modulate(x, shift, scale)
-        attended = SelfAttention(c, name="attention")(h, cos, sin)
-        mlp = jax.nn.gelu(nn.Dense(MLP_RATIO * c.dim, name="proj_mlp")(h), approximate=True)
-        return x + gate * nn.Dense(c.dim, name="proj_out")(jnp.concatenate([attended, mlp], axis=-1)), None
+        hidden = jax.nn.gelu(nn.Dense(MLP_RATIO * c.dim, name="mlp_in")(h), approximate=True)
+        mlp = nn.Dense(c.dim, use_bias=False, name="mlp_out")(hidden)
+        return x + gate * (SelfAttention(c, name="attention")(h, cos, sin) + mlp), None
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention without a projection of its own behind it."""
+    """Multi-head attention; queries and keys are normed per head, then rotated."""
 
     config: Config
 
@@ -209,7 +226,7 @@ class SelfAttention(nn.Module):
         q, k, v = (nn.Dense(c.dim, name=f"to_{name}")(x).reshape(split) for name in "qkv")
         q = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_q")(q), cos, sin)
         k = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_k")(k), cos, sin)
-        return attention(q, k, v)
+        return nn.Dense(c.dim, name="to_out")(attention(q, k, v))
 
 
 def positions(grid: tuple[int, int], text_length: int) -> np.ndarray:

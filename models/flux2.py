@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, stack
 from ses_jax.models.mmdit import (
+    JOINT_PARTITION,
     NORM_EPS,
     ROUNDINGS,
     JointAttention,
@@ -37,14 +38,15 @@ from ses_jax.models.mmdit import (
 
 # Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
 PARTITION = (
-    (r"dual_blocks/attention/(to_[qkv]|add_[qkv]_proj)/kernel", P(None, None, "model")),
-    (r"dual_blocks/attention/(to_out|to_add_out)/kernel", P(None, "model", None)),
-    (r"dual_blocks/(image|text)_mlp/w[13]/kernel", P(None, None, "model")),
-    (r"dual_blocks/(image|text)_mlp/w2/kernel", P(None, "model", None)),
-    (r"single_blocks/(to_[qkv]|mlp/w[13])/kernel", P(None, None, "model")),
-    (r"single_blocks/(to_out|mlp/w2)/kernel", P(None, "model", None)),
-    (r"((image_|text_)?modulation|output/norm_out)/linear/kernel", P(None, "model")),
-    (r".*/scale|(x_embedder|context_embedder|condition/\w+/\w+|output/proj_out)/kernel", P()),
+    *JOINT_PARTITION,
+    (r".*mlp/w[13]/kernel", P(None, None, "model")),
+    (r".*mlp/w2/kernel", P(None, "model", None)),
+    (r"single_blocks/to_[qkv]/kernel", P(None, None, "model")),
+    (r"single_blocks/to_out/kernel", P(None, "model", None)),
+    (r"single_blocks/norm_[qk]/scale", P()),
+    # Over their inputs, as those of the joint blocks.
+    (r"((image_|text_)?modulation|output/norm_out)/linear/kernel", P("model", None)),
+    (r"(x_embedder|context_embedder|condition/\w+/linear_\d|output/proj_out)/kernel", P()),
 )
 
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
@@ -19,6 +20,18 @@ from ses_jax.models.layers import RMSNorm, layer_norm
 NORM_EPS = 1e-6
 # How time and guidance are multiplied by 1000: in float32, or in the dtype of the weights as the references do.
 ROUNDINGS = ("exact", "reference")
+# Of stacked joint blocks: heads and feed-forward widths are split over the model axis of a mesh.
+JOINT_PARTITION = (
+    (r".*/attention/(to_[qkv]|add_[qkv]_proj)/kernel", P(None, None, "model")),
+    (r".*/attention/(to_[qkv]|add_[qkv]_proj)/bias", P(None, "model")),
+    (r".*/attention/to_(add_)?out/kernel", P(None, "model", None)),
+    (r".*/(image|text)_mlp/linear_1/kernel", P(None, None, "model")),
+    (r".*/(image|text)_mlp/linear_1/bias", P(None, "model")),
+    (r".*/(image|text)_mlp/linear_2/kernel", P(None, "model", None)),
+    # Over its inputs, so that every device has its few outputs whole; split, they would split the tokens' channels.
+    (r".*/(image|text)_modulation/linear/kernel", P(None, "model", None)),
+    (r".*/(image|text)_(modulation/linear|mlp/linear_2)/bias|.*/attention/(to_(add_)?out/bias|norm_\w+/scale)", P()),
+)
 
 
 class JointBlock(nn.Module):

@@ -13,9 +13,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.layers import GatedMLP, RMSNorm, stack
+
+# Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
+PARTITION = (
+    (r"(embed_tokens|relative_attention_bias)/embedding", P(None, "model")),
+    (r"blocks/attention/[qkv]/kernel", P(None, None, "model")),
+    (r"blocks/attention/o/kernel", P(None, "model", None)),
+    (r"blocks/feed_forward/w[13]/kernel", P(None, None, "model")),
+    (r"blocks/feed_forward/w2/kernel", P(None, "model", None)),
+    (r".*/scale", P()),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,14 @@ import oracle
 import oracle_flux1
 import pytest
 import torch
-import toy
 from oracle_flux1 import Flux1Sizes
 
 import ses_jax
-from ses_jax import generation
+from ses_jax import generation, partition
 from ses_jax.pipelines import abstract_pipeline, base, flux1
 
 LONG = "a very detailed painting of " + "many " * 300  # more than 77 and more than 512 tokens
+SHORT = 70
 VARIANTS = {
     "dev": Flux1Sizes(t5_layers=2, vae_layers=1),
     "schnell": Flux1Sizes(
@@ -48,6 +48,13 @@ def build(name, tmp_path_factory):
 @pytest.fixture(scope="module")
 def dev(tmp_path_factory):
     return build("dev", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def short(dev):
+    """dev with few tokens of T5, where their number is not the point."""
+    reference, pipeline = dev
+    return reference, ses_jax.load_pipeline(str(pipeline.folder), max_tokens=SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -88,50 +95,48 @@ def assert_same_images(images, expected):
 RAGGED = ["\u732b \U0001f431 caf\u00e9", "a somewhat longer prompt, of more than thirty-two tokens", ""]
 
 
+def test_dev_from_prompt_to_image(dev):
+    assert_same_images(*render_both(dev, ["a cat", LONG], size=(64, 64)))
+
+
 @pytest.mark.parametrize(
     ("prompts", "size", "guidance", "negative"),
     [
-        (["a cat"], (64, 64), None, None),
-        ([""], (64, 96), 1.0, None),
-        (RAGGED, (48, 80), 3.5, None),
-        ([LONG], (32, 32), 2.0, None),
+        (RAGGED, (48, 80), 2.0, None),
         (["a cat"], (32, 32), {"true_cfg": 4.0}, "ugly, blurry"),
-        (["a cat", LONG], (32, 32), {"scale": 2.0, "true_cfg": 2.5}, ""),
+        (["a cat", LONG], (48, 32), {"scale": 2.0, "true_cfg": 2.5}, ""),
     ],
-    ids=["plain", "empty", "ragged batch of unicode", "too long", "true cfg", "true cfg batch"],
+    ids=["ragged batch of unicode", "true cfg", "true cfg batch"],
 )
-def test_dev_from_prompt_to_image(dev, prompts, size, guidance, negative):
-    assert_same_images(*render_both(dev, prompts, size=size, guidance=guidance, negative=negative))
+def test_dev_with_few_tokens(short, prompts, size, guidance, negative):
+    both = render_both(short, prompts, size=size, guidance=guidance, negative=negative, max_tokens=SHORT)
+    assert_same_images(*both)
 
 
 @pytest.mark.parametrize(
     ("prompts", "size", "steps", "guidance", "negative"),
     [
-        (["a cat"], (64, 64), 4, None, None),
-        (RAGGED, (48, 80), 1, None, None),
-        ([LONG], (32, 32), 2, None, None),
+        (["a cat"], (32, 64), 4, None, None),
+        ([*RAGGED, LONG], (48, 80), 1, None, None),
         (["a cat"], (32, 32), 2, {"true_cfg": 2.0}, "a dog"),
     ],
-    ids=["plain", "ragged batch of unicode", "too long", "true cfg"],
+    ids=["plain", "ragged batch", "true cfg"],
 )
 def test_schnell_from_prompt_to_image(schnell, prompts, size, steps, guidance, negative):
     both = render_both(schnell, prompts, size=size, steps=steps, guidance=guidance, negative=negative, max_tokens=256)
     assert_same_images(*both)
 
 
-def test_max_tokens_is_the_references_max_sequence_length(dev):
-    reference, usual = dev
-    pipeline = ses_jax.load_pipeline(str(usual.folder), max_tokens=40)
-    assert_same_images(*render_both((reference, pipeline), [LONG, "a"], size=(32, 32), max_tokens=40))
-    for wrong in (0, 513):
-        with pytest.raises(ValueError, match=f"max_tokens={wrong} is not between 1 and 512"):
-            ses_jax.load_pipeline(str(usual.folder), max_tokens=wrong)
+@pytest.mark.parametrize("wrong", [0, 513])
+def test_max_tokens_are_limited(dev, wrong):
+    with pytest.raises(ValueError, match=f"max_tokens={wrong} is not between 1 and 512"):
+        ses_jax.load_pipeline(str(dev[1].folder), max_tokens=wrong)
 
 
-def test_rows_of_a_batch_are_the_images_of_their_prompts(dev):
-    _, pipeline = dev
-    noise = np.random.default_rng(0).standard_normal((3, *pipeline.noise_shape(32, 32)), np.float32)
-    settings = {"steps": 2, "height": 32, "width": 32}
+def test_rows_of_a_batch_are_the_images_of_their_prompts(short):
+    _, pipeline = short
+    noise = np.random.default_rng(0).standard_normal((3, *pipeline.noise_shape(48, 80)), np.float32)
+    settings = {"steps": 2, "height": 48, "width": 80}
     together = ses_jax.generate(pipeline, RAGGED, noise=noise, **settings)
     for i in (0, 1):
         alone = ses_jax.generate(pipeline, RAGGED[i : i + 1], noise=noise[i : i + 1], **settings)
@@ -216,49 +221,60 @@ def test_encode_and_velocity_use_only_their_own_params(dev):
     assert jax.eval_shape(pipeline.decode, image, latents).shape == (1, 32, 32, 3)
 
 
-def test_bfloat16_weights_run_and_stay_close(dev):
-    _, exact = dev
-    rough = ses_jax.load_pipeline(str(exact.folder), dtype=jnp.bfloat16, timestep_rounding="reference")
+def test_bfloat16_weights_run_and_stay_close(short):
+    _, exact = short
+    rough = ses_jax.load_pipeline(str(exact.folder), dtype=jnp.bfloat16, max_tokens=SHORT)
     assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
     images = [np.asarray(ses_jax.generate(p, "a cat", height=32, width=32, steps=2)) for p in (exact, rough)]
     assert images[1].dtype == np.float32
     assert np.isfinite(images[1]).all()
-    assert np.abs(images[0] - images[1]).mean() < 0.05
+    assert np.abs(images[0] - images[1]).mean() < 0.1 < images[0].std()
 
 
-def test_rounding_makes_no_difference_to_float32_weights(dev):
-    _, pipeline = dev
-    other = ses_jax.load_pipeline(str(pipeline.folder), timestep_rounding="reference")
+def test_rounding_makes_no_difference_to_float32_weights(short):
+    _, pipeline = short
+    other = ses_jax.load_pipeline(str(pipeline.folder), max_tokens=SHORT, timestep_rounding="reference")
     images = [ses_jax.generate(p, "a cat", height=32, width=32, steps=2) for p in (pipeline, other)]
     np.testing.assert_allclose(*images, atol=1e-4)
 
 
-@pytest.mark.parametrize("guidance", [3.5, {"true_cfg": 2.0}], ids=["distilled", "true cfg"])
-def test_a_search_runs_with_a_clip_reward(dev, guidance, tmp_path):
-    _, pipeline = dev
+def test_a_search_runs_with_a_clip_reward(short, tmp_path):
+    """Three prompts, the shortest and the longest; one program serves all."""
+    _, pipeline = short
     oracle.save_clip(tmp_path, oracle.clip())
-    settings = {"height": 32, "width": 48, "guidance": guidance}
-    negative = {"negative_prompt": "a dog"} if isinstance(guidance, dict) else {}
-    result = ses_jax.search(
-        "a cat", model=pipeline, reward=ses_jax.load_reward("clip", source=str(tmp_path)), budget=5, population=4,
-        elites=2, level=1, preview_steps=1, steps=2, progress=False, **settings, **negative,
-    )  # fmt: skip
-    scores = [row["score"] for row in result.history]
-    assert len(scores) == 5
-    assert result.score == max(scores) > min(scores)
-    assert result.image.size == (48, 32)
-    again = ses_jax.generate(pipeline, "a cat", noise=result.noise[None], steps=2, **settings, **negative)
-    np.testing.assert_allclose(np.asarray(result.image) / 255, again[0], atol=0.5 / 255 + 1e-4)
-
-
-def test_prompts_of_any_length_share_one_compilation(dev):
-    _, pipeline = dev
+    settings = {"guidance": {"true_cfg": 2.0}, "negative_prompt": "a dog", "height": 32, "width": 32, "steps": 2}
     before = generation.generation_step._cache_size()
-    ses_jax.search(
-        ["a cat", "", LONG], model=pipeline, reward=toy.brightness(), budget=4, population=2, elites=1, level=1,
-        preview_steps=1, steps=1, height=32, width=32, progress=False,
+    results = ses_jax.search(
+        ["a cat", "", LONG], model=pipeline, reward=ses_jax.load_reward("clip", source=str(tmp_path)), budget=5,
+        population=4, elites=2, level=1, preview_steps=2, progress=False, **settings,
     )  # fmt: skip
-    assert generation.generation_step._cache_size() - before == 1
+    for result in results:
+        scores = [row["score"] for row in result.history]
+        assert len(scores) == 5
+        assert result.score == max(scores) > min(scores)
+        assert result.image.size == (32, 32)
+    # Five candidates in generations of four: the last generation is a program of its own at most.
+    assert generation.generation_step._cache_size() - before <= 2
+    again = ses_jax.generate(pipeline, LONG, noise=results[2].noise[None], **settings)
+    np.testing.assert_allclose(np.asarray(results[2].image) / 255, again[0], atol=0.5 / 255 + 1e-4)
+
+
+def test_the_text_encoders_may_leave_the_device(short):
+    _, pipeline = short
+    away = ses_jax.load_pipeline(str(pipeline.folder), max_tokens=SHORT, offload_text_encoder=True)
+    settings = {"steps": 2, "height": 32, "width": 32}
+    images = [ses_jax.generate(p, "a cat", **settings) for p in (pipeline, away)]
+    np.testing.assert_array_equal(*images)
+
+
+@pytest.mark.parametrize("mesh", ["data=1,model=4", "data=2,model=2"])
+@pytest.mark.parametrize("name", ["transformer", "text_encoder_2"])
+def test_partition_rules_cover_the_published_network_and_split_it(name, mesh):
+    params = abstract_pipeline("black-forest-labs/FLUX.1-dev").params[name]
+    mesh, rules = partition.abstract_mesh(mesh), flux1.COMPONENTS[name].partition
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    split = partition.bytes_per_device(mesh, rules, params)
+    assert whole / mesh.shape["model"] <= split < 1.05 * whole / mesh.shape["model"]
 
 
 PUBLISHED = {"black-forest-labs/FLUX.1-dev": 512, "black-forest-labs/FLUX.1-schnell": 256}
