@@ -38,10 +38,17 @@ class Header(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Published tensors: their headers, and a function that reads one by name."""
+    """Published tensors.
+
+    Attributes:
+      headers: by name.
+      read: a tensor by its name.
+      read_part: part of a tensor by its name and an index of slices, where there is a way to read only that.
+    """
 
     headers: Mapping[str, Header]
     read: Callable[[str], np.ndarray]
+    read_part: Callable[[str, tuple[slice, ...]], np.ndarray] | None = None
 
 
 class Slot(NamedTuple):
@@ -156,7 +163,7 @@ def export(table: Table, params: Any, prefix: str | None = None) -> Iterator[tup
         for name, parts in group:
             published = np.empty(parts[0].shape, dtype)
             for slot in parts:
-                _copy(_part_of(published, slot), slot.transform.inverse(_piece(values[slot.target], slot)))
+                _copy(published[_index(slot)], slot.transform.inverse(_piece(values[slot.target], slot)))
             yield name, published
 
 
@@ -227,7 +234,7 @@ def _assemble(slots: Iterable[Slot], shape: tuple[int, ...], dtype: Any, weights
     for slot in slots:
         piece = _piece(leaf, slot)
         with np.errstate(over="ignore"):  # reported below, with the tensor's name
-            _copy(piece, slot.transform.forward(_part_of(weights.read(slot.name), slot)))
+            _copy(piece, slot.transform.forward(_read(weights, slot)))
         if not np.isfinite(piece).all():
             file = weights.headers[slot.name].file
             raise ConversionError(f"{slot.name} in {file} has NaN or infinite values (as {leaf.dtype})")
@@ -239,9 +246,16 @@ def _piece(leaf: np.ndarray, slot: Slot) -> np.ndarray:
     return leaf if slot.index is None else leaf[slot.index, ...]
 
 
-def _part_of(published: np.ndarray, slot: Slot) -> np.ndarray:
-    """The part of a published tensor that goes to one leaf, as a view."""
-    return published if slot.bounds is None else published[(slice(None),) * slot.axis + (slice(*slot.bounds),)]
+def _read(weights: Weights, slot: Slot) -> np.ndarray:
+    """What one leaf takes of a published tensor."""
+    if slot.bounds is None or weights.read_part is None:
+        return weights.read(slot.name)[_index(slot)]
+    return weights.read_part(slot.name, _index(slot))
+
+
+def _index(slot: Slot) -> tuple[Any, ...]:
+    """The part of a published tensor that goes to one leaf; as a view, where an array is indexed."""
+    return (...,) if slot.bounds is None else (*(slice(None),) * slot.axis, slice(*slot.bounds))
 
 
 def _replace(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
