@@ -52,7 +52,7 @@ class Run:
         self._check_rows()
 
     def _check_rows(self) -> None:
-        lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         for row, line in zip(self.rows, lines, strict=False):
             if _row_line(row) != line:
                 raise ValueError(
@@ -75,7 +75,7 @@ class Run:
         """The `result.json` of a row that needs no more work."""
         try:
             found = json.loads((self.folder / row.folder / "result.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, json.JSONDecodeError):
             return None
         return None if found["interrupted"] else found
 
@@ -93,7 +93,7 @@ class Run:
 
     def _note(self, outcome: Outcome) -> Outcome:
         path = self.folder / f"results-{self.process}.jsonl"
-        line = json.dumps(outcome, ensure_ascii=False) + "\n"
+        line = _line(outcome)
         with path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, 2)
@@ -123,14 +123,16 @@ class Run:
           The summary, of what is there so far.
         """
         written = None
-        # Another process may finish between the reading and the writing: what is written must be what is there.
-        while (outcomes := self.outcomes()) != written and None not in outcomes:
-            text = "".join(json.dumps(outcome, ensure_ascii=False) + "\n" for outcome in outcomes)
+        while True:
+            outcomes = self.outcomes()
+            text = "".join(map(_line, outcomes))
+            # Another process may finish between the reading and the writing: what is written must be what is there.
+            if None in outcomes or text == written:
+                return summarize(outcomes)
             _write_text(self.folder / "results.jsonl", text)
             summary = json.dumps(summarize(outcomes), indent=2, ensure_ascii=False) + "\n"
             _write_text(self.folder / "summary.json", summary)
-            written = outcomes
-        return summarize(outcomes)
+            written = text
 
 
 def summarize(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
@@ -141,8 +143,9 @@ def summarize(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
 
     Returns:
       Counts `prompts`, `finished`, `failed`, `unfinished`; `scores` and, where the reward has several parts,
-      `components` by part: for "preview" and "final" the `baseline` (unsearched), the `search` and its `gain`, each with
-      `mean` and `standard_error`; `seconds` of all prompts together and `images_per_second` while searching.
+      `components` by part: for "preview" and "final" the `baseline` (unsearched), the `search` and its `gain`, each
+      with `mean` and `standard_error`; `seconds` of all prompts, one process after the other, and
+      `images_per_second` of a process while it searches.
     """
     done = [outcome for outcome in outcomes if outcome and "error" not in outcome]
     failed = sum(outcome is not None and "error" in outcome for outcome in outcomes)
@@ -189,18 +192,26 @@ def _base(row: Row) -> Outcome:
 def _success(row: Row, summary: Mapping[str, Any]) -> Outcome:
     """A line of results from a row and its `SearchResult.summary()`."""
     timings = summary["timings"]
+    # Prompts that were searched at once share their seconds, and each has its part of them.
+    searching = summary["scored"] / timings["images_per_second"]
+    share = searching / timings["search"]
     return _base(row) | {
         "folder": row.folder,
         **{name: summary[name] for name in SCORES},
         "components": summary["components"],
         "scored": summary["scored"],
-        "search_seconds": timings["search"],
-        "seconds": timings["encode"] + timings["search"] + timings["render"],
+        "search_seconds": searching,
+        "seconds": share * (timings["encode"] + timings["search"] + timings["render"]),
     }
 
 
 def _row_line(row: Row) -> str:
-    return json.dumps(dataclasses.asdict(row), ensure_ascii=False, sort_keys=True)
+    return _line(dataclasses.asdict(row)).rstrip("\n")
+
+
+def _line(value: Any) -> str:
+    """A line of JSON; of a user's own objects, their text."""
+    return json.dumps(value, ensure_ascii=False, default=str) + "\n"
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
