@@ -166,7 +166,7 @@ def summarize(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
     }
 
 
-def _means(scores: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, dict[str, float | None]]]:
+def _means(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
     """Means of scores before, after and of the gain, of previews and of final images."""
     kinds = {"preview": ("baseline_score", "score"), "final": ("baseline_final_score", "final_score")}
     found = {}
