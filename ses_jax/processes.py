@@ -5,11 +5,13 @@ part. From then on each is an ordinary JAX of its own with its local devices. (I
 process ends all others: of process 0 at once, of any other when its heartbeat fails.)
 """
 
+import logging
 from typing import NamedTuple
 
 import jax
 from jax._src import distributed  # has the only State besides the global one, which would leave its traces
 
+LOG = logging.getLogger("ses_jax")
 MEETING_SECONDS = 300
 
 
@@ -50,8 +52,14 @@ def meet(
       seconds: how long to wait.
 
     Raises:
-      ValueError: if nothing announces what was not given, or not all have come in time.
+      ValueError: if nothing announces what was not given. Where not all come in time, or two come as the same, JAX
+        ends the process (SIGABRT).
     """
+    LOG.warning(
+        "waiting for the other processes for at most %d s; with a process id and a number of processes, and neither "
+        "coordinator nor cluster, no process waits for another",
+        seconds,
+    )
     state = distributed.State()
     preemption = jax.config.jax_enable_preemption_service
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM
@@ -65,10 +73,7 @@ def meet(
         )
         state.shutdown()
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"the processes did not meet: {error}; give coordinator, process_id and num_processes, or only the last "
-            f"two, with which no process waits for another"
-        ) from error
+        raise ValueError(f"the processes did not meet: {error}; give coordinator, process_id, num_processes") from error
     finally:
         jax.config.update("jax_enable_preemption_service", preemption)
     return Place(state.process_id, state.num_processes)
