@@ -132,7 +132,11 @@ def batch(prompts: File, /, settings: Flat[Settings], processes: Flat[Processes]
     from ses_jax.progress import print_summary
 
     arguments = settings.arguments()
-    summary = ses_jax.search_many(prompts, out=out, process_id=place[0], num_processes=place[1], **arguments)
+    try:
+        summary = ses_jax.search_many(prompts, out=out, process_id=place[0], num_processes=place[1], **arguments)
+    except KeyboardInterrupt:
+        print("ses-jax: stopped; the same command goes on with what is left", file=sys.stderr)
+        raise
     print_summary(summary)
     return int(summary["failed"] > 0)
 

@@ -13,7 +13,7 @@ import toy
 from batch_runs import PIPELINE, PROMPTS, REWARD, SETTINGS, finished, lines, run, stable_files
 
 import ses_jax
-from ses_jax import batch, cli, engine, progress, run_folder
+from ses_jax import batch, cli, engine, progress, result, run_folder
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def test_a_run_holds_a_folder_a_prompt_and_merged_results(whole):
     assert [row["id"] for row in rows] == names
     assert [row["prompt"] for row in rows] == PROMPTS
     for row in rows:
-        result = json.loads((out / row["folder"] / "result.json").read_text())
-        assert {name: row[name] for name in run_folder.SCORES} == {name: result[name] for name in run_folder.SCORES}
-        timings = [result["timings"][name] for name in ("encode", "search", "render")]
+        saved = json.loads((out / row["folder"] / "result.json").read_text())
+        assert {name: row[name] for name in run_folder.SCORES} == {name: saved[name] for name in run_folder.SCORES}
+        timings = [saved["timings"][name] for name in ("encode", "search", "render")]
         np.testing.assert_allclose(row["seconds"], sum(timings))
     assert json.loads((out / "summary.json").read_text()) == summary
     assert lines(out / "results-0.jsonl") == rows
@@ -70,9 +70,9 @@ def test_summaries_of_few_or_broken_scores():
 def test_rows_are_the_results_of_a_search_over_the_list(whole):
     out, _ = whole
     results = ses_jax.search(PROMPTS[:3], model=PIPELINE, reward=REWARD, progress=False, **SETTINGS)
-    for index, result in enumerate(results):
-        np.testing.assert_array_equal(np.load(out / f"{index:05d}" / "noise.npy"), result.noise)
-        assert lines(out / f"{index:05d}" / "history.jsonl") == result.history
+    for index, found in enumerate(results):
+        np.testing.assert_array_equal(np.load(out / f"{index:05d}" / "noise.npy"), found.noise)
+        assert lines(out / f"{index:05d}" / "history.jsonl") == found.history
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])
@@ -272,11 +272,28 @@ def test_a_line_that_was_cut_off_does_no_harm(whole, tmp_path):
     assert len(lines(tmp_path / "results.jsonl")) == 4
 
 
-def test_a_result_that_is_no_json_counts_as_unfinished(tmp_path):
+@pytest.mark.parametrize("text", ["", '{"interrupted": true}'])
+def test_what_is_no_result_counts_as_unfinished_and_leftovers_go(tmp_path, text):
     run(PROMPTS[:2], tmp_path)
-    (tmp_path / "00001" / "result.json").write_text("")
+    (tmp_path / "00001" / "result.json").write_text(text)
+    (tmp_path / "00001" / ".best.png.0123.tmp").write_text("half")
     assert run(PROMPTS[:2], tmp_path)["finished"] == 2
     assert json.loads((tmp_path / "00001" / "result.json").read_text())["prompt"] == PROMPTS[1]
+    assert not list(tmp_path.glob("*/.*"))
+
+
+def test_two_processes_may_write_a_file_at_once(tmp_path):
+    """Their ids may be the same, on two machines."""
+    path = tmp_path / "results.jsonl"
+
+    def slow(temporary):
+        temporary.write_text("first")
+        result.write(path, lambda other: other.write_text("second"))
+        assert path.read_text() == "second"
+
+    result.write(path, slow)
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_real_kills_at_random_moments(whole, tmp_path):
@@ -400,7 +417,7 @@ def test_a_terminal_gets_a_bar_with_the_time_that_is_left(capsys, monkeypatch):
     assert "left" in printed
 
 
-FAST = ["--budget", "4", "--population", "2", "--elites", "1", "--preview-steps", "1", "--steps", "1", "--no-progress"]
+FAST = ["--budget", "4", "--population", "2", "--elites", "1", "--preview-steps", "2", "--steps", "2", "--no-progress"]
 
 
 def test_shell(tmp_path, capsys):

@@ -1,14 +1,17 @@
 """Many processes on one machine: they meet, share the prompts, and the loss of one costs nobody else anything."""
 
 import json
+import re
 import signal
 import socket
+import subprocess
+from pathlib import Path
 
 import jax
 import pytest
 from batch_runs import PROMPTS, finish, finished, lines, run, stable_files, start, wait_for
 
-from ses_jax import processes
+from ses_jax import cli, processes
 
 
 def free_port():
@@ -72,6 +75,16 @@ def test_four_processes_lose_two_and_two_others_finish(tmp_path, alone):
     assert stable_files(tmp_path) == alone
 
 
+def test_a_callers_own_jax_distributed_is_the_place(tmp_path, alone):
+    place = {"coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
+    running = [start(tmp_path, connect=place | {"process_id": i}) for i in range(2)]
+    for index, (status, _, error) in enumerate(map(finish, running)):
+        assert status == 0, error
+        assert [row["index"] for row in lines(tmp_path / f"results-{index}.jsonl")] == list(range(index, 8, 2))
+    assert len(lines(tmp_path / "results.jsonl")) == 8
+    assert stable_files(tmp_path) == alone
+
+
 def test_who_waits_in_vain_knows_what_for_and_does_not_wait_for_ever(tmp_path):
     place = {"coordinator": f"127.0.0.1:{free_port()}", "process_id": 0, "num_processes": 2, "seconds": 1}
     status, _, error = finish(start(tmp_path, meet=place))
@@ -108,3 +121,14 @@ def test_own_place(monkeypatch):
     for place in ((3, 3), (-1, 3), (0, 0), (None, 2), (1, None)):
         with pytest.raises(ValueError, match="process_id"):
             processes.own_place(*place)
+
+
+@pytest.mark.parametrize("name", ["slurm.sh", "tpu_pod.sh"])
+def test_examples_are_scripts_with_options_that_exist(name, capsys):
+    path = Path(__file__).parents[1] / "examples" / name
+    subprocess.run(["bash", "-n", path], check=True)
+    command = path.read_text().split("ses-jax batch", 1)[1]
+    with pytest.raises(SystemExit):
+        cli.main(["batch", "--help"])
+    known = re.findall(r"--[a-z-]+", capsys.readouterr().out)
+    assert set(re.findall(r"--[a-z-]+", command)) <= set(known)
