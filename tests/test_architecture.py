@@ -18,6 +18,7 @@ ALLOWED = {
     "ses_jax.sampler": PURE,
     "ses_jax.resample": PURE,
     "ses_jax.result": PURE,
+    "ses_jax.flops": PURE,
     "ses_jax.progress": PURE,
     "ses_jax.checkpoint": PURE,
     "ses_jax.models": PURE,
