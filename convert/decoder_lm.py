@@ -28,7 +28,13 @@ UNLOADED = (
 def component(*hidden_states: int) -> Component:
     """The text encoder that yields some of the reference's `hidden_states`; the layers above them are not loaded."""
     from_json = functools.partial(decoder_lm.Config.from_json, hidden_states=hidden_states)
-    return Component(from_json, decoder_lm.init, lambda json: table(json, from_json(json)), stem="model")
+    return Component(
+        from_json,
+        decoder_lm.init,
+        lambda json: table(json, from_json(json)),
+        stem="model",
+        partition=decoder_lm.PARTITION,
+    )
 
 
 def table(json: Mapping[str, Any], config: decoder_lm.Config) -> Table:

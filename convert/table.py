@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 
 class Transform(NamedTuple):
@@ -72,12 +73,15 @@ class Component:
       init: `(key, config) -> params`; only its shapes are used.
       table: content of `config.json` to the conversion table.
       stem: name of the published weights file, without `.safetensors`.
+      partition: ordered pairs of a path pattern in the params and how a leaf of that path is split over a mesh; the
+        whole network on every device unless said otherwise.
     """
 
     from_json: Callable[[Mapping[str, Any]], Any]
     init: Callable[[jax.Array, Any], Any]
     table: Callable[[Mapping[str, Any]], Table]
     stem: str = "diffusion_pytorch_model"
+    partition: Sequence[tuple[str, PartitionSpec]] = ((".*", PartitionSpec()),)
 
     def abstract(self, config: Any) -> Any:
         """The params tree as shapes only; nothing is allocated."""

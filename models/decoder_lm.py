@@ -13,10 +13,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from ses_jax.models.attention import attention, rotate_half
 from ses_jax.models.layers import GatedMLP, RMSNorm, stack
+
+# Heads and feed-forward widths are split over the model axis of a mesh; leaves of layers are stacked.
+PARTITION = (
+    (r"embed_tokens/embedding", P(None, "model")),
+    (r"layers/self_attn/[qkv]_proj/kernel", P(None, None, "model")),
+    (r"layers/self_attn/[qkv]_proj/bias", P(None, "model")),
+    (r"layers/self_attn/o_proj/kernel", P(None, "model", None)),
+    (r"layers/mlp/w[13]/kernel", P(None, None, "model")),
+    (r"layers/mlp/w2/kernel", P(None, "model", None)),
+    (r".*/scale", P()),
+)
 
 
 @dataclasses.dataclass(frozen=True)

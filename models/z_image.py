@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
@@ -20,6 +21,17 @@ from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, layer_norm, s
 
 SEQUENCE_MULTIPLE = 32
 TIME_HIDDEN = 1024
+
+# Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
+PARTITION = (
+    (r".*/attention/to_[qkv]/kernel", P(None, None, "model")),
+    (r".*/attention/to_out/kernel", P(None, "model", None)),
+    (r".*/feed_forward/w[13]/kernel", P(None, None, "model")),
+    (r".*/feed_forward/w2/kernel", P(None, "model", None)),
+    (r"(layers|noise_refiner)/modulation/kernel", P(None, None, "model")),
+    (r"(layers|noise_refiner)/modulation/bias", P(None, "model")),
+    (r".*/(scale|bias)|.*_pad_token|(x_embedder|cap_embedder|(t_embedder|final_layer)/\w+)/kernel", P()),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ ALLOWED = {
     "ses_jax.cem": PURE,
     "ses_jax.wavelet": PURE,
     "ses_jax.sampler": PURE,
+    "ses_jax.partition": PURE,
     "ses_jax.resample": PURE,
     "ses_jax.result": PURE,
     "ses_jax.flops": PURE,

@@ -1,0 +1,150 @@
+"""Meshes of devices, and where on them params and candidates lie.
+
+A mesh has two axes. Along "data" stand different candidates (of one prompt or of several); along "model" the heads and
+the feed-forward widths of one network are split, so that a network larger than one device fits. XLA's partitioner
+derives everything else from where the params and the rows lie.
+
+A network's rules are ordered pairs of a path pattern and a PartitionSpec; the first that matches a leaf's whole path
+counts, and a leaf that none matches is an error.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+DATA, MODEL = "data", "model"
+AXES = (DATA, MODEL)
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+AnyMesh = Mesh | AbstractMesh
+
+
+def parse_mesh(mesh: str | Mesh | None, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
+    """A mesh from its description.
+
+    Args:
+      mesh: such as "data=4,model=2"; an axis that is not named has size 1, and a size of -1 is all devices that the
+        other leaves over. A `jax.sharding.Mesh` with these axis names is taken as it is; None is no mesh.
+      devices: None is all of them.
+
+    Raises:
+      ValueError: for anything else, or a mesh that does not use every device.
+    """
+    if mesh is None:
+        return None
+    if isinstance(mesh, Mesh):
+        if tuple(mesh.axis_names) != AXES:
+            raise ValueError(f"mesh has axes {mesh.axis_names}; expected {AXES}")
+        return mesh
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = parse_axes(mesh)
+    free = [name for name in AXES if sizes[name] == -1]
+    if len(free) == 1:
+        taken = sizes[MODEL if free[0] == DATA else DATA]
+        sizes[free[0]] = len(devices) // taken
+    if sizes[DATA] * sizes[MODEL] != len(devices) or min(sizes.values()) < 1:
+        raise ValueError(f"mesh {mesh!r} does not use all {len(devices)} devices; data x model must be {len(devices)}")
+    return Mesh(np.array(devices).reshape(sizes[DATA], sizes[MODEL]), AXES)
+
+
+def parse_axes(mesh: str) -> dict[str, int]:
+    """Sizes by axis of a description such as "data=4,model=2".
+
+    Raises:
+      ValueError: naming what is wrong with it.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in mesh.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-1|[1-9]\d*)\s*", part)
+        if not match or match[1] not in sizes:
+            raise ValueError(f"mesh {mesh!r}: expected sizes of the axes {' and '.join(AXES)}, such as data=4,model=2")
+        sizes[match[1]] = int(match[2])
+    return sizes
+
+
+def abstract_mesh(mesh: str) -> AbstractMesh:
+    """The mesh of a description without devices, for plans."""
+    sizes = parse_axes(mesh)
+    return AbstractMesh(tuple(sizes[name] for name in AXES), AXES)
+
+
+def sharding(mesh: AnyMesh, rules: Rules, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where a leaf of a network's params lies.
+
+    Raises:
+      ValueError: if no rule matches the path, or a dimension does not divide over its axis.
+    """
+    spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), None)
+    if spec is None:
+        raise ValueError(f"no partition rule matches {path} {list(shape)}")
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{path} {list(shape)}: {size} does not divide over {axis}={mesh.shape[axis]}; "
+                f"choose a mesh whose {axis} axis divides it"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def shardings(mesh: AnyMesh, rules: Mapping[str, Rules], params: Mapping[str, Any]) -> dict[str, Any]:
+    """By network, a sharding for every leaf; raises as `sharding` does."""
+
+    def of_network(name):
+        return lambda key_path, leaf: sharding(mesh, rules[name], _path(key_path), leaf.shape)
+
+    return {name: jax.tree_util.tree_map_with_path(of_network(name), tree) for name, tree in params.items()}
+
+
+def place(mesh: Mesh | None, rules: Mapping[str, Rules], params: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts networks' params where they belong; what lies there already is not copied.
+
+    Args:
+      mesh: None is the default device.
+      rules: by network.
+      params: by network, arrays of the host or of devices.
+    """
+    if mesh is None:
+        return jax.device_put(params)
+    return jax.device_put(params, shardings(mesh, rules, params))
+
+
+def replicate(mesh: Mesh | None, tree: Any) -> Any:
+    """Puts a whole copy of every array on each device of a mesh; None is the default device."""
+    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+
+def bytes_per_device(mesh: AnyMesh, rules: Rules, params: Any) -> int:
+    """Bytes of a network's params, arrays or shapes, that each device holds."""
+
+    def of_leaf(key_path, leaf):
+        shard = sharding(mesh, rules, _path(key_path), leaf.shape).shard_shape(leaf.shape)
+        return int(np.prod(shard)) * np.dtype(leaf.dtype).itemsize
+
+    return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(of_leaf, params)))
+
+
+def constrain(mesh: Mesh | None, tree: Any, *axes: str) -> Any:
+    """Inside a compiled function: splits every array's leading axis over mesh axes; over none, all have the whole."""
+    if mesh is None:
+        return tree
+    spec = PartitionSpec(axes) if axes else PartitionSpec()
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+
+
+def size(mesh: Mesh | None, *axes: str) -> int:
+    """How many parts a split over mesh axes has."""
+    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in axes]))
+
+
+def loader(mesh: Mesh | None, rules: Rules) -> Any:
+    """`(path, shape) -> Sharding` for reading one network's files straight into their shards; None without a mesh."""
+    return None if mesh is None else functools.partial(sharding, mesh, rules)
+
+
+def _path(key_path: tuple) -> str:
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
