@@ -5,7 +5,7 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def run(job: Job) -> dict[str, Any]:
     scorer = _scorer(job, pipeline)
     setup = time.perf_counter() - start
     clock.say(f"weights made in {setup:.1f} s")
-    batches = [_batch(meter, pipeline, params, scorer, *item) for item in encoded]
+    batches = [_batch(meter, pipeline, params, scorer, item) for item in encoded]
     return {
         "job": dataclasses.asdict(job),
         "peak_flops": peak,
@@ -43,6 +43,14 @@ def run(job: Job) -> dict[str, Any]:
         "seconds": clock.seconds(),
         "batches": batches,
     }
+
+
+class Encoded(NamedTuple):
+    """A batch of prompts: how many, the figures of encoding them, and their conditions."""
+
+    batch: int
+    result: dict[str, Any]
+    condition: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,28 +93,31 @@ def matmul_peak(size: int, count: int = 8, runs: int = 5) -> float:
     return 2 * size**3 * count / min(times)
 
 
-def _encode_all(meter: Meter, pipeline: Pipeline) -> list[tuple[int, dict[str, Any], Any]]:
-    """Batch size, figures and conditions of each batch."""
+def _encode_all(meter: Meter, pipeline: Pipeline) -> list[Encoded]:
+    """The conditions of each batch size; the text encoders' weights are gone afterwards."""
     params = _make(pipeline.text_params(pipeline.params), seed=0)
     encoded = []
     for batch in meter.job.batches:
         tokens = pipeline.blank_tokens(batch, meter.job.tokens, guidance=meter.job.guidance)
         result, condition = _or_out_of_memory(meter, "encode", batch, pipeline.encode, params, jax.device_put(tokens))
-        encoded.append((batch, result, condition))
+        encoded.append(Encoded(batch, result, condition))
     return encoded
 
 
 def _batch(
-    meter: Meter, pipeline: Pipeline, params: Any, scorer: scorers.Scorer | None, batch: int, encode: Any, condition: Any
+    meter: Meter, pipeline: Pipeline, params: Any, scorer: scorers.Scorer | None, encoded: Encoded
 ) -> dict[str, Any]:
     """The phases of one batch size, up to the one that does not fit."""
-    job = meter.job
-    result = {"batch": batch, "encode": encode}
+    job, batch = meter.job, encoded.batch
+    result = {"batch": batch, "encode": encoded.result}
+    if encoded.condition is None:
+        return result
     shape = (batch, *pipeline.noise_shape(job.height, job.width))
     noise = jax.random.normal(jax.random.key(batch), shape)
     sigmas = jnp.asarray(pipeline.sigmas(job.steps, job.height, job.width))
     denoise = functools.partial(_denoise, pipeline.velocity)
-    result["denoise"], latents = _or_out_of_memory(meter, "denoise", batch, denoise, params, noise, sigmas, condition)
+    call = (denoise, params, noise, sigmas, encoded.condition)
+    result["denoise"], latents = _or_out_of_memory(meter, "denoise", batch, *call)
     if latents is None:
         return result
     result["denoise"]["seconds_per_step"] = result["denoise"]["seconds"] / job.steps
