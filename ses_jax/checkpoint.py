@@ -14,9 +14,7 @@ Sharding = jax.sharding.Sharding
 
 def save(folder: Path, params: Any) -> None:
     """Writes a tree of arrays; the folder appears only when it is complete, and replaces one that is there."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(folder.absolute(), params, force=True)
 
 
@@ -39,17 +37,35 @@ def restore(
       FileNotFoundError: if there is no such folder.
       ValueError: naming the folder, if it is damaged or holds another tree.
     """
-    import orbax.checkpoint as ocp
-
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
             _check_tree(folder, saved, abstract)
             return checkpointer.restore(folder.absolute(), _target(saved, abstract, dtype, sharding))
     except (OSError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
+
+
+def metadata(folder: Path) -> Any:
+    """The tree that `save` wrote, as shapes."""
+    with _checkpointer() as checkpointer:
+        saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+
+
+def _checkpointer() -> Any:
+    """Orbax's checkpointer, for this process alone: processes share no checkpoint that is written."""
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
 def _check_tree(folder: Path, saved: Any, abstract: Any) -> None:

@@ -1,8 +1,11 @@
 """The compiled part of a search: pure functions from a state and arrays to the next state.
 
-`generation_step` is one generation as one program; everything else here is a piece of it, or a small program that runs
-once a prompt. The functions of a model are static arguments, its params and the prompt's arrays are traced ones: a new
-prompt of the same token-length bucket runs what is already compiled.
+`generation_step` is one generation of one or more prompts as one program; everything else here is a piece of it, or a
+small program that runs once a prompt. The functions of a model are static arguments, its params and the prompts' arrays
+are traced ones: new prompts of the same token-length bucket run what is already compiled.
+
+Prompts stand along a leading axis P of states and inputs. For the networks, P prompts with N candidates each are P * N
+rows, prompt after prompt, which a mesh spreads over its data axis.
 """
 
 import functools
@@ -11,16 +14,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
-from ses_jax import cem, mixture, sampler, wavelet
+from ses_jax import cem, mixture, partition, sampler, wavelet
 
 
 class Model(NamedTuple):
-    """How noise becomes images: the two functions of a pipeline that run inside the compiled step."""
+    """How noise becomes images: the two functions of a pipeline that run inside the compiled step, and its devices."""
 
     velocity: Callable[..., Array]
     decode: Callable[..., Array]
+    mesh: Mesh | None = None
 
 
 class Program(NamedTuple):
@@ -33,7 +38,7 @@ class Program(NamedTuple):
       shape: `(h, w)` of the latents.
       population: samples drawn a generation.
       evaluated: how many of them are denoised; fewer than drawn only where the whole budget is smaller.
-      chunk: how many are denoised at a time.
+      chunk: how many rows are denoised at a time.
     """
 
     model: Model
@@ -48,15 +53,15 @@ class Program(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The arrays of one prompt that stay the same from generation to generation.
+    """The arrays of P prompts that stay the same from generation to generation.
 
     Attributes:
-      key: draws of generation g come from `fold_in(key, g)`.
-      low: `[C, a, b]`, low band of the base noise.
-      high: its high bands.
-      condition, text: the prompt for the model and for the reward, leading axis 1.
+      key: `[P]`; draws of generation g come from `fold_in(key, g)`.
+      low: `[P, C, a, b]`, low bands of the base noise.
+      high: their high bands.
+      condition, text: the prompts for the model and for the reward, leading axis P.
       sigmas: `[preview_steps + 1]`.
-      budget: int scalar, how many candidates are scored in all.
+      budget: int scalar, how many candidates are scored a prompt.
     """
 
     key: Array
@@ -68,12 +73,19 @@ class Inputs(NamedTuple):
     budget: Array
 
 
+class Rows(NamedTuple):
+    """A batch for the networks: noise `[r, C, h, w]`, and which prompt each row belongs to, `[r]`."""
+
+    noise: Array
+    owner: Array
+
+
 class Archive(NamedTuple):
     """All candidates so far, for a mixture whose scores change as the population grows.
 
     Attributes:
-      lows: `[generations * n, C, a, b]`.
-      components: `[generations * n, parts]`, NaN where there is no candidate yet.
+      lows: `[P, generations * n, C, a, b]`.
+      components: `[P, generations * n, parts]`, NaN where there is no candidate yet.
     """
 
     lows: Array
@@ -88,19 +100,21 @@ class State(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A generation's components `[n, parts]` and root mean squares `[n]` of the low bands."""
+    """A generation's components `[P, n, parts]` and root mean squares `[P, n]` of the low bands."""
 
     components: Array
     low_rms: Array
 
 
 def init(program: Program, low_shape: tuple[int, ...], *, elites: int, generations: int) -> State:
-    """The state before the first generation."""
+    """The state before the first generation, for low bands of shape `[P, C, a, b]`."""
+    prompts, *shape = low_shape
     archive = None
     if program.standardize:
         rows = generations * program.evaluated
-        archive = Archive(jnp.zeros((rows, *low_shape)), jnp.full((rows, len(program.weights)), jnp.nan, jnp.float32))
-    return State(cem.init(low_shape, elites=elites), archive)
+        archive = Archive(jnp.zeros((rows, *shape)), jnp.full((rows, len(program.weights)), jnp.nan, jnp.float32))
+    state = State(cem.init(tuple(shape), elites=elites), archive)
+    return jax.tree.map(lambda x: jnp.repeat(x[None], prompts, axis=0), state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -115,10 +129,11 @@ def generation_step(
     """
     lows = propose(program, inputs, generation, state)
 
-    def components(rows):
-        return _components(program, params, inputs, preview(program, params[0], inputs, rows))
+    def components(images, owner):
+        return _components(program, params, inputs, images, owner)
 
-    return tell(program, inputs, generation, state, lows, in_chunks(components, lows, program.chunk))
+    scores = _preview(program, params[0], inputs, lows, components)
+    return tell(program, inputs, generation, state, lows, scores.reshape(*lows.shape[:2], -1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -128,47 +143,56 @@ def candidates(
     """For a reward with parts on the host, `update` being the rest of the generation.
 
     Returns:
-      Low bands `[n, C, a, b]`, their previews `[n, H, W, 3]`, and the device parts' components `[n, device parts]`.
+      Low bands `[P, n, C, a, b]`, and by row their previews `[P * n, H, W, 3]` and the device parts' components
+      `[P * n, device parts]`.
     """
     lows = propose(program, inputs, generation, state)
 
-    def images_and_components(rows):
-        images = preview(program, params[0], inputs, rows)
-        return images, _components(program, params, inputs, images)
+    def images_and_components(images, owner):
+        return images, _components(program, params, inputs, images, owner)
 
-    return lows, *in_chunks(images_and_components, lows, program.chunk)
-
-
-def propose(program: Program, inputs: Inputs, generation: Array, state: State) -> Float[Array, "n c a b"]:
-    """This generation's low bands; the very first candidate is the base noise's own."""
-    lows = cem.ask(jax.random.fold_in(inputs.key, generation), state.cem, program.population)[: program.evaluated]
-    return lows.at[0].set(jnp.where(generation == 0, inputs.low, lows[0]))
+    return lows, *_preview(program, params[0], inputs, lows, images_and_components)
 
 
-def preview(program: Program, params: Any, inputs: Inputs, lows: Float[Array, "n c a b"]) -> Float[Array, "n H W 3"]:
-    """Few-step images of low bands."""
-    noise = wavelet.merge(lows, inputs.high, wavelet=program.wavelet, shape=program.shape)
-    return _render(program.model, params, noise, inputs.sigmas, inputs.condition)
+def propose(program: Program, inputs: Inputs, generation: Array, state: State) -> Float[Array, "p n c a b"]:
+    """This generation's low bands; a prompt's very first candidate is its base noise's own."""
+
+    def of_prompt(key, low, search):
+        lows = cem.ask(jax.random.fold_in(key, generation), search, program.population)[: program.evaluated]
+        return lows.at[0].set(jnp.where(generation == 0, low, lows[0]))
+
+    return jax.vmap(of_prompt)(inputs.key, inputs.low, state.cem)
 
 
-def _components(program: Program, params: Any, inputs: Inputs, images: Array) -> Float[Array, "n parts"]:
+def _preview(program: Program, params: Any, inputs: Inputs, lows: Array, finish: Callable) -> Any:
+    """`finish(images, owner)` of the few-step images of low bands `[P, n, C, a, b]`, by row."""
+    merge_one = functools.partial(wavelet.merge, wavelet=program.wavelet, shape=program.shape)
+    noise = jax.vmap(merge_one)(lows, inputs.high)
+    owner = jnp.repeat(jnp.arange(len(lows)), lows.shape[1])
+    rows = Rows(noise.reshape(-1, *noise.shape[2:]), owner)
+    return _images(program.model, program.chunk, params, (inputs.sigmas, inputs.condition), rows, finish)
+
+
+def _components(program: Program, params: Any, inputs: Inputs, images: Array, owner: Array) -> Float[Array, "n parts"]:
     """The device parts' scores; no columns if there are none."""
     if program.score is None:
         return jnp.zeros((len(images), 0))
-    return program.score(params[1], images, repeat_rows(inputs.text, len(images)))
+    return program.score(params[1], images, owned(inputs.text, owner))
 
 
 def tell(
     program: Program, inputs: Inputs, generation: Array, state: State, lows: Array, components: Array
 ) -> tuple[State, Scored]:
-    """The new state; candidates beyond the budget are hidden from it."""
-    index = generation * program.population + jnp.arange(len(components))
+    """The new state, from components `[P, n, parts]`; candidates beyond the budget are hidden from it."""
+    index = generation * program.population + jnp.arange(components.shape[1])
     components = jnp.where((index < inputs.budget)[:, None], components, jnp.nan)
-    low_rms = jnp.sqrt(jnp.mean(jnp.square(lows), axis=range(1, lows.ndim)))
-    return _tell(program, generation, state, lows, components), Scored(components, low_rms)
+    low_rms = jnp.sqrt(jnp.mean(jnp.square(lows), axis=range(2, lows.ndim)))
+    told = jax.vmap(functools.partial(_tell, program, generation))(state, lows, components)
+    return partition.constrain(program.model.mesh, (told, Scored(components, low_rms)))
 
 
 def _tell(program: Program, generation: Array, state: State, lows: Array, components: Array) -> State:
+    """One prompt's new state."""
     if state.archive is None:
         return State(cem.tell(state.cem, lows, mixture.plain_sum(components, program.weights)), None)
     rows = generation * len(lows) + jnp.arange(len(lows))
@@ -179,21 +203,55 @@ def _tell(program: Program, generation: Array, state: State, lows: Array, compon
     return State(cem.tell(fresh, archive.lows, scores), archive)
 
 
-def _render(model: Model, params: Any, noise: Array, sigmas: Array, condition: Any) -> Array:
-    """Images `[B, H, W, 3]` of noise `[B, C, h, w]`; a condition of one prompt serves the whole batch."""
-    condition = repeat_rows(condition, len(noise))
-    latents = sampler.denoise(lambda x, sigma: model.velocity(params, x, sigma, condition), noise, sigmas)
-    return model.decode(params, latents)
+def _images(
+    model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows, finish: Callable[[Array, Array], Any]
+) -> Any:
+    """`finish(images, owner)` of all rows, `chunk` rows at a time; `prompts` are sigmas and conditions.
+
+    On a mesh the rows are denoised along the data axis, and then decoded and finished on all devices, which the small
+    networks have no other use for. Surplus rows fill the last split and are thrown away.
+    """
+    sigmas, condition = prompts
+
+    def run(part: Rows) -> Any:
+        part = partition.constrain(model.mesh, part, partition.DATA)
+        texts = partition.constrain(model.mesh, owned(condition, part.owner), partition.DATA)
+        latents = sampler.denoise(lambda x, sigma: model.velocity(params, x, sigma, texts), part.noise, sigmas)
+        spread = _fill(Rows(latents, part.owner), partition.size(model.mesh, *partition.AXES))
+        latents, owner = partition.constrain(model.mesh, spread, *partition.AXES)
+        finished = partition.constrain(model.mesh, finish(model.decode(params, latents), owner))
+        return jax.tree.map(lambda x: x[: len(part.owner)], finished)
+
+    count, data = len(rows.owner), partition.size(model.mesh, partition.DATA)
+    out = in_chunks(run, _fill(rows, data), -(-chunk // data) * data)
+    return jax.tree.map(lambda x: x[:count], out)
 
 
-render = functools.partial(jax.jit, static_argnums=0)(_render)
+def _fill(rows: Rows, multiple: int) -> Rows:
+    """The rows, with copies of the first one behind them, so that their number is a multiple."""
+    surplus = -len(rows.owner) % multiple
+    return jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[:1], surplus, axis=0)]), rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def render(
+    model: Model,
+    chunk: int,
+    params: Any,
+    prompts: tuple[Array, Any],
+    rows: Rows,
+) -> Float[Array, "r H W 3"]:
+    """Images of rows; `prompts` are `(sigmas, condition)`, the condition of all the rows' owners."""
+    return _images(model, chunk, params, prompts, rows, lambda images, owner: images)
+
+
 update = functools.partial(jax.jit, static_argnums=0)(tell)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def encode(function: Callable[[Any, Any], Any], params: Any, tokens: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def encode(function: Callable[[Any, Any], Any], mesh: Mesh | None, params: Any, tokens: Any) -> Any:
     """`function(params, tokens)`, compiled: the condition of prompts."""
-    return function(params, tokens)
+    return partition.constrain(mesh, function(params, tokens))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -204,17 +262,29 @@ def split(noise: Array, name: str, level: int) -> tuple[Array, Any]:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def merge(low: Array, high: Any, name: str, shape: tuple[int, int]) -> Array:
-    """`wavelet.merge`, compiled."""
+    """`wavelet.merge` of every prompt's one low band, compiled."""
     return wavelet.merge(low, high, wavelet=name, shape=shape)
 
 
-def repeat_rows(tree: Any, count: int) -> Any:
-    """Every array's rows, broadcast to `count` where there is only one."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)[1:])), tree)
+def owned(tree: Any, owner: Int[Array, " r"]) -> Any:
+    """Every array's rows `[P, ...]` as `[r, ...]`, each row its owner's."""
+
+    def take(x):
+        x = jnp.asarray(x)
+        return jnp.broadcast_to(x, (len(owner), *x.shape[1:])) if len(x) == 1 else x[owner]
+
+    return jax.tree.map(take, tree)
 
 
-def in_chunks(function: Callable[[Array], Any], rows: Array, chunk: int) -> Any:
-    """`function` over the leading axis of `rows`, `chunk` rows at a time; its outputs have that axis too."""
-    if chunk >= len(rows):
+def in_chunks(function: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
+    """`function` over the leading axis of the arrays in `rows`, `chunk` at a time; its outputs have that axis too."""
+    count = len(jax.tree.leaves(rows)[0])
+    if chunk >= count:
         return function(rows)
-    return jax.lax.map(lambda row: jax.tree.map(lambda x: x[0], function(row[None])), rows, batch_size=chunk)
+    whole = count - count % chunk
+    stacked = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), rows)
+    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(function, stacked))
+    if whole == count:
+        return out
+    rest = function(jax.tree.map(lambda x: x[whole:], rows))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)

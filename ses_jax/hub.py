@@ -20,6 +20,7 @@ __all__ = [
     "load_component",
     "load_tokenizer",
     "load_weights",
+    "on_host",
     "open_named",
     "read_config",
     "read_json",
@@ -121,6 +122,11 @@ def settings(folder: Path) -> dict[str, Any]:
     """What a checkpoint says about itself in its optional `ses_jax.json`; empty without the file."""
     file = folder / "ses_jax.json"
     return read_json(file) if file.exists() else {}
+
+
+def on_host(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """A sharding for `load_component` that leaves every leaf in host memory."""
+    return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
 
 
 def default_dtype() -> Any:

@@ -67,6 +67,11 @@ class Reward:
     def on_host(self) -> bool:
         return any(part.on_host for part in self.parts)
 
+    @property
+    def one_prompt_at_a_time(self) -> bool:
+        """Whether a function is compiled with its prompt, and so can't score several prompts' images at once."""
+        return any(part.traceable for part in self.parts)
+
     def __call__(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
         """The weighted sum `[B]`, float32, of images in [0, 1], each for its own prompt.
 
@@ -166,6 +171,17 @@ def device_scores(reward: Reward, prompt: str) -> DeviceScores | None:
 def device_params(reward: Reward) -> tuple[Any, ...]:
     """Params of the device parts, in order; None for functions."""
     return tuple(part.scorer.params if part.scorer else None for part in reward.parts if not part.on_host)
+
+
+def place(reward: Reward, put: Callable[[Any], Any]) -> Reward:
+    """The reward with `put` applied to its params, which puts them where they are needed."""
+
+    def placed(part):
+        if part.scorer is None:
+            return part
+        return dataclasses.replace(part, scorer=dataclasses.replace(part.scorer, params=put(part.scorer.params)))
+
+    return Reward(tuple(placed(part) for part in reward.parts))
 
 
 def device_text(reward: Reward, prompts: Sequence[str]) -> tuple[Any, ...]:

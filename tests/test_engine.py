@@ -11,7 +11,7 @@ import toy
 from PIL import Image
 
 import ses_jax
-from ses_jax import cem, engine, generation, rewards, wavelet
+from ses_jax import cem, engine, generation, runner, wavelet
 
 PROMPT = "a bright image"
 
@@ -164,11 +164,8 @@ def test_weights_are_not_baked_into_the_program(pipeline, reward):
 
 def _step_arguments(pipeline, reward):
     config = ses_jax.SearchConfig().resolve(pipeline)
-    noise = engine.base_noise(jax.random.key(1), (3, 16, 16))
-    inputs = engine._inputs(pipeline, reward, config, PROMPT, (jax.random.key(2), noise))
-    program = engine._program(pipeline, reward, config, PROMPT)
-    state = generation.init(program, inputs.low.shape, elites=5, generations=1)
-    return program, (pipeline.params, rewards.device_params(reward)), inputs, jnp.int32(0), state
+    task = runner.prepare(pipeline, reward, config, [PROMPT], [0])
+    return task.program, task.params, task.inputs, jnp.int32(0), runner._initial_state(task)
 
 
 def test_a_callable_reward_gets_images_in_order(search, reward):
@@ -293,7 +290,7 @@ def test_bad_input_is_refused_before_any_work(search, monkeypatch, settings, mes
     def work(*args, **kwargs):
         raise AssertionError("work started")
 
-    monkeypatch.setattr(engine, "search_prompt", work)
+    monkeypatch.setattr(engine, "search_prompts", work)
     with pytest.raises(ValueError, match=message):
         search(**settings)
 

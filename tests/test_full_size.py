@@ -65,9 +65,9 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
         evaluated=POPULATION,
         chunk=5,
     )
-    low, high = jax.eval_shape(lambda x: generation.split(x, "db1", 4), jax.ShapeDtypeStruct(shape, jnp.float32))
+    low, high = jax.eval_shape(lambda x: generation.split(x, "db1", 4), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     inputs = generation.Inputs(
-        key=jax.random.key(0),
+        key=jax.random.key(0)[None],
         low=low,
         high=high,
         condition=condition,
@@ -79,7 +79,7 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
     step = functools.partial(generation.generation_step, program)
     after, scored = jax.eval_shape(step, (params, (params["clip"],)), inputs, jnp.int32(0), state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert scored.components.shape == (POPULATION, 1)
+    assert scored.components.shape == (1, POPULATION, 1)
     assert {leaf.dtype for leaf in jax.tree.leaves((after, scored))} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 

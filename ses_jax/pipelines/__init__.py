@@ -1,5 +1,7 @@
 """Families of text-to-image models: one file each, and the registry that finds the right one for a checkpoint."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -7,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from ses_jax import hub
+from ses_jax import hub, partition
 from ses_jax.pipelines import z_image
 from ses_jax.pipelines.base import Defaults, Guidance, Parts, Pipeline, Published
 
@@ -17,21 +21,33 @@ __all__ = ["FAMILIES", "Defaults", "Guidance", "Pipeline", "abstract_pipeline", 
 FAMILIES: dict[str, ModuleType] = {"ZImagePipeline": z_image}
 
 
-def load_pipeline(source: str = "demo", *, dtype: Any = None, **options: Any) -> Pipeline:
+def load_pipeline(
+    source: str = "demo",
+    *,
+    dtype: Any = None,
+    mesh: str | Mesh | None = None,
+    offload_text_encoder: bool = False,
+    **options: Any,
+) -> Pipeline:
     """Loads a text-to-image model.
 
     Args:
       source: "demo" (the small checkpoint inside this package), a local folder in diffusers layout, a folder written by
         `python -m ses_jax.convert`, or a Hugging Face id such as "Tongyi-MAI/Z-Image-Turbo".
       dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
+      mesh: devices to spread the weights and candidates over, such as "data=4,model=2" (see `partition.parse_mesh`);
+        weights go from the files straight into their shards. None is the default device.
+      offload_text_encoder: keep the weights in host memory. A search or render then puts the text encoders on the
+        device, encodes its prompts, drops them, and only then puts the other networks there, so that the device holds
+        the larger of the two and never their sum.
       options: the family's own, see its module in `ses_jax.pipelines`.
 
     Returns:
       The `Pipeline` of its family.
 
     Raises:
-      ValueError: for an unknown source, model family or option, or a broken checkpoint; the message names file and
-        tensor.
+      ValueError: for an unknown source, model family or option, a mesh that does not fit, or a broken checkpoint; the
+        message names file and tensor.
     """
     folder = hub.resolve(source)
     index = hub.read_json(folder / "model_index.json")
@@ -39,11 +55,24 @@ def load_pipeline(source: str = "demo", *, dtype: Any = None, **options: Any) ->
     _check_options(source, family, options)
     scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
     tokenizers = {name: hub.load_tokenizer(folder / name) for name in family.TOKENIZERS}
-    loaded = {name: hub.load_component(folder / name, part, dtype=dtype) for name, part in family.COMPONENTS.items()}
+    mesh = partition.parse_mesh(mesh)
+    rules = {name: part.partition for name, part in family.COMPONENTS.items()}
+    loaded = {
+        name: hub.load_component(
+            folder / name,
+            part,
+            dtype=dtype,
+            sharding=hub.on_host if offload_text_encoder else partition.loader(mesh, rules[name]),
+        )
+        for name, part in family.COMPONENTS.items()
+    }
     configs = {name: config for name, (config, _) in loaded.items()}
     params = {name: params for name, (_, params) in loaded.items()}
+    if offload_text_encoder:
+        params = jax.tree.map(np.asarray, params)
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder))
-    return family.assemble(parts, **options)
+    pipeline = family.assemble(parts, **options)
+    return dataclasses.replace(pipeline, mesh=mesh, place=functools.partial(partition.place, mesh, rules))
 
 
 def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, **options: Any) -> Pipeline:

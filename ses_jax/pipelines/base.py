@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 Guidance = float | Mapping[str, float]
@@ -112,6 +113,8 @@ class Pipeline:
         without a tokenizer: for shapes, plans and benchmarks.
       text_params: the part of the params that `encode` uses.
       image_params: the part that `velocity` and `decode` use.
+      place: `(params) -> params`, puts any of these parts on their devices; moves nothing that is there already.
+      mesh: the devices; None is the default device.
     """
 
     family: str
@@ -128,6 +131,8 @@ class Pipeline:
     blank_tokens: Callable[..., Any] | None = None
     text_params: Callable[[Any], Any] = lambda params: params
     image_params: Callable[[Any], Any] = lambda params: params
+    place: Callable[[Any], Any] = lambda params: params
+    mesh: Mesh | None = None
 
 
 def pick(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

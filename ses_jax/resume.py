@@ -1,0 +1,83 @@
+"""A search's state on disk after every generation, so that a search that was killed goes on where it was.
+
+    folder/search.json      what the search is
+    folder/000012/          the state after 12 generations, and all scores so far (Orbax)
+
+Everywhere a folder of None saves nothing.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ses_jax import checkpoint
+from ses_jax.generation import Scored, State
+from ses_jax.result import write
+
+IDENTITY = "search.json"
+
+
+def begin(folder: Path | None, identity: Mapping[str, Any]) -> None:
+    """Makes a folder ready for a search, or for going on with the same one.
+
+    Raises:
+      ValueError: if it holds another search, naming what differs.
+    """
+    if folder is None:
+        return
+    file = folder / IDENTITY
+    if file.exists():
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(identity))
+        differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+        if differing:
+            changes = ", ".join(f"{name} {saved.get(name)!r} -> {wanted.get(name)!r}" for name in differing)
+            raise ValueError(f"{folder} holds an unfinished search with other settings ({changes}); remove it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    write(file, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
+
+
+def save(folder: Path | None, generations: int, state: State, parts: Sequence[Scored]) -> None:
+    """Writes the state after so many generations with all their scores, then removes the one before."""
+    if folder is None:
+        return
+    scored = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
+    tree = {"state": jax.tree.leaves(jax.device_get(state)), "scored": list(scored)}
+    checkpoint.save(folder / f"{generations:06d}", tree)
+    for old in _saved(folder)[:-1]:
+        shutil.rmtree(old)
+
+
+def load(folder: Path | None, initial: State) -> tuple[int, State, list[Scored]]:
+    """What `save` wrote.
+
+    Args:
+      folder: of the search.
+      initial: the state before the first generation; what is loaded lies where it does.
+
+    Returns:
+      How many generations are done, the state after them, and what they scored.
+    """
+    saved = [] if folder is None else _saved(folder)
+    if not saved:
+        return 0, initial, []
+    leaves = jax.tree.leaves(initial)
+    tree = checkpoint.restore(saved[-1], checkpoint.metadata(saved[-1]))
+    state = [jax.device_put(np.asarray(x), like.sharding) for x, like in zip(tree["state"], leaves, strict=True)]
+    scored = Scored(*map(np.asarray, tree["scored"]))
+    return int(saved[-1].name), jax.tree.unflatten(jax.tree.structure(initial), state), [scored]
+
+
+def clear(folder: Path | None) -> None:
+    """Removes a search that is finished and saved elsewhere."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _saved(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.isdigit())

@@ -1,0 +1,354 @@
+"""Runs a search for one or more prompts at once: encode, generations, final renders, results.
+
+The text encoders are put on their devices first and dropped before the other networks come, where a pipeline keeps its
+weights on the host; for any other pipeline these steps move nothing.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ses_jax import generation, memory, mixture, partition, records, resume, rewards
+from ses_jax.config import SearchConfig
+from ses_jax.generation import Inputs, Model, Program, Rows, Scored, State
+from ses_jax.pipelines import Guidance, Pipeline
+from ses_jax.progress import Report, progress_bar
+from ses_jax.result import SearchResult, to_image
+from ses_jax.rewards import Reward
+
+
+class Task(NamedTuple):
+    """P prompts ready to be searched.
+
+    Attributes:
+      program: what is compiled.
+      reward: its params on their devices.
+      params: the pipeline's and the reward's for the compiled step.
+      inputs: the prompts' arrays.
+      noise: `[P, C, h, w]`, the base noise.
+    """
+
+    program: Program
+    reward: Reward
+    params: tuple[Any, Any]
+    inputs: Inputs
+    noise: Array
+    prompts: tuple[str, ...]
+    config: SearchConfig
+
+
+class Outcome(NamedTuple):
+    """What all generations came to: the last state, and what was scored, `[P, candidates, ...]`."""
+
+    state: State
+    scored: Scored
+    interrupted: bool
+
+
+class Finals(NamedTuple):
+    """Winner and base of every prompt, rendered with all steps.
+
+    Attributes:
+      noise: `[P, C, h, w]`, the winners'.
+      images: `[P, 2, H, W, 3]`.
+      components: `[P, 2, parts]`.
+    """
+
+    noise: np.ndarray
+    images: np.ndarray
+    components: np.ndarray
+
+
+def search_prompts(
+    pipeline: Pipeline,
+    reward: Reward,
+    config: SearchConfig,
+    prompts: Sequence[str],
+    *,
+    indices: Sequence[int] | None = None,
+    progress: bool = False,
+    state_folder: Path | None = None,
+) -> list[SearchResult]:
+    """Searches for several prompts at once, as one batch.
+
+    Args:
+      pipeline: the model.
+      reward: what drives the search. A user's traceable function takes one prompt at a time.
+      config: resolved for the pipeline.
+      prompts: P of them.
+      indices: choose the prompts' own random draws; None counts from 0.
+      progress: whether to show a progress bar.
+      state_folder: where the search is saved after each generation and continued from (`resume.clear` it once the
+        results are safe); None saves nothing.
+
+    Returns:
+      A result a prompt; it does not depend on what else is in the batch.
+
+    Raises:
+      ValueError: where every score of a prompt was NaN or infinite, and for a saved search with other settings.
+    """
+    times = [time.perf_counter()]
+    indices = range(len(prompts)) if indices is None else indices
+    resume.begin(state_folder, _identity(pipeline, reward, config, prompts, indices))
+    task = prepare(pipeline, reward, config, prompts, indices)
+    times.append(time.perf_counter())
+    title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
+    with progress_bar(title, config.budget * len(prompts), enabled=progress) as report:
+        task, outcome = _generations(task, state_folder, report)
+    times.append(time.perf_counter())
+    histories = [_history(task, outcome.scored, i) for i in range(len(prompts))]
+    finals = _finals(task, pipeline, outcome.state)
+    times.append(time.perf_counter())
+
+    timings = _timings(times, sum(len(history) for history in histories))
+    settings = config.as_json() | {"chunk": task.program.chunk, "family": pipeline.family, "reward": reward.name}
+    return [
+        _result(task, i, outcome, histories[i], finals, settings | {"prompt_index": int(index)}, timings)
+        for i, index in enumerate(indices)
+    ]
+
+
+def prompt_keys(seed: int, index: int) -> tuple[Array, Array]:
+    """Keys of prompt `index`: of its base noise, and of its search."""
+    noise_key, search_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+    return noise_key, search_key
+
+
+def base_noise(key: Array, shape: tuple[int, ...]) -> Float[Array, "c h w"]:
+    """The unsearched noise, float32 standard normal."""
+    return jax.random.normal(key, shape, jnp.float32)
+
+
+def encode(
+    pipeline: Pipeline, prompts: Sequence[str], *, guidance: Guidance | None, negative_prompt: str | None
+) -> Any:
+    """The condition of prompts; the text encoders' weights are on their devices no longer than this takes."""
+    tokens = pipeline.tokenize(list(prompts), guidance=guidance, negative_prompt=negative_prompt)
+    params = pipeline.place(pipeline.text_params(pipeline.params))
+    return jax.block_until_ready(generation.encode(pipeline.encode, pipeline.mesh, params, tokens))
+
+
+def image_params(pipeline: Pipeline) -> Any:
+    """The weights that make images, on their devices."""
+    return pipeline.place(pipeline.image_params(pipeline.params))
+
+
+def prepare(
+    pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], indices: Sequence[int]
+) -> Task:
+    """Encodes the prompts, draws and splits their noise, and puts everything where it belongs."""
+    noise_keys, keys = zip(*(prompt_keys(config.seed, index) for index in indices), strict=True)
+    shape = pipeline.noise_shape(config.height, config.width)
+    noise = jnp.stack([base_noise(key, shape) for key in noise_keys])
+    condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
+    reward = rewards.place(reward, functools.partial(partition.replicate, pipeline.mesh))
+    low, high = generation.split(noise, config.wavelet, config.level)
+    inputs = Inputs(
+        key=jnp.stack(keys),
+        low=low,
+        high=high,
+        condition=condition,
+        text=rewards.device_text(reward, prompts),
+        sigmas=jnp.asarray(pipeline.sigmas(config.preview_steps, config.height, config.width)),
+        budget=jnp.int32(config.budget),
+    )
+    params = image_params(pipeline), rewards.device_params(reward)
+    program = _program(pipeline, reward, config, prompts)
+    inputs = partition.replicate(pipeline.mesh, inputs)
+    task = Task(program, reward, params, inputs, noise, tuple(prompts), config)
+    return task if config.chunk else task._replace(program=program._replace(chunk=_fitting_chunk(task)))
+
+
+def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str]) -> Program:
+    evaluated = min(config.population, config.budget)
+    rows = evaluated * len(prompts)
+    return Program(
+        model=Model(pipeline.velocity, pipeline.decode, pipeline.mesh),
+        score=rewards.device_scores(reward, prompts[0]),
+        weights=reward.weights,
+        # Standardising a single part would change its scores and not their order.
+        standardize=config.standardize and np.count_nonzero(reward.weights) > 1,
+        wavelet=config.wavelet,
+        shape=pipeline.noise_shape(config.height, config.width)[1:],
+        population=config.population,
+        evaluated=evaluated,
+        chunk=min(config.chunk or rows, rows),
+    )
+
+
+def _fitting_chunk(task: Task) -> int:
+    """All rows at a time, or as many as fit on a device."""
+    compiled = generation.candidates if task.reward.on_host else generation.generation_step
+    state = _initial_state(task)
+
+    def lower(chunk):
+        return compiled.lower(task.program._replace(chunk=chunk), task.params, task.inputs, jnp.int32(0), state)
+
+    return memory.fitting_chunk(lower, task.program.chunk, memory.device_limit())
+
+
+def _initial_state(task: Task) -> State:
+    state = generation.init(
+        task.program, task.inputs.low.shape, elites=task.config.elites, generations=_count(task.config)
+    )
+    return partition.replicate(task.program.model.mesh, state)
+
+
+def _count(config: SearchConfig) -> int:
+    return math.ceil(config.budget / config.population)
+
+
+def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task, Outcome]:
+    """Runs generations until the budget is spent or the user interrupts.
+
+    Returns:
+      The task, with the chunk that was found to fit, and the outcome.
+    """
+    population, prompts = task.config.population, len(task.prompts)
+    first, state, parts = resume.load(folder, _initial_state(task))
+    start = time.perf_counter()
+    interrupted = False
+    for index in range(first, _count(task.config)):
+        try:
+            task, state, scored = _roomy_step(task, jnp.int32(index), state)
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+            interrupted = True
+            break
+        parts.append(scored)
+        resume.save(folder, index + 1, state, parts)
+        done = min((index + 1) * population, task.config.budget)
+        rate = prompts * (done - first * population) / (time.perf_counter() - start)
+        report(prompts * done, index, float(np.max(np.asarray(state.cem.best_score))), rate)
+    columns = (np.concatenate(column, axis=1)[:, : task.config.budget] for column in zip(*parts, strict=True))
+    return task, Outcome(state, Scored(*columns), interrupted)
+
+
+def _roomy_step(task: Task, index: Array, state: State) -> tuple[Task, State, Scored]:
+    """One generation, with fewer candidates at a time where they prove too many; draws and state stay the same."""
+    while True:
+        try:
+            new, scored = _step(task, index, state)
+            return task, new, jax.device_get(scored)
+        except jax.errors.JaxRuntimeError as error:
+            if not memory.is_exhausted(error) or task.program.chunk == 1:
+                raise
+            task = task._replace(program=task.program._replace(chunk=memory.half(task.program.chunk)))
+
+
+def _step(task: Task, index: Array, state: State) -> tuple[State, Scored]:
+    """One generation, as one compiled program, or as two with the parts on the host between them."""
+    if not task.reward.on_host:
+        return generation.generation_step(task.program, task.params, task.inputs, index, state)
+    lows, images, device = generation.candidates(task.program, task.params, task.inputs, index, state)
+    count = lows.shape[1]
+    texts = [prompt for prompt in task.prompts for _ in range(count)]
+    components = rewards.host_components(task.reward, np.asarray(device), images, texts)
+    components = jnp.asarray(components).reshape(len(task.prompts), count, -1)
+    return generation.update(task.program, task.inputs, index, state, lows, components)
+
+
+def _history(task: Task, scored: Scored, prompt: int) -> list[records.Row]:
+    """The rows of one prompt; raises ValueError if there is no finite score."""
+    components = scored.components[prompt]
+    names = [part.name for part in task.reward.parts]
+    one = Scored(components, scored.low_rms[prompt])
+    rows = records.history(names, one, _total(task.program, components, components), task.config.population)
+    if rows[-1]["best"] is None:
+        raise ValueError(
+            f"reward {task.reward.name!r} gave no finite score in {len(rows)} candidates; check the reward"
+        )
+    return rows
+
+
+def _finals(task: Task, pipeline: Pipeline, state: State) -> Finals:
+    """Renders and scores the winners and the bases."""
+    program, inputs, prompts = task.program, task.inputs, task.prompts
+    winners = generation.merge(state.cem.best_sample, inputs.high, program.wavelet, program.shape)
+    noise = jnp.stack([jnp.asarray(np.asarray(winners)), task.noise], axis=1).reshape(-1, *winners.shape[1:])
+    owner = jnp.repeat(jnp.arange(len(prompts)), 2)
+    images = render(pipeline, task.params[0], Rows(noise, owner), inputs.condition, (task.config, program.chunk))
+    device = np.zeros((len(images), 0), np.float32)
+    if program.score is not None:
+        texts = generation.owned(inputs.text, owner)
+        device = np.asarray(rewards.score(program.score, task.params[1], images, texts))
+    texts = [prompt for prompt in prompts for _ in range(2)]
+    components = rewards.host_components(task.reward, device, images, texts)
+    pairs = (np.asarray(x).reshape(len(prompts), 2, *x.shape[1:]) for x in (images, components))
+    return Finals(np.asarray(winners), *pairs)
+
+
+def render(
+    pipeline: Pipeline, params: Any, rows: Rows, condition: Any, how: tuple[SearchConfig, int]
+) -> Float[Array, "r H W 3"]:
+    """Images of rows with all steps, `how` being the config and how many rows to take at a time."""
+    config, chunk = how
+    model = Model(pipeline.velocity, pipeline.decode, pipeline.mesh)
+    sigmas = jnp.asarray(pipeline.sigmas(config.steps, config.height, config.width))
+    arrays = partition.replicate(pipeline.mesh, ((sigmas, condition), rows))
+    while True:
+        try:
+            return jax.block_until_ready(generation.render(model, chunk, params, *arrays))
+        except jax.errors.JaxRuntimeError as error:
+            if not memory.is_exhausted(error) or chunk == 1:
+                raise
+            chunk = memory.half(min(chunk, len(rows.owner)))
+
+
+def _total(
+    program: Program, components: Float[np.ndarray, "n parts"], population: Float[np.ndarray, "m parts"]
+) -> Float[np.ndarray, " n"]:
+    """Scores of components; in a standardised mixture as the whole population of the search has them in the end."""
+    if not program.standardize:
+        return np.asarray(mixture.plain_sum(components, program.weights))
+    return np.asarray(mixture.standardized_sum(components, program.weights, population))
+
+
+def _identity(
+    pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], indices: Sequence[int]
+) -> dict[str, Any]:
+    """What a saved search must agree in with the one that continues it; how much fits at a time may change."""
+    return {name: value for name, value in config.as_json().items() if name != "chunk"} | {
+        "model": str(pipeline.folder),
+        "reward": reward.name,
+        "prompts": list(prompts),
+        "indices": [int(index) for index in indices],
+    }
+
+
+def _timings(times: Sequence[float], images: int) -> dict[str, float]:
+    encoded, searched, rendered = np.diff(times).tolist()
+    return {"encode": encoded, "search": searched, "render": rendered, "images_per_second": images / searched}
+
+
+def _result(
+    task: Task, i: int, outcome: Outcome, history: list, finals: Finals, settings: dict, timings: dict
+) -> SearchResult:
+    """The result of prompt `i`."""
+    names = [part.name for part in task.reward.parts]
+    final_score, baseline_final = _total(task.program, finals.components[i], outcome.scored.components[i]).tolist()
+    image, baseline_image = (to_image(pixels) for pixels in finals.images[i])
+    return SearchResult(
+        prompt=task.prompts[i],
+        image=image,
+        noise=finals.noise[i],
+        score=history[-1]["best"],
+        final_score=final_score,
+        baseline_image=baseline_image,
+        baseline_score=math.nan if history[0]["score"] is None else history[0]["score"],
+        baseline_final_score=baseline_final,
+        components=records.part_scores(names, history, finals.components[i]),
+        history=history,
+        config=settings,
+        timings=timings,
+        interrupted=outcome.interrupted,
+    )
