@@ -1,9 +1,10 @@
 """How much memory a function's temporaries need at once, estimated from its jaxpr: nothing is compiled or allocated.
 
-XLA writes to memory what matrix products, convolutions, reductions and loops give, and what the first three read; the
-element-wise work between them is fused into its readers. A fused value that has several readers is written too, where it
-is smaller than what it is computed from, as the sum of a residual connection is. An array lives from its writer to its
-last reader. The body of a loop adds its own peak. Arguments are not counted, slices of them that a loop takes are.
+XLA writes to memory what products, convolutions, reductions and loops give, and what all of these but reductions read;
+the element-wise work between them is fused into its readers. A fused value that has several readers is written too, where
+that takes no more than what it is computed from, as the sum of a residual connection does. An array lives from its
+writer to its last reader. The body of a loop adds its own peak. Arguments are not counted; the rows of them that a loop
+takes are, all of them while its body runs.
 """
 
 import dataclasses
@@ -14,11 +15,14 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from ses_jax import flops
+
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
-LOOPS = ("scan", "while")
 VIEWS = ("reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "sharding_constraint", "optimization_barrier")
+# Gaps between arrays, and copies in the layouts that kernels ask for.
+SLACK = 1.15
 # These write their results, and read only what is written.
-PRODUCTS = ("dot_general", "conv_general_dilated", "sort", "cumsum", "fft", "cond", *LOOPS)
+PRODUCTS = ("dot_general", "conv_general_dilated", "sort", "cumsum", "fft", "cond", "scan", "while")
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin")
 
 
@@ -29,7 +33,17 @@ def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
       function: anything JAX can trace.
       args: its arguments; arrays or `jax.ShapeDtypeStruct`s.
     """
-    return _peak(jax.make_jaxpr(function)(*args).jaxpr, sliced=())
+    return temporary_bytes_of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def temporary_bytes_of_jaxpr(jaxpr: core.Jaxpr) -> int:
+    """The same of a jaxpr that is at hand already."""
+    return int(SLACK * _peak(jaxpr, sliced=()))
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays or shapes of a pytree."""
+    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,6 +91,8 @@ def _peak(jaxpr: core.Jaxpr, sliced: Sequence[Any]) -> int:
     _decide(values[var] for var in sliced)
     for operation in operations:
         _decide(operation.outputs)
+    # XLA takes all rows that a loop's body needs at its start.
+    operations.insert(0, Operation((), tuple(values[var] for var in sliced), fuses=False))
     return _sweep(operations)
 
 
@@ -85,7 +101,7 @@ def _operations(jaxpr: core.Jaxpr, values: dict[Any, Value]) -> Iterator[Operati
     for equation in jaxpr.eqns:
         inputs = tuple(values[var] for var in equation.invars if isinstance(var, core.Var))
         name = equation.primitive.name
-        inner = list(_inner(equation))
+        inner = list(flops.inner_jaxprs(equation))
         if name in CALLS and len(inner) == 1:
             yield from _called(equation, inner[0], values)
             continue
@@ -117,7 +133,7 @@ def _decide(values: Iterable[Value]) -> None:
                 value.kind = "written"
         elif value.kind == "fused":
             recomputed = sum(source.size for source in sources)
-            if value.needed or (value.readers > 1 and recomputed > value.size):
+            if value.needed or (value.readers > 1 and recomputed >= value.size):
                 value.kind = "written"
         if value.kind == "written":
             value.buffers = frozenset([value])
@@ -139,7 +155,7 @@ def _sweep(operations: Sequence[Operation]) -> int:
         for value in operation.inputs:
             for buffer in value.buffers:
                 last[buffer] = index
-                first.setdefault(buffer, index)  # rows of arguments are taken where they are read first
+                first.setdefault(buffer, index)
         for value in operation.outputs:
             # What depends on arguments alone is computed where it is read first, too.
             if value.kind == "written" and (not operation.fuses or any(source.buffers for source in value.inputs)):
@@ -147,12 +163,9 @@ def _sweep(operations: Sequence[Operation]) -> int:
     starts, ends = _by_index(first), _by_index(last)
     live = peak = 0
     for index, operation in enumerate(operations):
-        born = sum(buffer.size for buffer in starts.get(index, ()))
-        dying = sum(buffer.size for buffer in ends.get(index, ()))
-        # Element-wise results may take the place of what dies there.
-        during = max(live, live + born - dying) if operation.fuses else live + born
-        peak = max(peak, during + operation.inside)
-        live += born - dying
+        live += sum(buffer.size for buffer in starts.get(index, ()))
+        peak = max(peak, live + operation.inside)
+        live -= sum(buffer.size for buffer in ends.get(index, ()))
     return peak
 
 
@@ -161,12 +174,6 @@ def _by_index(when: dict[Value, int]) -> dict[int, list[Value]]:
     for value, index in when.items():
         found.setdefault(index, []).append(value)
     return found
-
-
-def _inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    from ses_jax import flops
-
-    return flops.inner_jaxprs(equation)
 
 
 def _rows(equation: core.JaxprEqn, body: core.Jaxpr) -> Sequence[Any]:
