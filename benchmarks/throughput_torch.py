@@ -201,7 +201,8 @@ def _speed_up(meter: Meter, pipe: Any) -> dict[str, str]:
         how = {"backend": "eager"} if mode == "eager" else {"mode": mode}
         pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, **how)
         pipe.vae.decoder.compile(dynamic=False, **how)
-    pipe.vae.to(memory_format=torch.channels_last)
+    if all(weight.ndim < 5 for weight in pipe.vae.parameters()):  # not the video autoencoder
+        pipe.vae.to(memory_format=torch.channels_last)
     return {"attention": attention, "compile": mode}
 
 

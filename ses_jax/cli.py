@@ -136,7 +136,7 @@ def plan(
     offload_text_encoder: bool = False,
     utilization: float = 0.4,
     json: bool = False,
-) -> None:
+) -> int:
     """Say what a search needs and how long it takes, without weights or the device; exit status 1 if it doesn't fit.
 
     Args:
@@ -161,8 +161,7 @@ def plan(
 
     planned = ses_jax.plan(model, **settings)
     print(dumps(planned.as_json(), indent=2) if json else planned)
-    if not planned.fits:
-        sys.exit(1)
+    return 0 if planned.fits else 1
 
 
 def models() -> None:
@@ -182,15 +181,14 @@ def main(args: list[str] | None = None) -> int:
     """Runs the command line; bad input is one line on stderr and exit status 2."""
     _keep_compiled_programs()
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"search": search, "generate": generate, "plan": plan, "models": models}, prog="ses-jax", args=args
-        )
+        commands = {"search": search, "generate": generate, "plan": plan, "models": models}
+        status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", args=args)
     except (ValueError, OSError) as error:
         print(f"ses-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 def _keep_compiled_programs() -> None:

@@ -1,10 +1,10 @@
 """How much memory a function's temporaries need at once, estimated from its jaxpr: nothing is compiled or allocated.
 
 XLA writes to memory what products, convolutions, reductions and loops give, and what all of these but reductions read;
-the element-wise work between them is fused into its readers. A fused value that has several readers is written too, where
+the element-wise work between them is fused into its readers. A fused value of several readers is written too, where
 that takes no more than what it is computed from, as the sum of a residual connection does. An array lives from its
-writer to its last reader. The body of a loop adds its own peak. Arguments are not counted; the rows of them that a loop
-takes are, all of them while its body runs.
+writer to its last reader. The body of a loop adds its own peak. Arguments are not counted; the rows of them that a
+loop takes are, all of them from the start of its body.
 """
 
 import dataclasses

@@ -68,6 +68,27 @@ class Plan:
         return "\n".join(f"{name:<22}{text}" for name, text in _lines(self))
 
 
+class Machine(NamedTuple):
+    """Where a search is to run."""
+
+    name: str
+    mesh: str
+    offload: bool
+    utilization: float
+
+    @property
+    def device(self) -> machines.Device:
+        return machines.device(self.name)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Sizes by axis."""
+        axes = partition.parse_axes(self.mesh)
+        if min(axes.values()) < 1:
+            raise ValueError(f"mesh {self.mesh!r}: a plan needs the size of every axis")
+        return axes
+
+
 def plan(
     model: str,
     *,
@@ -119,61 +140,11 @@ def plan(
         chunk=chunk,
     ).resolve(pipeline)
     work = Work(pipeline, config, tokens)
-    return _plan(work, Machine(device, mesh, offload_text_encoder, utilization))
+    return plan_on(work, Machine(device, mesh, offload_text_encoder, utilization))
 
 
-def overview(devices: Sequence[str], models: Sequence[str] | None = None) -> str:
-    """A Markdown table: every published model with its defaults on one of each device, and what it takes if it must.
-
-    Args:
-      devices: names in `ses_jax.devices`.
-      models: Hugging Face ids; None is all published models.
-    """
-    rows = [["model", *devices], ["---"] * (len(devices) + 1)]
-    for model in published() if models is None else models:
-        pipeline = abstract_pipeline(model)
-        work = Work(pipeline, SearchConfig().resolve(pipeline), 128)
-        rows.append([f"`{model}`", *(_cell(work, name) for name in devices)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def published() -> list[str]:
-    """Hugging Face ids of the models that can be planned."""
-    return [p.source for family in dict.fromkeys(FAMILIES.values()) for p in family.PUBLISHED if p.configs]
-
-
-class Machine(NamedTuple):
-    """Where a search is to run."""
-
-    name: str
-    mesh: str
-    offload: bool
-    utilization: float
-
-    @property
-    def device(self) -> machines.Device:
-        return machines.device(self.name)
-
-    @property
-    def axes(self) -> dict[str, int]:
-        """Sizes by axis."""
-        axes = partition.parse_axes(self.mesh)
-        if min(axes.values()) < 1:
-            raise ValueError(f"mesh {self.mesh!r}: a plan needs the size of every axis")
-        return axes
-
-
-class Need(NamedTuple):
-    """Bytes per device in the two phases of a search."""
-
-    encode: int
-    search: int
-
-    def fits(self, machine: Machine) -> bool:
-        return max(self) <= _limit(machine)
-
-
-def _plan(work: Work, machine: Machine) -> Plan:
+def plan_on(work: Work, machine: Machine) -> Plan:
+    """The plan of work that may be planned for several machines."""
     chunk = _chunk(work, machine)
     need = _need(work, machine, chunk)
     config = work.config
@@ -199,6 +170,36 @@ def _plan(work: Work, machine: Machine) -> Plan:
         search_seconds=search_seconds + _other_seconds(work, machine),
         advice=() if fits else tuple(_advice(work, machine)),
     )
+
+
+def overview(devices: Sequence[str], models: Sequence[str] | None = None) -> str:
+    """A Markdown table: every published model with its defaults on one of each device, and what it takes if it must.
+
+    Args:
+      devices: names in `ses_jax.devices`.
+      models: Hugging Face ids; None is all published models.
+    """
+    rows = [["model", *devices], ["---"] * (len(devices) + 1)]
+    for model in published() if models is None else models:
+        pipeline = abstract_pipeline(model)
+        work = Work(pipeline, SearchConfig().resolve(pipeline), 128)
+        rows.append([f"`{model}`", *(_cell(work, name) for name in devices)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def published() -> list[str]:
+    """Hugging Face ids of the models that can be planned."""
+    return [p.source for family in dict.fromkeys(FAMILIES.values()) for p in family.PUBLISHED if p.configs]
+
+
+class Need(NamedTuple):
+    """Bytes per device in the two phases of a search."""
+
+    encode: int
+    search: int
+
+    def fits(self, machine: Machine) -> bool:
+        return max(self) <= _limit(machine)
 
 
 def _weights(work: Work, machine: Machine, params: Mapping[str, Any]) -> dict[str, int]:
