@@ -20,6 +20,8 @@ from ses_jax.convert.table import Rule, Table, Transform
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 MAX_LISTED = 20
+
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 BAND = 64
 
 
@@ -108,7 +110,7 @@ def load(
     weights: Weights,
     *,
     dtype: Any = None,
-    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    sharding: Placement | None = None,
 ) -> Any:
     """Fills the params leaf by leaf, so that the host holds at most one leaf beside the params.
 
@@ -117,7 +119,8 @@ def load(
       abstract: the params tree as shapes.
       weights: where the tensors are read from.
       dtype: of the params; None keeps each leaf in the dtype of its file.
-      sharding: `(path, shape)` of a leaf to where it is placed; None is the default device.
+      sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
+        device.
 
     Raises:
       ConversionError: naming a tensor with NaN or infinite values.
@@ -129,7 +132,7 @@ def load(
         leaf_dtype = dtype or np.result_type(*(DTYPES[weights.headers[s.name].dtype] for s in slots))
         values = _assemble(slots, leaf.shape, leaf_dtype, weights)
         # Waiting keeps transfers from piling up on the host.
-        return jax.block_until_ready(_place(values, sharding and sharding(path, leaf.shape)))
+        return jax.block_until_ready(jax.device_put(values) if sharding is None else _place(values, path, sharding))
 
     return jax.tree_util.tree_map_with_path(fill, abstract)
 
@@ -247,11 +250,12 @@ def _copy(out: np.ndarray, values: np.ndarray) -> None:
         out[..., start : start + BAND] = values[..., start : start + BAND]
 
 
-def _place(values: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    if sharding is None:
-        return jax.device_put(values)
+def _place(values: np.ndarray, path: str, sharding: Placement) -> jax.Array | np.ndarray:
+    target = sharding(path, values.shape)
+    if target is None:
+        return values
     # Each process puts only its own devices' parts, so this works across hosts.
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    return jax.make_array_from_callback(values.shape, target, lambda index: values[index])
 
 
 def _header_problems(slot: Slot, header: Header) -> list[str]:

@@ -8,7 +8,7 @@ exporting gives back the published checkpoint bit for bit.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from ses_jax import checkpoint
 from ses_jax.convert import engine
-from ses_jax.convert.engine import ConversionError, Weights
+from ses_jax.convert.engine import ConversionError, Placement, Weights
 from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
 from ses_jax.convert.table import Component
 
@@ -50,7 +50,7 @@ def load(
     component: Component,
     *,
     dtype: Any = None,
-    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    sharding: Placement | None = None,
 ) -> Network:
     """Reads a network from a published or a converted folder.
 
@@ -58,7 +58,8 @@ def load(
       folder: the network's own folder.
       component: which network to expect.
       dtype: of the params; None keeps that of the files.
-      sharding: `(path, shape)` of a leaf to where it is placed; None is the default device.
+      sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
+        device.
 
     Raises:
       FileNotFoundError: naming the file that is absent.
@@ -93,7 +94,7 @@ def read(
     json: Mapping[str, Any],
     *,
     dtype: Any = None,
-    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    sharding: Placement | None = None,
 ) -> Network:
     """Reads a network from published tensors, wherever they lie.
 
@@ -102,7 +103,8 @@ def read(
       component: which network to expect.
       json: content of its `config.json`.
       dtype: of the params; None keeps that of the files.
-      sharding: `(path, shape)` of a leaf to where it is placed; None is the default device.
+      sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
+        device.
 
     Raises:
       ConversionError: naming the tensors that do not fit.
@@ -174,11 +176,16 @@ def _with_facts(folder: Path, json: Mapping[str, Any], config: Any, params: Any)
 
 
 def _check_finite(folder: Path, params: Any) -> None:
-    finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree))(params)
-    for key_path, ok in jax.tree_util.tree_leaves_with_path(finite):
-        if not ok:
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        # One leaf after the other, each where it lies.
+        if not (np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf)):
             path = jax.tree_util.keystr(key_path, simple=True, separator="/")
             raise ConversionError(f"{path} in {folder / PARAMS} has NaN or infinite values")
+
+
+@jax.jit
+def _all_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
 
 
 def _read_all(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:

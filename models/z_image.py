@@ -28,8 +28,9 @@ PARTITION = (
     (r".*/attention/to_out/kernel", P(None, "model", None)),
     (r".*/feed_forward/w[13]/kernel", P(None, None, "model")),
     (r".*/feed_forward/w2/kernel", P(None, "model", None)),
-    (r"(layers|noise_refiner)/modulation/kernel", P(None, None, "model")),
-    (r"(layers|noise_refiner)/modulation/bias", P(None, "model")),
+    # Over its inputs, so that its small outputs are summed and every device has them whole; split outputs would spread
+    # to the tokens they modulate, which would have to be gathered.
+    (r"(layers|noise_refiner)/modulation/kernel", P(None, "model", None)),
     (r".*/(scale|bias)|.*_pad_token|(x_embedder|cap_embedder|(t_embedder|final_layer)/\w+)/kernel", P()),
 )
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-Sharding = jax.sharding.Sharding
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 def save(folder: Path, params: Any) -> None:
@@ -23,7 +24,7 @@ def restore(
     abstract: Any,
     *,
     dtype: Any = None,
-    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    sharding: Placement | None = None,
 ) -> Any:
     """Reads a tree that `save` wrote.
 
@@ -31,7 +32,8 @@ def restore(
       folder: the saved tree.
       abstract: the expected tree as shapes.
       dtype: to cast to; None keeps what was saved.
-      sharding: `(path, shape)` of a leaf to where it is placed; None is the default device.
+      sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
+        device.
 
     Raises:
       FileNotFoundError: if there is no such folder.
@@ -80,14 +82,17 @@ def _shapes(tree: Any) -> dict[str, list[int]]:
     return {_path(key_path): list(leaf.shape) for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _target(saved: Any, abstract: Any, dtype: Any, sharding: Callable | None) -> Any:
+def _target(saved: Any, abstract: Any, dtype: Any, sharding: Placement | None) -> Any:
     """The abstract tree with the dtype and the place of every leaf."""
     place = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     dtypes = {_path(key_path): leaf.dtype for key_path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
 
     def leaf_target(key_path, leaf):
         path = _path(key_path)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or dtypes[path], sharding=place(path, leaf.shape))
+        target = place(path, leaf.shape)
+        if target is None:
+            return np.empty(leaf.shape, dtype or dtypes[path])  # asks for NumPy; its memory is never touched
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or dtypes[path], sharding=target)
 
     return jax.tree_util.tree_map_with_path(leaf_target, abstract)
 

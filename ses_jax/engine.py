@@ -7,7 +7,7 @@ seed -> noise -> split -> ask -> merge -> denoise -> decode -> reward -> tell ->
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def search(
     standardize: bool = True,
     prompts_at_once: int = 1,
     mesh: str | Mesh | None = None,
+    load: Mapping[str, Any] | None = None,
     resume: bool = False,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -69,6 +70,7 @@ def search(
       prompts_at_once: how many prompts of a list are searched in one compiled call. Results do not depend on it.
       mesh: devices to spread over, such as "data=4,model=2", see `partition.parse_mesh`; None is the loaded pipeline's
         own, or the default device.
+      load: what else `load_pipeline` takes, such as {"offload_text_encoder": True}; only where `model` is a name.
       resume: save the search in `out` after every generation, and go on from there if it holds an unfinished one.
       out: folder to save to: one prompt's result in it, or those of a list in its subfolders `000`, `001`, ...
       progress: whether to show a progress bar.
@@ -104,7 +106,7 @@ def search(
         if spec is not None:
             rewards.check(spec)
     folder = None if out is None else writable_folder(out)
-    pipeline = _pipeline(model, mesh)
+    pipeline = _pipeline(model, mesh, load or {})
     config = config.resolve(pipeline)
     reward = resolve_reward(pipeline.defaults.reward if reward is None else reward, pipeline)
     if report is not None:
@@ -145,6 +147,7 @@ def generate(
     width: int | None = None,
     chunk: int | None = None,
     mesh: str | Mesh | None = None,
+    load: Mapping[str, Any] | None = None,
 ) -> Float[Array, "b H W 3"]:
     """Renders one image a prompt, without a search.
 
@@ -154,7 +157,7 @@ def generate(
       noise: `[B, C, h, w]` initial noise; None draws the noise that `search` starts from with the same seed.
       seed, steps, guidance, negative_prompt, height, width: as in `SearchConfig`; None is the model's default.
       chunk: images made at a time; None is all.
-      mesh: as in `search`.
+      mesh, load: as in `search`.
 
     Returns:
       Images `[B, H, W, 3]` in [0, 1].
@@ -167,7 +170,7 @@ def generate(
         steps=steps, guidance=guidance, negative_prompt=negative_prompt, height=height, width=width, chunk=chunk
     )
     config.check()
-    pipeline = _pipeline(pipeline, mesh)
+    pipeline = _pipeline(pipeline, mesh, load or {})
     config = config.with_defaults(pipeline)
     size = config.height, config.width
     check_size(pipeline, *size)
@@ -190,14 +193,16 @@ def resolve_reward(reward: RewardSpec | Reward, pipeline: Pipeline) -> Reward:
     return rewards.load_reward(reward, source={"clip": own} if own.exists() else None)
 
 
-def _pipeline(model: str | Pipeline, mesh: str | Mesh | None) -> Pipeline:
+def _pipeline(model: str | Pipeline, mesh: str | Mesh | None, load: Mapping[str, Any]) -> Pipeline:
     """The loaded pipeline.
 
     Raises:
-      ValueError: for a loaded pipeline on other devices than those asked for.
+      ValueError: for a loaded pipeline on other devices than those asked for, or with options for loading it.
     """
     if not isinstance(model, Pipeline):
-        return load_pipeline(model, mesh=mesh)
+        return load_pipeline(model, mesh=mesh, **load)
+    if load:
+        raise ValueError(f"load={dict(load)} has no effect on a loaded pipeline; pass it to load_pipeline")
     if mesh is not None and partition.parse_mesh(mesh) != model.mesh:
         raise ValueError(
             f"the pipeline lies on {model.mesh}, not on mesh {mesh!r}; load it with load_pipeline(mesh=...)"

@@ -161,13 +161,14 @@ def propose(program: Program, inputs: Inputs, generation: Array, state: State) -
         lows = cem.ask(jax.random.fold_in(key, generation), search, program.population)[: program.evaluated]
         return lows.at[0].set(jnp.where(generation == 0, low, lows[0]))
 
-    return jax.vmap(of_prompt)(inputs.key, inputs.low, state.cem)
+    # Every device draws all of them: they are small, and splitting them would cost a sum over devices.
+    return partition.constrain(program.model.mesh, jax.vmap(of_prompt)(inputs.key, inputs.low, state.cem))
 
 
 def _preview(program: Program, params: Any, inputs: Inputs, lows: Array, finish: Callable) -> Any:
     """`finish(images, owner)` of the few-step images of low bands `[P, n, C, a, b]`, by row."""
     merge_one = functools.partial(wavelet.merge, wavelet=program.wavelet, shape=program.shape)
-    noise = jax.vmap(merge_one)(lows, inputs.high)
+    noise = partition.constrain(program.model.mesh, jax.vmap(merge_one)(lows, inputs.high))
     owner = jnp.repeat(jnp.arange(len(lows)), lows.shape[1])
     rows = Rows(noise.reshape(-1, *noise.shape[2:]), owner)
     return _images(program.model, program.chunk, params, (inputs.sigmas, inputs.condition), rows, finish)
@@ -216,7 +217,14 @@ def _images(
     def run(part: Rows) -> Any:
         part = partition.constrain(model.mesh, part, partition.DATA)
         texts = partition.constrain(model.mesh, owned(condition, part.owner), partition.DATA)
-        latents = sampler.denoise(lambda x, sigma: model.velocity(params, x, sigma, texts), part.noise, sigmas)
+
+        def velocity(latents, sigma):
+            # Said again and again: where the rows go afterwards would spread into the loop.
+            latents = partition.constrain(model.mesh, latents, partition.DATA)
+            return partition.constrain(model.mesh, model.velocity(params, latents, sigma, texts), partition.DATA)
+
+        latents = sampler.denoise(velocity, part.noise, sigmas)
+        latents = partition.constrain(model.mesh, latents, partition.DATA)
         spread = _fill(Rows(latents, part.owner), partition.size(model.mesh, *partition.AXES))
         latents, owner = partition.constrain(model.mesh, spread, *partition.AXES)
         finished = partition.constrain(model.mesh, finish(model.decode(params, latents), owner))

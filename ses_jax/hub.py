@@ -1,7 +1,7 @@
 """Where weights come from: the packaged demo, a folder on disk (published or converted), or the Hugging Face hub."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ses_jax.convert import network
-from ses_jax.convert.engine import Weights
+from ses_jax.convert.engine import Placement, Weights
 from ses_jax.convert.files import open_named, read_json
 from ses_jax.convert.network import read_config
 from ses_jax.convert.table import Component
@@ -68,7 +68,7 @@ def load_component(
     component: Component,
     *,
     dtype: Any = None,
-    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    sharding: Placement | None = None,
 ) -> tuple[Any, Any]:
     """Config and params of one network, from its published or converted folder.
 
@@ -76,7 +76,8 @@ def load_component(
       folder: the network's own folder, such as `checkpoint/transformer`.
       component: which network to expect.
       dtype: of the params; None is bfloat16 on GPU and TPU, float32 on CPU.
-      sharding: `(path, shape)` of a leaf of the params to where it is placed; None is the default device.
+      sharding: `(path, shape)` of a leaf of the params to where it is placed, None being NumPy on the host; without it,
+        the default device.
 
     Raises:
       FileNotFoundError: naming the file that is absent.
@@ -124,9 +125,8 @@ def settings(folder: Path) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def on_host(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """A sharding for `load_component` that leaves every leaf in host memory."""
-    return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+def on_host(path: str, shape: tuple[int, ...]) -> None:
+    """A placement for `load_component` that leaves every leaf in host memory."""
 
 
 def default_dtype() -> Any:

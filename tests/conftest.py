@@ -10,6 +10,7 @@ CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else stays on the first
 jax.config.update("jax_default_matmul_precision", "float32")
 
 

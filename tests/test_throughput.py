@@ -79,7 +79,9 @@ def script(name):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
-    oracle.z_image_pipeline(oracle.ZImageSizes(layers=1, refiner_layers=1, text_layers=2, vae_layers=1)).save_pretrained(path)
+    sizes = oracle.ZImageSizes(layers=1, refiner_layers=1, text_layers=2, vae_layers=1)
+    oracle.z_image_pipeline(sizes).save_pretrained(path)
+    oracle.save_clip(path / "clip", oracle.clip())
     return path
 
 
@@ -94,7 +96,7 @@ def test_both_sides_of_a_tiny_model(folder, tmp_path, capfd):
         steps=2,
         tokens=40,
         dtype="float32",
-        reward="none",
+        reward="own",
         repeats=2,
         against="diffusers",
         out=tmp_path,
@@ -107,7 +109,7 @@ def test_both_sides_of_a_tiny_model(folder, tmp_path, capfd):
     for batch, other, ratio in zip(ours["batches"], theirs["batches"], result["ratios"], strict=True):
         assert batch["finite"]
         assert other["finite"]
-        for phase in ("encode", "denoise", "decode"):
+        for phase in ("encode", "denoise", "decode", "reward"):
             figures = batch[phase]
             assert figures["images_per_second"] == pytest.approx(batch["batch"] / figures["seconds"])
             assert figures["share_of_peak"] == pytest.approx(figures["flops"] / figures["seconds"] / ours["peak_flops"])
@@ -139,15 +141,15 @@ def test_without_torch_ours_runs_alone(tmp_path, capsys):
 
 
 @pytest.fixture
-def shapes():
-    """The demo as if it were a published model: without weights."""
-    demo = ses_jax.load_pipeline("demo", dtype=jnp.bfloat16)
-    return dataclasses.replace(demo, params=jax.eval_shape(lambda: demo.params))
+def shapes(folder):
+    """The tiny model as if it were a published one: without weights."""
+    pipeline = ses_jax.load_pipeline(str(folder), dtype=jnp.bfloat16)
+    return dataclasses.replace(pipeline, params=jax.eval_shape(lambda: pipeline.params))
 
 
 def test_random_weights_and_the_checkpoints_own_reward(shapes):
     side, phases = script("throughput_jax"), script("phases")
-    job = phases.Job("demo", batches=(3,), height=32, width=64, steps=1, reward="own", repeats=1)
+    job = phases.Job("tiny", batches=(3,), height=32, width=64, steps=1, reward="own", repeats=1)
     with mock.patch.object(side, "_pipeline", return_value=shapes):
         result = side.run(job)
     (batch,) = result["batches"]
@@ -167,7 +169,7 @@ def test_a_batch_that_does_not_fit_ends_alone(shapes, phase):
         out = jax.eval_shape(function, *args)
         return {"seconds": 1.0}, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out)
 
-    job = phases.Job("demo", batches=(1, 2), height=32, width=32, steps=1, reward="none", repeats=1)
+    job = phases.Job("tiny", batches=(1, 2), height=32, width=32, steps=1, reward="none", repeats=1)
     with (
         mock.patch.object(side, "_pipeline", return_value=shapes),
         mock.patch.object(side.Meter, "__call__", measured),
@@ -223,7 +225,7 @@ def test_the_other_side_runs_without_tokenizers(model):
     pipe = torch_pipelines.assemble(published, dict(zip(("transformer", "vae"), modules, strict=True)))
     pipe.set_progress_bar_config(disable=True)
     guidance = 4.0 if "dev" not in model else 3.5
-    job = phases.Job(model, height=32, width=48, steps=1, guidance=guidance, tokens=8, repeats=1, dtype="float32")
+    job = phases.Job(model, height=32, width=48, steps=2, guidance=guidance, tokens=8, repeats=1, dtype="float32")
     meter = side.Meter(job, phases.Clock("diffusers"), "cpu")
     assert side._speed_up(meter, pipe) == {"attention": "native", "compile": "none"}
     result = {"batch": 2}

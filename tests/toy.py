@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from ses_jax import partition
 from ses_jax.pipelines import Defaults, Pipeline
 from ses_jax.rewards import Part, Reward
 from ses_jax.scorers import Scorer
@@ -12,7 +13,7 @@ from ses_jax.scorers import Scorer
 CHANNELS = 3
 
 
-def pipeline(**defaults) -> Pipeline:
+def pipeline(mesh=None, **defaults) -> Pipeline:
     """Latents grow or shrink by a gain and drift with the prompt's length; one pixel a latent cell."""
 
     def velocity(params, latents, sigma, condition):
@@ -32,6 +33,8 @@ def pipeline(**defaults) -> Pipeline:
         decode=lambda params, latents: jnp.clip(jnp.moveaxis(latents, 1, -1) * 0.2 + 0.5, 0, 1),
         sigmas=lambda steps, height, width: np.linspace(1, 0, steps + 1, dtype=np.float32),
         noise_shape=lambda height, width: (CHANNELS, height, width),
+        place=lambda params: partition.replicate(mesh, params),
+        mesh=mesh,
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from ses_jax import hub, partition
@@ -68,8 +67,6 @@ def load_pipeline(
     }
     configs = {name: config for name, (config, _) in loaded.items()}
     params = {name: params for name, (_, params) in loaded.items()}
-    if offload_text_encoder:
-        params = jax.tree.map(np.asarray, params)
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder))
     pipeline = family.assemble(parts, **options)
     return dataclasses.replace(pipeline, mesh=mesh, place=functools.partial(partition.place, mesh, rules))

@@ -34,7 +34,7 @@ MAX_TOKENS = 512
 TURBO = base.Defaults(steps=8, preview_steps=8, guidance=0.0)
 BASE = base.Defaults(steps=50, guidance=4.0)
 GUIDANCE_OFF = {"scale": 0.0, "normalization": 0.0, "truncation": 1.0}
-# The part of the transformer that refines captions; the network declares both of its pad tokens at once.
+# The part of the transformer that refines captions (a pad token of its image side tells the dtype).
 CAPTION_PARAMS = ("cap_norm", "cap_embedder", "cap_pad_token", "x_pad_token", "context_refiner")
 
 CONFIGS = {

@@ -1,0 +1,228 @@
+"""Meshes: rules that cover every leaf, shares of bytes, the same results, and the right collectives."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import toy
+from jax.sharding import Mesh, PartitionSpec
+
+import ses_jax
+from ses_jax import generation, hub, partition, runner
+from ses_jax.convert.__main__ import main
+from ses_jax.pipelines import FAMILIES, abstract_pipeline
+
+PROMPTS = ["a cat", "two blue squares above a hill"]
+MESHES = ["data=8", "model=8", "data=4,model=2", "data=2,model=4"]
+PUBLISHED = sorted(p.source for family in set(FAMILIES.values()) for p in family.PUBLISHED if p.configs)
+
+
+def family_of(source):
+    return next(f for f in FAMILIES.values() if any(p.source == source for p in f.PUBLISHED))
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("data=4,model=2", (4, 2)),
+        ("model=8", (1, 8)),
+        ("data=8", (8, 1)),
+        (" model = 2 , data=4", (4, 2)),
+        ("data=-1,model=2", (4, 2)),
+    ],
+)
+def test_a_mesh_is_read(text, shape):
+    mesh = partition.parse_mesh(text)
+    assert mesh.axis_names == ("data", "model")
+    assert mesh.devices.shape == shape
+    assert partition.parse_mesh(mesh) is mesh
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("data=3", "does not use all 8 devices"),
+        ("data=0", "expected sizes of the axes data and model"),
+        ("rows=8", "expected sizes of the axes data and model"),
+        ("8", "expected sizes"),
+        ("data=-1,model=-1", "does not use all 8"),
+        ("data=-1,model=3", "does not use all 8"),
+        (Mesh(np.array(jax.devices()[:1]), ("x",)), "mesh has axes"),
+    ],
+)
+def test_a_bad_mesh_is_refused(text, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        partition.parse_mesh(text)
+
+
+def test_the_first_rule_that_matches_the_whole_path_counts():
+    mesh = partition.abstract_mesh("data=2,model=4")
+    rules = (("a/kernel", PartitionSpec(None, "model")), (".*/kernel", PartitionSpec("model")), ("a", PartitionSpec()))
+    assert partition.sharding(mesh, rules, "a/kernel", (3, 8)).spec == PartitionSpec(None, "model")
+    assert partition.sharding(mesh, rules, "b/a/kernel", (8, 3)).spec == PartitionSpec("model")
+    with pytest.raises(ValueError, match=r"no partition rule matches a/bias \[3\]"):
+        partition.sharding(mesh, rules, "a/bias", (3,))
+    with pytest.raises(ValueError, match=r"a/kernel \[3, 6\]: 6 does not divide over model=4"):
+        partition.sharding(mesh, rules, "a/kernel", (3, 6))
+
+
+@pytest.mark.parametrize("source", PUBLISHED)
+def test_rules_cover_every_published_network_and_split_its_bulk(source):
+    params, components = abstract_pipeline(source).params, family_of(source).COMPONENTS
+    one, eight = (
+        sum(
+            partition.bytes_per_device(partition.abstract_mesh(mesh), components[n].partition, params[n])
+            for n in params
+        )
+        for mesh in ("model=1", "model=8")
+    )
+    assert one == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    assert eight < one * (1 / 8 + 0.03)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Sizes that divide over eight devices; faint norms would hide in a sum over shards."""
+    sizes = oracle.ZImageSizes(dim=96, heads=8, axes_dims=(4, 4, 4), text_width=32, text_heads=8, text_kv_heads=8)
+    folder = tmp_path_factory.mktemp("partition")
+    oracle.z_image_pipeline(sizes, seed=3).save_pretrained(folder)
+    oracle.save_clip(folder / "clip", oracle.clip(seed=1))
+    return folder
+
+
+def run(folder, mesh, **settings):
+    settings = {
+        "budget": 7,
+        "population": 5,
+        "elites": 2,
+        "preview_steps": 2,
+        "steps": 2,
+        "height": 64,
+        "width": 64,
+    } | settings
+    pipeline = ses_jax.load_pipeline(str(folder), mesh=mesh)
+    return ses_jax.search(PROMPTS, model=pipeline, reward="clip", level=1, progress=False, **settings)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_changes_no_result(folder, mesh):
+    expected = run(folder, None)
+    found = run(folder, mesh, prompts_at_once=2)
+    for ours, alone in zip(found, expected, strict=True):
+        scores = [[row["score"] for row in result.history] for result in (ours, alone)]
+        np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(ours.noise, alone.noise, atol=1e-5)
+        difference = np.abs(np.asarray(ours.image, np.int32) - np.asarray(alone.image, np.int32))
+        assert difference.max() <= 1
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=4,model=2"])
+def test_generate_and_mixtures_on_a_mesh(mesh):
+    pipeline = toy.pipeline()
+    on_mesh = toy.pipeline(mesh=partition.parse_mesh(mesh))
+    settings = {"reward": toy.mixture(red=1.0, blue=-1.0), "budget": 9, "population": 3, "elites": 2, "progress": False}
+    ours, alone = (ses_jax.search(PROMPTS, model=p, chunk=2, **settings) for p in (on_mesh, pipeline))
+    for a, b in zip(ours, alone, strict=True):
+        np.testing.assert_allclose([r["score"] for r in a.history], [r["score"] for r in b.history], atol=1e-4)
+    images = [ses_jax.generate(p, PROMPTS, seed=1) for p in (on_mesh, pipeline)]
+    np.testing.assert_allclose(*images, atol=1e-6)
+
+
+def test_host_rewards_on_a_mesh():
+    def judge(images, prompts):
+        return np.asarray(images).mean(axis=(1, 2, 3)) + np.array([len(prompt) for prompt in prompts])
+
+    results = [
+        ses_jax.search(
+            PROMPTS,
+            model=toy.pipeline(mesh=mesh),
+            reward=judge,
+            budget=6,
+            population=3,
+            elites=1,
+            progress=False,
+            prompts_at_once=n,
+        )
+        for mesh, n in ((None, 1), (partition.parse_mesh("data=8"), 2))
+    ]
+    for alone, ours in zip(*results, strict=True):
+        np.testing.assert_allclose([r["score"] for r in ours.history], [r["score"] for r in alone.history], atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_device_holds_its_share_and_no_more(folder, mesh):
+    pipeline = ses_jax.load_pipeline(str(folder), mesh=mesh)
+    components = FAMILIES[pipeline.family].COMPONENTS
+    for name, params in pipeline.params.items():
+        expected = partition.bytes_per_device(pipeline.mesh, components[name].partition, params)
+        held = dict.fromkeys(jax.devices(), 0)
+        for leaf in jax.tree.leaves(params):
+            for shard in leaf.addressable_shards:
+                held[shard.device] += shard.data.nbytes
+        assert set(held.values()) == {expected}
+
+
+def test_a_converted_checkpoint_goes_into_the_same_shards(folder, tmp_path):
+    main(str(folder), tmp_path / "converted")
+    published, converted = (
+        ses_jax.load_pipeline(str(f), mesh="data=4,model=2").params for f in (folder, tmp_path / "converted")
+    )
+    for a, b in zip(jax.tree.leaves(published), jax.tree.leaves(converted), strict=True):
+        assert a.sharding == b.sharding
+        np.testing.assert_array_equal(a, b)
+
+
+def compiled(folder, mesh):
+    """The text of a generation's program after partitioning."""
+    pipeline = ses_jax.load_pipeline(str(folder), mesh=mesh)
+    config = ses_jax.SearchConfig(budget=8, population=8, height=64, width=64, preview_steps=2, level=1).resolve(
+        pipeline
+    )
+    reward = ses_jax.load_reward("clip", source=folder / "clip")
+    task = runner.prepare(pipeline, reward, config, PROMPTS[:1], [0])
+    arguments = task.program, task.params, task.inputs, jnp.int32(0), runner._initial_state(task)
+    return generation.generation_step.lower(*arguments).compile().as_text()
+
+
+def gathered(program):
+    """Elements of every all-gather's result."""
+    shapes = re.findall(r"= \w+\[([\d,]*)\][^=]* all-gather", program)
+    return [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
+
+
+def test_candidates_along_data_need_no_sums(folder):
+    program = compiled(folder, "data=8")
+    assert "all-reduce" not in program
+    assert "all-to-all" not in program
+    # Scores, and nothing the size of an image or a layer.
+    assert max(gathered(program)) <= 64
+
+
+def test_heads_along_model_need_two_sums_a_block_and_nothing_else(folder):
+    """One sum of tokens after attention and one after the feed-forward; a block's small modulation is summed too."""
+    program = compiled(folder, "model=8")
+    ranks = [len(shape.split(",")) for shape in re.findall(r"= \w+\[([\d,]*)\]\S* all-reduce", program)]
+    kinds = 2  # of modulated blocks, each the body of one loop
+    assert ranks.count(3) == 2 * kinds
+    assert set(ranks) == {2, 3}
+    assert "all-to-all" not in program
+    assert "collective-permute" not in program
+    assert max(gathered(program)) <= 64
+
+
+def test_a_pipeline_on_other_devices_is_refused(folder):
+    pipeline = ses_jax.load_pipeline(str(folder), mesh="data=8")
+    with pytest.raises(ValueError, match="load it with load_pipeline"):
+        ses_jax.search("a", model=pipeline, mesh="model=8")
+
+
+def test_sharding_of_a_whole_component(folder):
+    component = FAMILIES["ZImagePipeline"].COMPONENTS["transformer"]
+    mesh = partition.parse_mesh("model=8")
+    _, params = hub.load_component(
+        folder / "transformer", component, sharding=partition.loader(mesh, component.partition)
+    )
+    assert params["layers"]["attention"]["to_q"]["kernel"].sharding.spec == PartitionSpec(None, None, "model")

@@ -1,0 +1,287 @@
+"""Searches that are large: several prompts at once, weights on the host, memory that runs out, runs that are killed."""
+
+import gc
+import logging
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import toy
+
+import ses_jax
+from ses_jax import checkpoint, engine, generation, memory, rewards, runner
+
+PROMPTS = ["a cat", "two blue squares", "a red circle on a hill"]
+SETTINGS = {"budget": 23, "population": 10, "elites": 4, "progress": False}
+
+
+def scores(result):
+    return [row["score"] for row in result.history]
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(scores(a), scores(b), atol=1e-5)
+        np.testing.assert_allclose(a.noise, b.noise, atol=1e-5)
+        np.testing.assert_allclose(a.final_score, b.final_score, atol=1e-5)
+        assert a.components.keys() == b.components.keys()
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 8])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_prompts_searched_at_once_are_searched_as_if_alone(at_once, chunk):
+    pipeline, reward = toy.pipeline(), toy.mixture(red=1.0, blue=-0.5, green=0.0)
+    alone = ses_jax.search(PROMPTS, model=pipeline, reward=reward, **SETTINGS)
+    together = ses_jax.search(PROMPTS, model=pipeline, reward=reward, prompts_at_once=at_once, chunk=chunk, **SETTINGS)
+    assert_same(together, alone)
+    assert [result.config["prompt_index"] for result in together] == [0, 1, 2]
+
+
+def test_rewards_on_the_host_see_every_image_with_its_prompt():
+    def judge(images, prompts):
+        assert len(images) == len(prompts)
+        return np.asarray(images)[..., 0].mean(axis=(1, 2)) + np.array([len(prompt) for prompt in prompts])
+
+    run = {"model": toy.pipeline(), "reward": judge, **SETTINGS}
+    assert_same(ses_jax.search(PROMPTS, prompts_at_once=3, **run), ses_jax.search(PROMPTS, **run))
+
+
+def test_a_traceable_function_keeps_its_prompt():
+    def length(images, prompts):
+        return images.mean(axis=(1, 2, 3)) + len(prompts[0])
+
+    for result in ses_jax.search(PROMPTS, model=toy.pipeline(), reward=length, prompts_at_once=3, **SETTINGS):
+        assert len(result.prompt) < result.score < len(result.prompt) + 1
+
+
+def test_one_compilation_for_all_batches_of_prompts():
+    pipeline, reward = toy.pipeline(), toy.brightness()
+    before = generation.generation_step._cache_size()
+    ses_jax.search(PROMPTS[:2] * 3, model=pipeline, reward=reward, prompts_at_once=2, **SETTINGS)
+    assert generation.generation_step._cache_size() - before == 1
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="prompts_at_once=0"):
+        ses_jax.search("a", model=toy.pipeline(), prompts_at_once=0)
+    with pytest.raises(ValueError, match="resume needs out="):
+        ses_jax.search("a", model=toy.pipeline(), resume=True)
+
+
+# Memory
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scale")
+    oracle.z_image_pipeline(oracle.ZImageSizes(shift=6.0), seed=3).save_pretrained(folder)
+    oracle.save_clip(folder / "clip", oracle.clip(seed=1))
+    return folder
+
+
+def tree_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_text_encoders_and_the_other_networks_are_never_on_the_device_together(folder, monkeypatch):
+    """Live arrays are what is on the device: the weights at rest are NumPy's."""
+    settings = {"reward": ses_jax.load_reward("clip", source=folder / "clip"), "level": 1, "height": 64, "width": 64}
+    settings |= {"budget": 4, "population": 3, "elites": 1, "steps": 2, "preview_steps": 2, "progress": False}
+    expected = ses_jax.search(PROMPTS[:2], model=ses_jax.load_pipeline(str(folder)), **settings)
+    gc.collect()
+    base = tree_bytes(jax.live_arrays())
+    pipeline = ses_jax.load_pipeline(str(folder), offload_text_encoder=True)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(pipeline.params))
+    text, image = (tree_bytes(part(pipeline.params)) for part in (pipeline.text_params, pipeline.image_params))
+    live = {}
+
+    def watched(name, function):
+        def run(*args):
+            out = function(*args)
+            gc.collect()
+            live.setdefault(name, []).append(tree_bytes(jax.live_arrays()) - base)
+            return out
+
+        return run
+
+    monkeypatch.setattr(generation, "encode", watched("text", generation.encode))
+    monkeypatch.setattr(runner, "_step", watched("image", runner._step))
+    found = ses_jax.search(PROMPTS[:2], model=pipeline, **settings)
+    assert_same(found, expected)
+    small = 0.15 * min(text, image)  # conditions, noise, states
+    assert text <= max(live["text"]) <= text + small
+    assert image <= max(live["image"]) <= image + small
+    gc.collect()
+    assert tree_bytes(jax.live_arrays()) - base < small
+
+
+class Exhausted:
+    """A compiled step that has room for so many candidates only."""
+
+    def __init__(self, step, room):
+        self.step, self.room, self.chunks = step, room, []
+
+    def __call__(self, program, *args):
+        self.chunks.append(program.chunk)
+        if program.chunk > self.room:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return self.step(program, *args)
+
+
+def test_running_out_of_memory_halves_the_chunk_and_changes_no_result(monkeypatch, caplog):
+    pipeline, reward = toy.pipeline(), toy.brightness()
+    expected = ses_jax.search("a", model=pipeline, reward=reward, **SETTINGS)
+    step = Exhausted(generation.generation_step, room=3)
+    monkeypatch.setattr(generation, "generation_step", step)
+    monkeypatch.setattr(memory, "device_limit", lambda: None)
+    with caplog.at_level(logging.WARNING, logger="ses_jax"):
+        found = ses_jax.search("a", model=pipeline, reward=reward, **SETTINGS)
+    assert step.chunks == [10, 5, 3, 3, 3]
+    assert found.config["chunk"] == 3
+    assert "out of memory with 10 candidates at a time; going on with 5" in caplog.text
+    assert_same([found], [expected])
+
+
+def test_no_room_for_even_one_candidate_is_an_error(monkeypatch):
+    monkeypatch.setattr(generation, "generation_step", Exhausted(generation.generation_step, room=0))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        ses_jax.search("a", model=toy.pipeline(), reward=toy.brightness(), **SETTINGS)
+
+
+def test_other_errors_of_the_device_come_through(monkeypatch):
+    def broken(*args):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(generation, "generation_step", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        ses_jax.search("a", model=toy.pipeline(), reward=toy.brightness(), **SETTINGS)
+
+
+def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog):
+    """On this small model a generation of ten needs some tens of megabytes; with less to give, fewer go at a time."""
+    pipeline = ses_jax.load_pipeline(str(folder))
+    reward = ses_jax.load_reward("clip", source=folder / "clip")
+    config = ses_jax.SearchConfig(population=8, height=128, width=128, level=1, preview_steps=2).resolve(pipeline)
+    compilations = generation.generation_step._cache_size()
+
+    def chunk_under(limit):
+        monkeypatch.setattr(memory, "device_limit", lambda: limit)
+        return runner.prepare(pipeline, reward, config, ["a"], [0])
+
+    task = chunk_under(None)
+    assert task.program.chunk == 8
+    arguments = task.params, task.inputs, np.int32(0), runner._initial_state(task)
+    needed = {
+        chunk: memory.program_bytes(
+            generation.generation_step.lower(task.program._replace(chunk=chunk), *arguments).compile()
+        )
+        for chunk in (8, 4, 1)
+    }
+    assert needed[8] > needed[4] > needed[1]
+    assert chunk_under(int(needed[8] / memory.USABLE) + 1).program.chunk == 8
+    with caplog.at_level(logging.WARNING, logger="ses_jax"):
+        found = chunk_under(int(needed[4] / memory.USABLE) + 1).program.chunk
+    assert 2 <= found <= 4
+    assert f"denoising {found} of 8 candidates at a time" in caplog.text
+    assert chunk_under(1).program.chunk == 1
+    assert generation.generation_step._cache_size() == compilations
+
+
+# Saved searches
+
+
+class KilledError(Exception):
+    pass
+
+
+def dying_judge(after):
+    """A reward on the host that fails after so many calls, as if the machine had gone."""
+    calls = []
+
+    def judge(images, prompts):
+        calls.append(len(images))
+        if after is not None and len(calls) > after:
+            raise KilledError
+        return np.asarray(images)[..., 0].mean(axis=(1, 2))
+
+    return ses_jax.load_reward(judge, traceable=False)
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_killed_search_goes_on_bit_equal(tmp_path, after, mixture):
+    def reward(dies_after):
+        host = dying_judge(dies_after)
+        return rewards.Reward((*host.parts, *toy.mixture(green=0.5).parts)) if mixture else host
+
+    run = {"model": toy.pipeline(), **SETTINGS | {"budget": 37}}
+    expected = ses_jax.search("a", reward=reward(None), **run)
+    with pytest.raises(KilledError):
+        ses_jax.search("a", reward=reward(after), out=tmp_path, resume=True, **run)
+    assert not (tmp_path / "result.json").exists()
+    found = ses_jax.search("a", reward=reward(None), out=tmp_path, resume=True, **run)
+    assert scores(found) == scores(expected)
+    np.testing.assert_array_equal(found.noise, expected.noise)
+    assert found.history == expected.history
+    assert (tmp_path / "result.json").exists()
+    assert not (tmp_path / engine.STATE).exists()
+
+
+def test_only_what_is_missing_is_scored_again(tmp_path):
+    run = {"model": toy.pipeline(), "out": tmp_path, "resume": True, **SETTINGS | {"budget": 40}}
+    with pytest.raises(KilledError):
+        ses_jax.search("a", reward=dying_judge(3), **run)
+    seen = []
+
+    def judge(images, prompts):
+        seen.append(len(images))
+        return np.asarray(images)[..., 0].mean(axis=(1, 2))
+
+    ses_jax.search("a", reward=ses_jax.load_reward(judge, traceable=False), **run)
+    assert seen == [10, 2]  # the last generation, and the final renders
+
+
+def test_a_saved_search_with_other_settings_is_refused(tmp_path):
+    run = {"model": toy.pipeline(), "out": tmp_path, "resume": True, **SETTINGS}
+    with pytest.raises(KilledError):
+        ses_jax.search("a", reward=dying_judge(1), **run)
+    for change, complaint in (({"seed": 5}, "seed 0 -> 5"), ({"budget": 30}, "budget 23 -> 30")):
+        with pytest.raises(ValueError, match=f"other settings .*{complaint}"):
+            ses_jax.search("a", reward=dying_judge(None), **run | change)
+    with pytest.raises(ValueError, match="prompts"):
+        ses_jax.search("b", reward=dying_judge(None), **run)
+
+
+def test_several_prompts_are_saved_and_go_on(tmp_path):
+    run = {"model": toy.pipeline(), "prompts_at_once": 2, **SETTINGS}
+    expected = ses_jax.search(PROMPTS, reward=dying_judge(None), **run)
+    with pytest.raises(KilledError):
+        ses_jax.search(PROMPTS, reward=dying_judge(2), out=tmp_path, resume=True, **run)
+    found = ses_jax.search(PROMPTS, reward=dying_judge(None), out=tmp_path, resume=True, **run)
+    assert [scores(result) for result in found] == [scores(result) for result in expected]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000", "001", "002"]
+
+
+def test_an_interrupted_search_keeps_its_state(tmp_path):
+    calls = []
+
+    def judge(images, prompts):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return np.asarray(images)[..., 0].mean(axis=(1, 2))
+
+    judge = ses_jax.load_reward(judge, traceable=False)
+    run = {"model": toy.pipeline(), "out": tmp_path, "resume": True, **SETTINGS}
+    assert ses_jax.search("a", reward=judge, **run).interrupted
+    whole = ses_jax.search("a", reward=judge, **run)
+    assert not whole.interrupted
+    assert scores(whole) == scores(ses_jax.search("a", model=toy.pipeline(), reward=dying_judge(None), **SETTINGS))
+
+
+def test_a_half_written_state_does_not_count(tmp_path):
+    tree = {"state": [np.arange(3.0)], "scored": [np.zeros((1, 2, 1)), np.zeros((1, 2))]}
+    checkpoint.save(tmp_path / "000001", tree)
+    restored = checkpoint.restore(tmp_path / "000001", checkpoint.metadata(tmp_path / "000001"))
+    np.testing.assert_array_equal(restored["state"][0], tree["state"][0])
