@@ -85,7 +85,12 @@ ALLOWED = {
     },
 }
 TOP = {"ses_jax", "ses_jax.cli", "ses_jax.__main__", "ses_jax.convert.__main__"}  # the doors: they may import anything
-FAMILIES = {"z_image": ("z_image", "zimage", "z-image")}
+FAMILIES = {
+    "flux1": ("flux1", "flux.1"),
+    "qwen_image": ("qwen_image", "qwenimage", "qwen-image"),
+    "flux2": ("flux2", "flux.2", "klein"),
+    "z_image": ("z_image", "zimage", "z-image"),
+}
 READS_TORCH_FILES = {"ses_jax.convert.pickles"}  # with torch's own reader where it is installed
 NAMES_FAMILIES = {"ses_jax.pipelines", "ses_jax.cli"}  # the registry, and help texts
 
