@@ -43,6 +43,7 @@ QWEN3_4B = {
     "head_dim": 128,
     "tie_word_embeddings": True,
 }
+QWEN3_8B = QWEN3_4B | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 QWEN2_5_VL = {
     "text_config": {
         "vocab_size": 152064,
@@ -115,7 +116,8 @@ class Published(NamedTuple):
 
 FLUX1_TEXTS = (Network("CLIPTextModel", CLIP_L), Network("T5EncoderModel", T5_XXL))
 FLUX2_VAE = Network("AutoencoderKLFlux2", {})
-KLEIN = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
 
 
 def _flux1(guided: bool, scheduler: dict[str, Any]) -> Published:
@@ -128,10 +130,10 @@ def _z_image(shift: float) -> Published:
     return Published("ZImagePipeline", transformer, vae, (Network("Qwen3Model", QWEN3_4B),), {"shift": shift})
 
 
-def _klein(distilled: bool) -> Published:
-    transformer = Network("Flux2Transformer2DModel", KLEIN | {"guidance_embeds": False})
-    texts = (Network("Qwen3ForCausalLM", QWEN3_4B),)
-    return Published("Flux2KleinPipeline", transformer, FLUX2_VAE, texts, DYNAMIC_SHIFT, {"is_distilled": distilled})
+def _klein(transformer: dict[str, Any], text: dict[str, Any], distilled: bool) -> Published:
+    network = Network("Flux2Transformer2DModel", transformer | {"guidance_embeds": False})
+    texts = (Network("Qwen3ForCausalLM", text),)
+    return Published("Flux2KleinPipeline", network, FLUX2_VAE, texts, DYNAMIC_SHIFT, {"is_distilled": distilled})
 
 
 PUBLISHED = {
@@ -146,8 +148,10 @@ PUBLISHED = {
         (Network("Mistral3ForConditionalGeneration", MISTRAL3),),
         DYNAMIC_SHIFT,
     ),
-    "black-forest-labs/FLUX.2-klein-4B": _klein(True),
-    "black-forest-labs/FLUX.2-klein-base-4B": _klein(False),
+    "black-forest-labs/FLUX.2-klein-4B": _klein(KLEIN_4B, QWEN3_4B, True),
+    "black-forest-labs/FLUX.2-klein-9B": _klein(KLEIN_9B, QWEN3_8B, True),
+    "black-forest-labs/FLUX.2-klein-base-4B": _klein(KLEIN_4B, QWEN3_4B, False),
+    "black-forest-labs/FLUX.2-klein-base-9B": _klein(KLEIN_9B, QWEN3_8B, False),
     "Qwen/Qwen-Image": Published(
         "QwenImagePipeline",
         Network("QwenImageTransformer2DModel", {}),
