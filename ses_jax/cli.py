@@ -1,4 +1,4 @@
-"""The shell: `ses-jax search`, `batch`, `generate` and `models`; the same as the Python API."""
+"""The shell: `ses-jax search`, `batch`, `generate`, `plan` and `models`; the same as the Python API."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -200,6 +201,51 @@ def generate(
         print(path)
 
 
+def plan(
+    model: Text,
+    /,
+    height: int | None = None,
+    width: int | None = None,
+    population: int = 10,
+    budget: int = 50,
+    preview_steps: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    tokens: int = 128,
+    chunk: int | None = None,
+    device: str = "h200",
+    mesh: str = "data=1,model=1",
+    offload_text_encoder: bool = False,
+    utilization: float = 0.4,
+    json: bool = False,
+) -> int:
+    """Say what a search needs and how long it takes, without weights or the device; exit status 1 if it doesn't fit.
+
+    Args:
+        model: Hugging Face id of a published model.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        population: candidates per generation.
+        budget: candidates to score.
+        preview_steps: denoising steps of a candidate.
+        steps: denoising steps of the final image.
+        guidance: guidance scale, in the model's own convention.
+        tokens: length of the prompt.
+        chunk: candidates denoised at a time; as many as fit by default.
+        device: h200, h100, b200, a100-80, a100-40, 4090, 5090, v4, v5e, v5p or v6e.
+        mesh: how many devices share the candidates and how many the weights, such as data=1,model=8.
+        offload_text_encoder: text encoders leave the device before the other networks come.
+        utilization: share of the device's peak that the networks reach.
+        json: print JSON instead of a table.
+    """
+    settings = {name: value for name, value in locals().items() if name not in ("model", "json")}
+    import ses_jax
+
+    planned = ses_jax.plan(model, **settings)
+    print(dumps(planned.as_json(), indent=2) if json else planned)
+    return 0 if planned.fits else 1
+
+
 def models() -> None:
     """List the supported models and rewards, and what each was verified with."""
     from ses_jax.pipelines import FAMILIES
@@ -218,7 +264,7 @@ def models() -> None:
 def main(args: list[str] | None = None) -> int:
     """Runs the command line; bad input is one line on stderr and exit status 2."""
     _keep_compiled_programs()
-    commands = {"search": search, "batch": batch, "generate": generate, "models": models}
+    commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "models": models}
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", args=args)
     except (ValueError, OSError) as error:
