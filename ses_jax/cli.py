@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+Text = Annotated[str, tyro.conf.Positional]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
 File = Annotated[Path, tyro.conf.Positional]
 Flat = tyro.conf.OmitArgPrefixes  # its fields are options as they are
