@@ -262,11 +262,11 @@ def test_a_kill_between_any_two_files_loses_and_repeats_nothing(tmp_path, monkey
     assert moment == 2 + 3 * 5 + 2  # the run's own files, five of each prompt, results and summary
 
 
-def test_a_line_that_was_cut_off_does_no_harm(whole, tmp_path):
-    run(["", *PROMPTS[1:3]], tmp_path)
+def test_a_line_that_was_cut_off_does_no_harm(tmp_path):
+    run(PROMPTS[:3], tmp_path)
     journal = tmp_path / "results-0.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20] + "ä".encode()[:1])
-    summary = run(["", *PROMPTS[1:4]], tmp_path)
+    summary = run([*PROMPTS[:3], ""], tmp_path)
     assert (summary["finished"], summary["failed"]) == (3, 1)
     assert journal.read_bytes().endswith(b"}\n")
     assert len(lines(tmp_path / "results.jsonl")) == 4
