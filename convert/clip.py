@@ -1,11 +1,11 @@
-"""Table of CLIP with both towers (published as transformers `CLIPModel`)."""
+"""Tables of CLIP: both towers (published as transformers `CLIPModel`), and the text tower alone (`CLIPTextModel`)."""
 
 from ses_jax.convert.table import CONV, Component, Rule, Table, embedding, linear, norm
 from ses_jax.models import clip
 
 
-def _layers(name: str) -> tuple[Rule, ...]:
-    source, target = f"{name}_model.encoder.layers.{{i}}", f"{name}/layers"
+def _layers(tower: str, target_tower: str) -> tuple[Rule, ...]:
+    source, target = f"{tower}encoder.layers.{{i}}", f"{target_tower}layers"
     return (
         *norm(f"{source}.layer_norm1", f"{target}/layer_norm1", bias=True),
         *linear(f"{source}.self_attn.q_proj", f"{target}/q_proj"),
@@ -18,18 +18,24 @@ def _layers(name: str) -> tuple[Rule, ...]:
     )
 
 
+def _text(tower: str = "", target: str = "") -> tuple[Rule, ...]:
+    return (
+        *embedding(f"{tower}embeddings.token_embedding", f"{target}token_embedding"),
+        Rule(f"{tower}embeddings.position_embedding.weight", f"{target}position_embedding"),
+        *_layers(tower, target),
+        *norm(f"{tower}final_layer_norm", f"{target}final_layer_norm", bias=True),
+    )
+
+
 TABLE = Table(
     rules=(
-        *embedding("text_model.embeddings.token_embedding", "text/token_embedding"),
-        Rule("text_model.embeddings.position_embedding.weight", "text/position_embedding"),
-        *_layers("text"),
-        *norm("text_model.final_layer_norm", "text/final_layer_norm", bias=True),
+        *_text("text_model.", "text/"),
         *linear("text_projection", "text_projection", bias=False),
         Rule("vision_model.embeddings.class_embedding", "vision/class_embedding"),
         Rule("vision_model.embeddings.patch_embedding.weight", "vision/patch_embedding/kernel", CONV),
         Rule("vision_model.embeddings.position_embedding.weight", "vision/position_embedding"),
         *norm("vision_model.pre_layrnorm", "vision/pre_layrnorm", bias=True),
-        *_layers("vision"),
+        *_layers("vision_model.", "vision/"),
         *norm("vision_model.post_layernorm", "vision/post_layernorm", bias=True),
         *linear("visual_projection", "visual_projection", bias=False),
         Rule("logit_scale", "logit_scale"),
@@ -38,4 +44,7 @@ TABLE = Table(
     ignored=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
 )
 
+TEXT_TABLE = Table(_text(), ignored=("embeddings.position_ids",), prefixes=("text_model.", ""))
+
 COMPONENT = Component(clip.Config.from_json, clip.init, lambda config: TABLE, stem="model")
+TEXT_COMPONENT = Component(clip.TextConfig.from_json, clip.init_text, lambda config: TEXT_TABLE, stem="model")

@@ -38,10 +38,17 @@ class Header(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Published tensors: their headers, and a function that reads one by name."""
+    """Published tensors.
+
+    Attributes:
+      headers: by name.
+      read: a tensor by its name.
+      read_part: part of a tensor by its name and an index of slices, where there is a way to read only that.
+    """
 
     headers: Mapping[str, Header]
     read: Callable[[str], np.ndarray]
+    read_part: Callable[[str, tuple[slice, ...]], np.ndarray] | None = None
 
 
 class Slot(NamedTuple):
@@ -54,7 +61,8 @@ class Slot(NamedTuple):
       index: place along the leaf's leading axis; None where the leaf is not stacked.
       transform: published tensor to leaf, and back.
       part: number of the part of a tensor that several leaves share; None where the tensor goes to one leaf.
-      rows: where the part begins and ends along the tensor's first axis; None where the tensor goes to one leaf.
+      axis: of the tensor, along which the parts lie.
+      bounds: where the part begins and ends along that axis; None where the tensor goes to one leaf.
     """
 
     name: str
@@ -63,7 +71,8 @@ class Slot(NamedTuple):
     index: int | None
     transform: Transform
     part: int | None = None
-    rows: tuple[int, int] | None = None
+    axis: int = 0
+    bounds: tuple[int, int] | None = None
 
 
 class Plan(NamedTuple):
@@ -154,7 +163,7 @@ def export(table: Table, params: Any, prefix: str | None = None) -> Iterator[tup
         for name, parts in group:
             published = np.empty(parts[0].shape, dtype)
             for slot in parts:
-                _copy(_rows(published, slot), slot.transform.inverse(_piece(values[slot.target], slot)))
+                _copy(published[_index(slot)], slot.transform.inverse(_piece(values[slot.target], slot)))
             yield name, published
 
 
@@ -188,10 +197,10 @@ def _slots(rule: Rule, path: str, shape: tuple[int, ...], prefix: str) -> list[S
         raise ConversionError(f"rule {rule.source} stacks along more than one placeholder: {', '.join(stacked)}")
     if not stacked:
         name = prefix + rule.source.format(**numbers)
-        return [Slot(name, _published_shape(rule.transform, shape), path, None, rule.transform, rule.part)]
+        return [Slot(name, _published_shape(rule.transform, shape), path, None, rule.transform, rule.part, rule.axis)]
     published = _published_shape(rule.transform, shape[1:])
     names = (prefix + rule.source.format(**numbers, **{stacked[0]: i}) for i in range(shape[0]))
-    return [Slot(name, published, path, i, rule.transform, rule.part) for i, name in enumerate(names)]
+    return [Slot(name, published, path, i, rule.transform, rule.part, rule.axis) for i, name in enumerate(names)]
 
 
 def _sharing_problems(name: str, slots: Sequence[Slot]) -> list[str]:
@@ -203,18 +212,19 @@ def _sharing_problems(name: str, slots: Sequence[Slot]) -> list[str]:
         return [f"{name} fills {len(slots)} leaves"]
     if sorted(parts) != list(range(len(parts))):
         return [f"{name} is split into the parts {', '.join(map(str, parts))}"]
-    if len({slot.shape[1:] for slot in slots}) > 1:
+    if len({(slot.axis, *_replace(slot.shape, slot.axis, 0)) for slot in slots}) > 1:
         return [f"{name} is split into parts that do not fit together: {[list(slot.shape) for slot in slots]}"]
     return []
 
 
 def _places(slots: Iterable[Slot]) -> list[Slot]:
-    """The parts of one tensor in order, each with the whole tensor's shape and its own rows."""
+    """The parts of one tensor in order, each with the whole tensor's shape and its own bounds."""
     ordered = sorted(slots, key=lambda slot: slot.part)
-    ends = list(itertools.accumulate(slot.shape[0] for slot in ordered))
+    sizes = [slot.shape[slot.axis] for slot in ordered]
+    ends = list(itertools.accumulate(sizes))
     return [
-        slot._replace(shape=(ends[-1], *slot.shape[1:]), rows=(end - slot.shape[0], end))
-        for slot, end in zip(ordered, ends, strict=True)
+        slot._replace(shape=_replace(slot.shape, slot.axis, ends[-1]), bounds=(end - size, end))
+        for slot, size, end in zip(ordered, sizes, ends, strict=True)
     ]
 
 
@@ -224,7 +234,7 @@ def _assemble(slots: Iterable[Slot], shape: tuple[int, ...], dtype: Any, weights
     for slot in slots:
         piece = _piece(leaf, slot)
         with np.errstate(over="ignore"):  # reported below, with the tensor's name
-            _copy(piece, slot.transform.forward(_rows(weights.read(slot.name), slot)))
+            _copy(piece, slot.transform.forward(_read(weights, slot)))
         if not np.isfinite(piece).all():
             file = weights.headers[slot.name].file
             raise ConversionError(f"{slot.name} in {file} has NaN or infinite values (as {leaf.dtype})")
@@ -236,9 +246,21 @@ def _piece(leaf: np.ndarray, slot: Slot) -> np.ndarray:
     return leaf if slot.index is None else leaf[slot.index, ...]
 
 
-def _rows(published: np.ndarray, slot: Slot) -> np.ndarray:
-    """The part of a published tensor that goes to one leaf, as a view."""
-    return published if slot.rows is None else published[slice(*slot.rows)]
+def _read(weights: Weights, slot: Slot) -> np.ndarray:
+    """What one leaf takes of a published tensor."""
+    if slot.bounds is None or weights.read_part is None:
+        return weights.read(slot.name)[_index(slot)]
+    return weights.read_part(slot.name, _index(slot))
+
+
+def _index(slot: Slot) -> tuple[Any, ...]:
+    """The part of a published tensor that goes to one leaf; as a view, where an array is indexed."""
+    return (...,) if slot.bounds is None else (*(slice(None),) * slot.axis, slice(*slot.bounds))
+
+
+def _replace(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    """A shape with another size along one axis."""
+    return (*shape[:axis], size, *shape[axis + 1 :])
 
 
 def _copy(out: np.ndarray, values: np.ndarray) -> None:

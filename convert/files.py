@@ -96,7 +96,11 @@ def open_files(files: Iterable[Path]) -> Weights:
             if name in headers:
                 raise ConversionError(f"{name} is both in {headers[name].file} and in {file}")
             headers[name] = header
-    return Weights(headers, lambda name: _read(headers[name].file, name))
+
+    def read(name, index=None):
+        return _read(headers[name].file, name, index)
+
+    return Weights(headers, read, read_part=read)
 
 
 def write_weights(
@@ -157,11 +161,11 @@ def _headers(file: Path) -> dict[str, Header]:
         raise ConversionError(f"{file} is truncated or corrupt: {error}") from error
 
 
-def _read(file: str, name: str) -> np.ndarray:
-    """One tensor. The file is opened for it alone, because what is read through a mapping stays in memory."""
+def _read(file: str, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    """One tensor or part of it. The file is opened for it alone: what is read through a mapping stays in memory."""
     try:
         with safetensors.safe_open(file, "numpy") as opened:
-            return opened.get_tensor(name)
+            return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
     except (safetensors.SafetensorError, OSError) as error:
         raise ConversionError(f"{name} in {file} cannot be read: {error}") from error
 

@@ -3,10 +3,14 @@
     published:  config.json  model.safetensors
     converted:  config.json  params/  conversion.json  [unused.safetensors]
 
+Some networks are also published as a single file beside that folder, under other names and without a `config.json`.
+Exporting writes the first form.
+
 Tensors that the network doesn't load (layers above the wanted one, heads) survive in `unused.safetensors`, so that
 exporting gives back the published checkpoint bit for bit.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,7 +56,7 @@ def load(
     dtype: Any = None,
     sharding: Placement | None = None,
 ) -> Network:
-    """Reads a network from a published or a converted folder.
+    """Reads a network from a published or a converted folder, or from the single file beside a folder without weights.
 
     Args:
       folder: the network's own folder.
@@ -65,6 +69,12 @@ def load(
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
+    file = _single_file(folder, component)
+    if file:
+        weights = open_files([file])
+        json = _single_file_config(file, weights, folder, component)
+        component = dataclasses.replace(component, table=component.single_file.table)
+        return read(weights, component, json, dtype=dtype, sharding=sharding)
     json, config = read_config(folder / "config.json", component)
     if (folder / PARAMS).is_dir():
         params = checkpoint.restore(folder / PARAMS, component.abstract(config), dtype=dtype, sharding=sharding)
@@ -166,6 +176,27 @@ def export(
     write_json(folder / "config.json", json)
     tensors = engine.export(component.table(json), params, prefix)
     write_weights(folder, component.stem, itertools.chain(tensors, unused))
+
+
+def _single_file(folder: Path, component: Component) -> Path | None:
+    """The file in the checkpoint's root that holds a network whose own folder has no weights, if there is one."""
+    if component.single_file is None or (folder / PARAMS).is_dir() or any(folder.glob(f"{component.stem}*")):
+        return None
+    found = [folder.parent / name for name in component.single_file.files if (folder.parent / name).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{folder} has no weights, and {' and '.join(map(str, found))} both could be its; keep one")
+    return found[0] if found else None
+
+
+def _single_file_config(file: Path, weights: Weights, folder: Path, component: Component) -> dict[str, Any]:
+    """The content of the network's `config.json`, made up from the file's tensors where there is none."""
+    if (folder / "config.json").is_file():
+        return read_config(folder / "config.json", component)[0]
+    try:
+        return component.single_file.config(weights.headers)
+    except (KeyError, ValueError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ConversionError(f"{file}: {reason}") from error
 
 
 def _with_facts(folder: Path, json: Mapping[str, Any], config: Any, params: Any) -> Network:

@@ -2,7 +2,7 @@
 
 A rule pairs two templates. A placeholder such as `{i}` stands for a number. One that is absent from the target means
 that the published tensors `0, 1, 2, ...` are stacked along a leading axis of the target; one that is present renames.
-Several rules with one source, numbered by `part`, split a tensor that is published in one piece along its first axis:
+Several rules with one source, numbered by `part`, split a tensor that is published in one piece along one of its axes:
 
     linear("layers.{i}.attention.to_q", "layers/attention/to_q")          one stacked kernel for all layers
     conv("decoder.up_blocks.{b}.resnets.{r}.conv1", "up_{b}_resnet_{r}/conv1")   one kernel each
@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 class Transform(NamedTuple):
     """How one published tensor is laid out in our params, and back.
 
-    Both directions only move elements (they are views), so that a round trip is bit-equal.
+    Both directions only move elements (most are views), so that a round trip is bit-equal.
     """
 
     name: str
@@ -29,9 +29,27 @@ class Transform(NamedTuple):
     inverse: Callable[[np.ndarray], np.ndarray]
 
 
+def _pointwise(x: np.ndarray) -> np.ndarray:
+    return x[:, :, 0, 0].transpose(1, 0)
+
+
+def _pointwise_inverse(x: np.ndarray) -> np.ndarray:
+    return x.transpose(1, 0)[:, :, None, None]
+
+
+def _swap(x: np.ndarray) -> np.ndarray:
+    return np.roll(x, len(x) // 2, axis=0)
+
+
 IDENTITY = Transform("identity", lambda x: x, lambda x: x)
 LINEAR = Transform("linear", lambda x: x.transpose(1, 0), lambda x: x.transpose(1, 0))  # [out, in] <-> [in, out]
 CONV = Transform("conv", lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW <-> HWIO
+# OIDHW <-> DHWIO
+CONV3D = Transform("conv3d", lambda x: x.transpose(2, 3, 4, 1, 0), lambda x: x.transpose(4, 3, 0, 1, 2))
+POINTWISE = Transform("pointwise", _pointwise, _pointwise_inverse)  # [out, in, 1, 1] <-> [in, out]
+# The first and the second half of the outputs change places.
+SWAPPED = Transform("swapped", _swap, _swap)
+SWAPPED_LINEAR = Transform("swapped linear", lambda x: _swap(x).transpose(1, 0), lambda x: _swap(x.transpose(1, 0)))
 
 
 class Rule(NamedTuple):
@@ -42,12 +60,14 @@ class Rule(NamedTuple):
       target: template of paths in the params, with slashes.
       transform: how the elements move.
       part: place among the rules that share the published tensor, from 0; None for a tensor of its own.
+      axis: of the published tensor, along which the parts lie.
     """
 
     source: str
     target: str
     transform: Transform = IDENTITY
     part: int | None = None
+    axis: int = 0
 
 
 class Table(NamedTuple):
@@ -64,6 +84,20 @@ class Table(NamedTuple):
     prefixes: tuple[str, ...] = ("",)
 
 
+class SingleFile(NamedTuple):
+    """The other form that a network is published in: one file in the checkpoint's root, under its authors' own names.
+
+    Attributes:
+      files: names that the file may have.
+      table: content of `config.json` to the conversion table.
+      config: headers of the file, by name of the tensor, to the content of a `config.json`, where there is none.
+    """
+
+    files: tuple[str, ...]
+    table: Callable[[Mapping[str, Any]], Table]
+    config: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Component:
     """One network of a checkpoint folder: how its `config.json` and its weights are read.
@@ -73,6 +107,7 @@ class Component:
       init: `(key, config) -> params`; only its shapes are used.
       table: content of `config.json` to the conversion table.
       stem: name of the published weights file, without `.safetensors`.
+      single_file: the other published form, which is read where the network's own folder has no weights.
       partition: ordered pairs of a path pattern in the params and how a leaf of that path is split over a mesh; the
         whole network on every device unless said otherwise.
     """
@@ -81,6 +116,7 @@ class Component:
     init: Callable[[jax.Array, Any], Any]
     table: Callable[[Mapping[str, Any]], Table]
     stem: str = "diffusion_pytorch_model"
+    single_file: SingleFile | None = None
     partition: Sequence[tuple[str, PartitionSpec]] = ((".*", PartitionSpec()),)
 
     def abstract(self, config: Any) -> Any:
@@ -93,6 +129,19 @@ def linear(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:
     return _weighted(source, f"{target}/kernel", LINEAR) + _bias(source, target, bias)
 
 
+def pointwise(source: str, target: str) -> tuple[Rule, ...]:
+    """A linear layer published as a 1x1 convolution."""
+    return _weighted(source, f"{target}/kernel", POINTWISE) + _bias(source, target, wanted=True)
+
+
+def swapped(source: str, target: str) -> tuple[Rule, ...]:
+    """A linear layer with the halves of its outputs in the other order."""
+    return (
+        Rule(f"{source}.weight", f"{target}/kernel", SWAPPED_LINEAR),
+        Rule(f"{source}.bias", f"{target}/bias", SWAPPED),
+    )
+
+
 def fused(source: str, targets: Sequence[str], *, separator: str = ".") -> tuple[Rule, ...]:
     """Linear layers published as one, their outputs in the order of `targets`."""
     weights = (Rule(f"{source}{separator}weight", f"{t}/kernel", LINEAR, i) for i, t in enumerate(targets))
@@ -100,9 +149,19 @@ def fused(source: str, targets: Sequence[str], *, separator: str = ".") -> tuple
     return (*weights, *biases)
 
 
+def joined(source: str, targets: Sequence[str]) -> tuple[Rule, ...]:
+    """Linear layers whose outputs are added, published as one, their inputs in the order of `targets`; no biases."""
+    return tuple(Rule(f"{source}.weight", f"{t}/kernel", LINEAR, i, axis=1) for i, t in enumerate(targets))
+
+
 def conv(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:
     """A 2-D convolution."""
     return _weighted(source, f"{target}/kernel", CONV) + _bias(source, target, bias)
+
+
+def conv3d(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:
+    """A 3-D convolution, time first."""
+    return _weighted(source, f"{target}/kernel", CONV3D) + _bias(source, target, bias)
 
 
 def norm(source: str, target: str, *, bias: bool = False) -> tuple[Rule, ...]:

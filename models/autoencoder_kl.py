@@ -23,6 +23,7 @@ class Config:
     in_channels: int = 3
     out_channels: int = 3
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_block_out_channels: tuple[int, ...] | None = None
     layers_per_block: int = 2
     latent_channels: int = 16
     norm_num_groups: int = 32
@@ -42,6 +43,11 @@ class Config:
     def downscale(self) -> int:
         """Pixels per latent cell along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of the decoder's levels, from the image inwards; as the encoder's unless they are given."""
+        return self.decoder_block_out_channels or self.block_out_channels
 
 
 def encode(
@@ -128,12 +134,12 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        x = conv3x3(c.block_out_channels[-1], "conv_in")(x)
+        x = conv3x3(c.decoder_widths[-1], "conv_in")(x)
         x = MidBlock(c.norm_num_groups, name="mid")(x)
-        for i, channels in enumerate(reversed(c.block_out_channels)):
+        for i, channels in enumerate(reversed(c.decoder_widths)):
             for j in range(c.layers_per_block + 1):
                 x = ResNet(channels, c.norm_num_groups, name=f"up_{i}_resnet_{j}")(x)
-            if i < len(c.block_out_channels) - 1:
+            if i < len(c.decoder_widths) - 1:
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = conv3x3(channels, f"up_{i}_upsample")(x)
         x = jax.nn.silu(group_norm(c.norm_num_groups, "norm_out")(x))

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention
@@ -50,30 +51,43 @@ class Tower:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Both towers and the shared space."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text tower by itself."""
 
     text: Tower
-    vision: Tower
-    projection_dim: int
     vocab_size: int = 49408
     max_length: int = 77
     eos_token_id: int = 2
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "TextConfig":
+        """Reads the `config.json` of a text tower, or the `text_config` of a CLIP's."""
+        return cls(
+            text=Tower.from_json(config),
+            vocab_size=config.get("vocab_size", 49408),
+            max_length=config.get("max_position_embeddings", 77),
+            eos_token_id=config.get("eos_token_id", 2),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(TextConfig):
+    """Both towers and the shared space."""
+
+    vision: Tower
+    projection_dim: int
     image_size: int = 224
     patch_size: int = 14
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
         """Reads a CLIP `config.json`."""
-        text, vision = config["text_config"], config["vision_config"]
+        vision = config["vision_config"]
         return cls(
-            text=Tower.from_json(text),
+            **vars(TextConfig.from_json(config["text_config"])),
             vision=Tower.from_json(vision),
             projection_dim=config["projection_dim"],
-            vocab_size=text.get("vocab_size", 49408),
-            max_length=text.get("max_position_embeddings", 77),
-            eos_token_id=text.get("eos_token_id", 2),
             image_size=vision.get("image_size", 224),
             patch_size=vision.get("patch_size", 32),
         )
@@ -95,6 +109,14 @@ class Config:
         )
 
 
+def text_state(params: Any, config: TextConfig, token_ids: Int[Array | np.ndarray, "b l"]) -> Float[Array, "b d"]:
+    """Final state at the end token `[B, hidden_size]` of `token_ids [B, L]`; `params` are those of `init_text`.
+
+    Reference: the `pooler_output` of transformers `CLIPTextModel`; no projection follows.
+    """
+    return TextTower(config).apply({"params": params}, token_ids)
+
+
 def embed_text(params: Any, config: Config, token_ids: Int[Array, "b l"]) -> Float[Array, "b d"]:
     """L2-normalised embeddings, float32 `[B, projection_dim]`, of `token_ids [B, L]` padded after the end token."""
     return _normalise(CLIP(config).apply({"params": params}, token_ids, method="text_features"))
@@ -114,6 +136,11 @@ def init(key: jax.Array, config: Config) -> Any:
     """Random params, for training and for abstract shapes."""
     pixels = jnp.zeros((1, config.image_size, config.image_size, 3))
     return CLIP(config).init(key, pixels, jnp.zeros((1, config.max_length), jnp.int32))["params"]
+
+
+def init_text(key: jax.Array, config: TextConfig) -> Any:
+    """Random params of the text tower by itself."""
+    return TextTower(config).init(key, jnp.zeros((1, config.max_length), jnp.int32))["params"]
 
 
 class CLIP(nn.Module):
@@ -161,7 +188,7 @@ class VisionTower(nn.Module):
 class TextTower(nn.Module):
     """Causal tower; the state at the end token."""
 
-    config: Config
+    config: TextConfig
 
     @nn.compact
     def __call__(self, token_ids):

@@ -3,6 +3,7 @@
 Activations run in the dtype of the weights; norms, embeddings of time and rotary positions compute in float32.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -25,15 +26,16 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU feed-forward, `w2(silu(w1 x) * w3 x)`, without biases."""
+    """Gated feed-forward, `w2(act(w1 x) * w3 x)`, without biases; SwiGLU unless told otherwise."""
 
     hidden_dim: int
+    act: Callable[[jax.Array], jax.Array] = jax.nn.silu
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = nn.Dense(self.hidden_dim, use_bias=False, name="w1")(x)
         value = nn.Dense(self.hidden_dim, use_bias=False, name="w3")(x)
-        return nn.Dense(x.shape[-1], use_bias=False, name="w2")(jax.nn.silu(gate) * value)
+        return nn.Dense(x.shape[-1], use_bias=False, name="w2")(self.act(gate) * value)
 
 
 class TimeEmbedder(nn.Module):
@@ -67,6 +69,12 @@ def timestep_embedding(timestep: jax.Array, dim: int = 256, max_period: float = 
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timestep.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` as float32 with the precision of `dtype`; compilers may skip a conversion there and back, but not this."""
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
 
 
 def stack(block: type[nn.Module], length: int) -> type[nn.Module]:

@@ -11,12 +11,61 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import RMSNorm, layer_norm
 
 NORM_EPS = 1e-6
+# How time and guidance are multiplied by 1000: in float32, or in the dtype of the weights as the references do.
+ROUNDINGS = ("exact", "reference")
+
+# Of stacked joint blocks: heads and feed-forward widths are split over the model axis of a mesh.
+JOINT_PARTITION = (
+    (r".*/attention/(to_[qkv]|add_[qkv]_proj)/kernel", P(None, None, "model")),
+    (r".*/attention/(to_[qkv]|add_[qkv]_proj)/bias", P(None, "model")),
+    (r".*/attention/to_(add_)?out/kernel", P(None, "model", None)),
+    (r".*/(image|text)_mlp/linear_1/kernel", P(None, None, "model")),
+    (r".*/(image|text)_mlp/linear_1/bias", P(None, "model")),
+    (r".*/(image|text)_mlp/linear_2/kernel", P(None, "model", None)),
+    # Over its inputs, so that every device has its few outputs whole; split, they would split the tokens' channels.
+    (r".*/(image|text)_modulation/linear/kernel", P(None, "model", None)),
+    (r".*/(image|text)_(modulation/linear|mlp/linear_2)/bias|.*/attention/(to_(add_)?out/bias|norm_\w+/scale)", P()),
+)
+
+
+class JointBlock(nn.Module):
+    """One layer: joint attention, then a GELU feed-forward of each stream; both streams modulated and gated."""
+
+    heads: int
+    head_dim: int
+
+    @nn.compact
+    def __call__(self, streams, vector, cos, sin, text_lengths=None):
+        """Takes and gives `(image [B, S, D], text [B, L, D])`; `vector [B, D]` conditions both."""
+        image, text = streams
+        dim = image.shape[-1]
+        i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = Modulation(dim, 6, name="image_modulation")(vector)
+        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = Modulation(dim, 6, name="text_modulation")(vector)
+
+        attention = JointAttention(self.heads, self.head_dim, name="attention")
+        image_normed, text_normed = modulate(image, i_shift1, i_scale1), modulate(text, t_shift1, t_scale1)
+        image_out, text_out = attention(image_normed, text_normed, cos, sin, text_lengths)
+        image, text = image + i_gate1 * image_out, text + t_gate1 * text_out
+
+        image = image + i_gate2 * MLP(name="image_mlp")(modulate(image, i_shift2, i_scale2))
+        text = text + t_gate2 * MLP(name="text_mlp")(modulate(text, t_shift2, t_scale2))
+        return (image, text), None
+
+
+class MLP(nn.Module):
+    """Feed-forward four times as wide as its input, with the tanh approximation of GELU."""
+
+    @nn.compact
+    def __call__(self, x):
+        hidden = jax.nn.gelu(nn.Dense(4 * x.shape[-1], name="linear_1")(x), approximate=True)
+        return nn.Dense(x.shape[-1], name="linear_2")(hidden)
 
 
 class JointAttention(nn.Module):
@@ -76,6 +125,19 @@ class ModulatedOutput(nn.Module):
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """LayerNorm without affine parameters, then `x * (1 + scale) + shift`."""
     return layer_norm(x, NORM_EPS) * (1 + scale) + shift
+
+
+def thousandfold(
+    sigma: Float[Array, " b"], guidance: Float[Array, " b"], dtype: Any
+) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Time and guidance times 1000, in float32, rounded on the way as the references' pipelines do in `dtype`."""
+    kind = jnp.finfo(dtype)
+
+    def rounded(x):  # compilers may skip a conversion there and back, but not this
+        return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+
+    time = rounded(1000 * rounded(rounded(1000 * sigma.astype(jnp.float32)) / 1000))
+    return time, rounded(1000 * rounded(guidance.astype(jnp.float32)))
 
 
 def axes_rope(

@@ -50,6 +50,7 @@ def search_many(
     report: engine.Report = None,
     prompts_at_once: int = 1,
     mesh: str | Mesh | None = None,
+    load: Mapping[str, Any] | None = None,
     resume: bool = False,
     process_id: int | None = None,
     num_processes: int | None = None,
@@ -66,6 +67,7 @@ def search_many(
       model, reward, report: as in `search`.
       prompts_at_once: how many prompts are searched in one compiled call.
       mesh: of the devices of this process, as in `search`.
+      load: what else `load_pipeline` takes, as in `search`.
       resume: save every search after each generation, so that a kill does not cost the one at hand either.
       process_id, num_processes: this process's place among many, each called with the same arguments; None takes that
         in `jax.distributed`.
@@ -96,7 +98,7 @@ def search_many(
     work = None
     if any(row.error is None for row in pending):
         mesh = partition.parse_mesh(mesh, jax.local_devices())
-        pipeline, reward = engine.load(model, reward, report, mesh)
+        pipeline, reward = engine.load_models(model, reward, report, {"mesh": mesh, **(load or {})})
         config.resolve(pipeline)
         prompts_at_once = 1 if reward.one_prompt_at_a_time else prompts_at_once
         work = _Work(run, pipeline, reward, config, resume)

@@ -1,15 +1,18 @@
-"""The shell: `ses-jax search`, `batch`, `generate` and `models`; the same as the Python API."""
+"""The shell: `ses-jax search`, `batch`, `generate`, `plan` and `models`; the same as the Python API."""
 
 import dataclasses
 import functools
 import importlib
 import os
 import sys
+from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+Text = Annotated[str, tyro.conf.Positional]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
 File = Annotated[Path, tyro.conf.Positional]
 Flat = tyro.conf.OmitArgPrefixes  # its fields are options as they are
@@ -27,7 +30,7 @@ class Settings:
         budget: candidates to score.
         preview_steps: denoising steps of a candidate.
         steps: denoising steps of the final image.
-        guidance: guidance scale, in the model's own convention.
+        guidance: guidance scale, in the model's own convention, or its own options such as "scale=3.5,true_cfg=4".
         negative_prompt: what to steer away from, where guidance is on.
         height: of the image, in pixels.
         width: of the image, in pixels.
@@ -40,6 +43,8 @@ class Settings:
         standardize: give the parts of a mixture the same spread before they are summed.
         prompts_at_once: prompts searched in one compiled call.
         mesh: devices to spread over, such as "data=4,model=2".
+        offload_text_encoder: keep weights in host memory, and the text encoders off the device while it makes images.
+        option: the model family's own options for loading, such as "band=unpacked".
         resume: save the search after every generation, and go on from there.
         progress: show a progress bar.
     """
@@ -50,7 +55,7 @@ class Settings:
     budget: int = 50
     preview_steps: int | None = None
     steps: int | None = None
-    guidance: float | None = None
+    guidance: str | None = None
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -63,14 +68,23 @@ class Settings:
     standardize: bool = True
     prompts_at_once: int = 1
     mesh: str | None = None
+    offload_text_encoder: bool = False
+    option: tuple[str, ...] = ()
     resume: bool = False
     progress: bool = True
 
     def arguments(self) -> dict[str, Any]:
         """The same as arguments of `ses_jax.search`."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        reward = None if self.reward is None else _parse_reward(self.reward)
-        return fields | {"reward": reward, "report": {_parse_part(name): 1.0 for name in self.report} or None}
+        load = _parse_options(fields.pop("option"))
+        if fields.pop("offload_text_encoder"):
+            load["offload_text_encoder"] = True
+        return fields | {
+            "reward": None if self.reward is None else _parse_reward(self.reward),
+            "report": {_parse_part(name): 1.0 for name in self.report} or None,
+            "guidance": _parse_guidance(self.guidance),
+            "load": load,
+        }
 
 
 def search(prompts: Texts, /, settings: Flat[Settings], out: Path = Path("ses_out")) -> None:
@@ -146,11 +160,14 @@ def generate(
     /,
     model: str = "demo",
     steps: int | None = None,
-    guidance: float | None = None,
+    guidance: str | None = None,
     negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
+    mesh: str | None = None,
+    offload_text_encoder: bool = False,
+    option: tuple[str, ...] = (),
     out: Path = Path("ses_out"),
 ) -> None:
     """Render one image a prompt, without a search.
@@ -159,14 +176,20 @@ def generate(
         prompts: one or more prompts.
         model: "demo", a folder, or a Hugging Face id.
         steps: denoising steps.
-        guidance: guidance scale, in the model's own convention.
+        guidance: guidance scale, in the model's own convention, or its own options such as "scale=3.5,true_cfg=4".
         negative_prompt: what to steer away from, where guidance is on.
         height: of the image, in pixels.
         width: of the image, in pixels.
         seed: of all random draws.
+        mesh: devices to spread over, such as "data=4,model=2".
+        offload_text_encoder: keep weights in host memory, and the text encoders off the device while it makes images.
+        option: the model family's own options for loading, such as "band=unpacked".
         out: folder for the images 000.png, 001.png, ...
     """
-    settings = {name: value for name, value in locals().items() if name not in ("prompts", "model", "out")}
+    own = ("prompts", "model", "out", "option", "offload_text_encoder")
+    settings = {name: value for name, value in locals().items() if name not in (*own, "own")}
+    load = _parse_options(option) | ({"offload_text_encoder": True} if offload_text_encoder else {})
+    settings |= {"guidance": _parse_guidance(guidance), "load": load}
     import numpy as np
 
     import ses_jax
@@ -179,13 +202,60 @@ def generate(
         print(path)
 
 
+def plan(
+    model: Text,
+    /,
+    height: int | None = None,
+    width: int | None = None,
+    population: int = 10,
+    budget: int = 50,
+    preview_steps: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    tokens: int = 128,
+    chunk: int | None = None,
+    device: str = "h200",
+    mesh: str = "data=1,model=1",
+    offload_text_encoder: bool = False,
+    utilization: float = 0.4,
+    json: bool = False,
+) -> int:
+    """Say what a search needs and how long it takes, without weights or the device; exit status 1 if it doesn't fit.
+
+    Args:
+        model: Hugging Face id of a published model.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        population: candidates per generation.
+        budget: candidates to score.
+        preview_steps: denoising steps of a candidate.
+        steps: denoising steps of the final image.
+        guidance: guidance scale, in the model's own convention.
+        tokens: length of the prompt.
+        chunk: candidates denoised at a time; as many as fit by default.
+        device: h200, h100, b200, a100-80, a100-40, 4090, 5090, v4, v5e, v5p or v6e.
+        mesh: how many devices share the candidates and how many the weights, such as data=1,model=8.
+        offload_text_encoder: text encoders leave the device before the other networks come.
+        utilization: share of the device's peak that the networks reach.
+        json: print JSON instead of a table.
+    """
+    settings = {name: value for name, value in locals().items() if name not in ("model", "json")}
+    import ses_jax
+
+    planned = ses_jax.plan(model, **settings)
+    print(dumps(planned.as_json(), indent=2) if json else planned)
+    return 0 if planned.fits else 1
+
+
 def models() -> None:
     """List the supported models and rewards, and what each was verified with."""
     from ses_jax.pipelines import FAMILIES
     from ses_jax.scorers import KINDS
 
     rows = [
-        (model.source, model.defaults, model.verified) for family in FAMILIES.values() for model in family.PUBLISHED
+        (model.source, model.defaults, model.verified)
+        for family in dict.fromkeys(FAMILIES.values())
+        for model in family.PUBLISHED
     ]
     rows += [(kind.source, f"--reward {name}", kind.verified) for name, kind in KINDS.items()]
     for source, use, verified in rows:
@@ -195,7 +265,7 @@ def models() -> None:
 def main(args: list[str] | None = None) -> int:
     """Runs the command line; bad input is one line on stderr and exit status 2."""
     _keep_compiled_programs()
-    commands = {"search": search, "batch": batch, "generate": generate, "models": models}
+    commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "models": models}
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", args=args)
     except (ValueError, OSError) as error:
@@ -225,6 +295,27 @@ def _parse_reward(text: str) -> Any:
     except ValueError:
         raise ValueError(f"--reward {text}: expected a name, or weights such as pick=1,hps=0.5") from None
     return {_parse_part(name): weight for name, weight in weights}
+
+
+def _parse_guidance(text: str | None) -> Any:
+    """`"4"` as a number, `"scale=3.5,true_cfg=4"` as a mapping."""
+    try:
+        if text is None or "=" not in text:
+            return None if text is None else float(text)
+        return {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f"--guidance {text}: expected a number, or options such as scale=3.5,true_cfg=4") from None
+
+
+def _parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """`["band=unpacked", "max_tokens=256"]` as a mapping; what looks like a whole number is one."""
+    parsed = {}
+    for option in options:
+        name, separator, value = option.partition("=")
+        if not separator:
+            raise ValueError(f"--option {option}: expected NAME=VALUE")
+        parsed[name] = int(value) if value.isdecimal() else value
+    return parsed
 
 
 def _parse_part(name: str) -> Any:

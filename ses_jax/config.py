@@ -23,7 +23,7 @@ class SearchConfig:
       population: candidates per generation.
       elites: how many of the best candidates shape the next generation.
       wavelet: name in PyWavelets; level: how deep the low band lies.
-      chunk: candidates denoised at a time; None is all of a generation.
+      chunk: candidates denoised at a time; None is all of a generation, or as many of them as fit on the device.
       standardize: whether a mixture's parts are standardised, per prompt over all candidates so far, before they are
         summed; False is the plain weighted sum.
     """

@@ -7,7 +7,7 @@ seed -> noise -> split -> ask -> merge -> denoise -> decode -> reward -> tell ->
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ __all__ = [
     "check_rewards",
     "check_running",
     "generate",
-    "load",
+    "load_models",
     "prompt_keys",
     "resolve_reward",
     "search",
@@ -63,6 +63,7 @@ def search(
     standardize: bool = True,
     prompts_at_once: int = 1,
     mesh: str | Mesh | None = None,
+    load: Mapping[str, Any] | None = None,
     resume: bool = False,
     out: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -80,6 +81,7 @@ def search(
       prompts_at_once: how many prompts of a list are searched in one compiled call. Results do not depend on it.
       mesh: devices to spread over, such as "data=4,model=2", see `partition.parse_mesh`; None is the loaded pipeline's
         own, or the default device.
+      load: what else `load_pipeline` takes, such as {"offload_text_encoder": True}; only where `model` is a name.
       resume: save the search in `out` after every generation, and go on from there if it holds an unfinished one.
       out: folder to save to: one prompt's result in it, or those of a list in its subfolders `000`, `001`, ...
       progress: whether to show a progress bar.
@@ -112,7 +114,7 @@ def search(
     check_running(prompts_at_once, resume, out)
     report = check_rewards(reward, report)
     folder = None if out is None else writable_folder(out)
-    pipeline, reward = load(model, reward, report, mesh)
+    pipeline, reward = load_models(model, reward, report, {"mesh": mesh, **(load or {})})
     config = config.resolve(pipeline)
 
     results: list[SearchResult] = []
@@ -150,6 +152,7 @@ def generate(
     width: int | None = None,
     chunk: int | None = None,
     mesh: str | Mesh | None = None,
+    load: Mapping[str, Any] | None = None,
 ) -> Float[Array, "b H W 3"]:
     """Renders one image a prompt, without a search.
 
@@ -159,7 +162,7 @@ def generate(
       noise: `[B, C, h, w]` initial noise; None draws the noise that `search` starts from with the same seed.
       seed, steps, guidance, negative_prompt, height, width: as in `SearchConfig`; None is the model's default.
       chunk: images made at a time; None is all.
-      mesh: as in `search`.
+      mesh, load: as in `search`.
 
     Returns:
       Images `[B, H, W, 3]` in [0, 1].
@@ -172,7 +175,7 @@ def generate(
         steps=steps, guidance=guidance, negative_prompt=negative_prompt, height=height, width=width, chunk=chunk
     )
     config.check()
-    pipeline = _pipeline(pipeline, mesh)
+    pipeline = _pipeline(pipeline, mesh, **(load or {}))
     config = config.with_defaults(pipeline)
     size = config.height, config.width
     check_size(pipeline, *size)
@@ -196,11 +199,18 @@ def check_rewards(reward: RewardSpec | Reward | None, report: Report) -> RewardS
     return report
 
 
-def load(
-    model: str | Pipeline, reward: RewardSpec | Reward | None, report: RewardSpec | Reward | None, mesh: Any
+def load_models(
+    model: str | Pipeline,
+    reward: RewardSpec | Reward | None,
+    report: RewardSpec | Reward | None,
+    options: Mapping[str, Any],
 ) -> tuple[Pipeline, Reward]:
-    """The loaded pipeline and the reward with its reported parts, from arguments of `search` that were checked."""
-    pipeline = _pipeline(model, mesh)
+    """The loaded pipeline and the reward with its reported parts, from arguments of `search` that were checked.
+
+    Raises:
+      ValueError: for a broken checkpoint, and for options that a pipeline which is loaded already can't have.
+    """
+    pipeline = _pipeline(model, **options)
     reward = resolve_reward(pipeline.defaults.reward if reward is None else reward, pipeline)
     if report is not None:
         reward = rewards.with_report(reward, resolve_reward(report, pipeline))
@@ -215,14 +225,12 @@ def resolve_reward(reward: RewardSpec | Reward, pipeline: Pipeline) -> Reward:
     return rewards.load_reward(reward, source={"clip": own} if own.exists() else None)
 
 
-def _pipeline(model: str | Pipeline, mesh: str | Mesh | None) -> Pipeline:
-    """The loaded pipeline.
-
-    Raises:
-      ValueError: for a loaded pipeline on other devices than those asked for.
-    """
+def _pipeline(model: str | Pipeline, mesh: str | Mesh | None = None, **options: Any) -> Pipeline:
+    """The loaded pipeline; raises ValueError for one on other devices than those asked for, or with options."""
     if not isinstance(model, Pipeline):
-        return load_pipeline(model, mesh=mesh)
+        return load_pipeline(model, mesh=mesh, **options)
+    if options:
+        raise ValueError(f"load={options} has no effect on a loaded pipeline; pass it to load_pipeline")
     if mesh is not None and partition.parse_mesh(mesh) != model.mesh:
         raise ValueError(
             f"the pipeline lies on {model.mesh}, not on mesh {mesh!r}; load it with load_pipeline(mesh=...)"

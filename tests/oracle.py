@@ -457,7 +457,7 @@ def bert_tokenizer(folder: Path) -> BertTokenizer:
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level stand-in with Qwen's special tokens; pads on the right."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_tokenizer(QWEN_SPECIALS),
+        tokenizer_object=byte_tokenizer(QWEN_SPECIALS),
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         padding_side="right",
@@ -468,7 +468,7 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
 
 def clip_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level stand-in with CLIP's special tokens; the end token is the largest id, as in the published one."""
-    tokenizer = _byte_tokenizer((CLIP_START, CLIP_END))
+    tokenizer = byte_tokenizer((CLIP_START, CLIP_END))
     ends = [(token, tokenizer.token_to_id(token)) for token in (CLIP_START, CLIP_END)]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{CLIP_START} $A {CLIP_END}", special_tokens=ends)
     return PreTrainedTokenizerFast(
@@ -480,7 +480,7 @@ def clip_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_tokenizer(specials: tuple[str, ...]) -> Tokenizer:
+def byte_tokenizer(specials: tuple[str, ...]) -> Tokenizer:
     """One token a byte, then the special tokens."""
     vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import oracle_flux1
 import pytest
 import torch
 
 from ses_jax import hub
-from ses_jax.convert.clip import COMPONENT
+from ses_jax.convert.clip import COMPONENT, TEXT_COMPONENT
 from ses_jax.models import clip
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
@@ -80,6 +81,23 @@ def test_similarity_equals_the_reference(networks):
     text, images = embed_text(params, config, ids.astype(np.int32)), embed_image(params, config, pixels)
     ours = clip.logit_scale(params) * images @ text.T
     np.testing.assert_allclose(ours, output.logits_per_image.numpy(), rtol=1e-4, atol=2e-5 * clip.logit_scale(params))
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.1])
+@pytest.mark.parametrize(("act", "eos_token_id"), [("quick_gelu", 2), ("gelu", 257)])
+def test_the_text_tower_alone_equals_the_reference(act, eos_token_id, gain, tmp_path):
+    sizes = oracle_flux1.Flux1Sizes(clip_layers=3, gain=gain)
+    reference = oracle_flux1.clip_text(sizes, act=act, eos_token_id=eos_token_id)
+    reference.save_pretrained(tmp_path)
+    config, params = hub.load_component(tmp_path, TEXT_COMPONENT, dtype=jnp.float32)
+    tokenizer = oracle.clip_tokenizer()
+    ids = tokenizer(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="np")["input_ids"]
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(ids)).pooler_output.numpy()
+    assert np.abs(expected[0] - expected[1]).max() > 2e-3
+    scale = min(1.0, expected.std())
+    ours = jax.jit(clip.text_state, static_argnums=1)(params, config, ids.astype(np.int32))
+    np.testing.assert_allclose(ours / scale, expected / scale, **TOLERANCE)
 
 
 def test_unknown_activation_is_refused():

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 
@@ -36,7 +37,7 @@ def abstract_params(dtype):
 def tokens(guided):
     ids, lengths = np.zeros((1, 64), np.int32), np.array([40], np.int32)
     guidance = {name: np.ones(1, np.float32) for name in family.GUIDANCE_OFF}
-    return family.Tokens(ids, lengths, ids if guided else None, lengths if guided else None, guidance)
+    return base.GuidedTokens(ids, lengths, ids if guided else None, lengths if guided else None, guidance)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (832, 1216)])
@@ -93,16 +94,7 @@ def test_activations_run_in_the_dtype_of_the_weights():
         sigma=jax.ShapeDtypeStruct((2,), jnp.float32),
         caption=caption,
     )
-    products = [eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    products = jaxprs.products(jaxpr.jaxpr)
     assert len(products) > 10
     for equation in products:
         assert all(operand.aval.dtype == jnp.bfloat16 for operand in equation.invars), equation
-
-
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)

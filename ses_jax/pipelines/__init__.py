@@ -12,12 +12,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ses_jax import hub, partition
-from ses_jax.pipelines import z_image
+from ses_jax.pipelines import flux1, flux2, qwen_image, z_image
 from ses_jax.pipelines.base import Defaults, Guidance, Parts, Pipeline, Published
 
 __all__ = ["FAMILIES", "Defaults", "Guidance", "Pipeline", "abstract_pipeline", "load_pipeline"]
 
-FAMILIES: dict[str, ModuleType] = {"ZImagePipeline": z_image}
+FAMILIES: dict[str, ModuleType] = {
+    "ZImagePipeline": z_image,
+    "FluxPipeline": flux1,
+    "Flux2Pipeline": flux2,
+    "Flux2KleinPipeline": flux2,
+    "QwenImagePipeline": qwen_image,
+}
 
 
 def load_pipeline(

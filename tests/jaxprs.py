@@ -1,0 +1,17 @@
+"""Looking into traced programs."""
+
+import jax
+
+
+def products(jaxpr):
+    """Every matrix product of a program, those inside its loops and calls included."""
+    return [equation for equation in _equations(jaxpr) if equation.primitive.name == "dot_general"]
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)

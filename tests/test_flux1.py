@@ -1,0 +1,186 @@
+"""FLUX.1's transformer against diffusers."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle_flux1
+import pytest
+import torch
+from diffusers import FluxPipeline
+from oracle_flux1 import Flux1Sizes
+
+from ses_jax import hub
+from ses_jax.convert.flux1 import COMPONENT
+from ses_jax.models import flux1, mmdit
+
+TOLERANCE = {"atol": 5e-5, "rtol": 5e-5}
+SIZES = {
+    "dev": Flux1Sizes(),
+    "schnell": Flux1Sizes(guidance_embeds=False, layers=1, single_layers=3),
+    "wide": Flux1Sizes(heads=3, head_dim=24, axes_dims=(8, 8, 8), layers=1, single_layers=1, t5_width=20),
+    "deep": Flux1Sizes(heads=2, head_dim=8, axes_dims=(2, 2, 4), layers=4, single_layers=5, clip_width=16),
+    "faint": Flux1Sizes(gain=0.05, layers=1, single_layers=1),
+    "faint matrices": Flux1Sizes(matrix_gain=0.02, layers=1, single_layers=1),
+}
+# Latent height and width, text tokens, sigmas.
+SQUARE = ((16, 16), 40, (0.9, 0.3))
+WIDE = ((4, 22), 7, (1.0, 0.0, 0.5))
+TALL = ((14, 6), 1, (0.77,))
+CASES = {
+    **{f"dev, {name}": ("dev", case) for name, case in {"square": SQUARE, "wide": WIDE, "tall": TALL}.items()},
+    "schnell, square": ("schnell", SQUARE),
+    **{name: (name, WIDE) for name in SIZES if name != "dev"},
+}
+run = jax.jit(flux1.velocity, static_argnums=1)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """By name: the reference, and ours loaded from what the reference saved."""
+
+    @functools.cache
+    def build(name):
+        reference = oracle_flux1.flux1(SIZES[name], seed=len(name))
+        folder = tmp_path_factory.mktemp("transformer")
+        reference.save_pretrained(folder)
+        return reference, *hub.load_component(folder, COMPONENT, dtype=jnp.float32)
+
+    return build
+
+
+def draw(config, size, length, batch, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (config.latent_channels, *size), (length, config.joint_attention_dim), (config.pooled_projection_dim,)
+    latents, features, pooled = (rng.standard_normal((batch, *shape)).astype(np.float32) for shape in shapes)
+    return latents, flux1.Prompt(features, pooled), np.linspace(1.0, 3.5, batch).astype(np.float32)
+
+
+def reference_velocity(reference, latents, sigmas, prompt, guidance):
+    """The reference packs and numbers tokens in its pipeline."""
+    batch, channels, height, width = latents.shape
+    ids = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32)
+    with torch.no_grad():
+        out = reference(
+            hidden_states=FluxPipeline._pack_latents(torch.from_numpy(latents), batch, channels, height, width),
+            encoder_hidden_states=torch.from_numpy(prompt.features),
+            pooled_projections=torch.from_numpy(prompt.pooled),
+            timestep=torch.from_numpy(sigmas),
+            guidance=torch.from_numpy(guidance) if reference.config.guidance_embeds else None,
+            img_ids=ids,
+            txt_ids=torch.zeros(prompt.features.shape[1], 3),
+            return_dict=False,
+        )[0]
+    return FluxPipeline._unpack_latents(out, height * 8, width * 8, 8).numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_velocity_equals_the_reference(networks, case):
+    name, (size, length, sigmas) = CASES[case]
+    reference, config, params = networks(name)
+    latents, prompt, guidance = draw(config, size, length, len(sigmas))
+    expected = reference_velocity(reference, latents, np.float32(sigmas), prompt, guidance)
+    scale = min(1.0, expected.std())
+    ours = run(params, config, latents, np.float32(sigmas), prompt, guidance)
+    np.testing.assert_allclose(ours / scale, expected / scale, **TOLERANCE)
+
+
+@pytest.fixture
+def small(networks):
+    return networks("deep")
+
+
+def test_a_batch_equals_its_members(small):
+    _, config, params = small
+    latents, prompt, guidance = draw(config, (8, 6), 9, 3)
+    sigmas = np.float32([0.6, 0.2, 1.0])
+    together = run(params, config, latents, sigmas, prompt, guidance)
+    for i in range(3):
+        alone = jax.tree.map(lambda x: x[i : i + 1], (latents, sigmas, prompt, guidance))  # noqa: B023 (used at once)
+        np.testing.assert_allclose(run(params, config, *alone)[0], together[i], atol=2e-5)
+
+
+def test_guidance_matters_only_where_it_is_embedded(networks):
+    for name, matters in {"dev": True, "schnell": False}.items():
+        _, config, params = networks(name)
+        latents, prompt, guidance = draw(config, (4, 4), 3, 1)
+        sigma = np.float32([0.5])
+        difference = run(params, config, latents, sigma, prompt, guidance) - run(
+            params, config, latents, sigma, prompt, guidance + 2
+        )
+        assert (np.abs(difference).max() > 1e-3) == matters
+
+
+def reference_thousandfold(sigmas, guidance, dtype):
+    """What reaches the reference's sinusoids: the pipeline's arithmetic, then the network's."""
+    timesteps = (torch.tensor(sigmas) * 1000).to(dtype)  # the scheduler's float32, in the dtype of the latents
+    time = (timesteps / 1000).to(dtype) * 1000
+    scale = torch.full([1], guidance, dtype=torch.float32).expand(len(sigmas)).to(dtype) * 1000
+    return time.float().numpy(), scale.float().numpy()
+
+
+SCHEDULE = np.linspace(1, 0, 57)[:-1].astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("guidance", [3.5, 1.7, 30.0])
+def test_reference_rounding_is_the_references(dtype, guidance):
+    expected = reference_thousandfold(SCHEDULE, guidance, getattr(torch, dtype))
+    rounded = jax.jit(mmdit.thousandfold, static_argnums=2)(
+        SCHEDULE, np.full(len(SCHEDULE), guidance, np.float32), jnp.dtype(dtype)
+    )
+    np.testing.assert_allclose(
+        rounded, expected, rtol=0 if dtype == "bfloat16" else 2e-7 if dtype == "float32" else 1e-3
+    )
+
+
+@pytest.mark.parametrize("rounding", ["exact", "reference"])
+def test_bfloat16_weights_see_the_time_that_is_asked_for(networks, rounding):
+    """In bfloat16 the network equals itself in float32 at the rounded (or exact) time, but for its weights."""
+    _, config, params = networks("dev")
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    embed = jax.jit(
+        lambda c, s, g, pooled: flux1.ConditionEmbedder(c).apply({"params": params["condition"]}, s, g, pooled),
+        static_argnums=0,
+    )
+    pooled = jnp.zeros((1, config.pooled_projection_dim), jnp.bfloat16)
+    seen = embed(
+        dataclasses.replace(config, timestep_rounding=rounding), np.float32([0.9884]), np.float32([3.5]), pooled
+    )
+    time, guidance = {"exact": (988.4, 3500.0), "reference": (988.0, 3504.0)}[rounding]
+    exact = dataclasses.replace(config, timestep_rounding="exact")
+    expected = embed(exact, np.float32([time / 1000]), np.float32([guidance / 1000]), pooled)
+    other = embed(exact, np.float32([1.9764 - time / 1000]), np.float32([7.004 - guidance / 1000]), pooled)
+    error, contrast = (np.linalg.norm(np.float32(seen) - np.float32(x)) for x in (expected, other))
+    assert error < 0.02 * contrast
+
+
+def test_bfloat16_stays_close(small):
+    _, config, params = small
+    latents, prompt, guidance = draw(config, (8, 6), 9, 2)
+    arguments = (latents, np.float32([0.6, 0.2]), prompt, guidance)
+    exact = run(params, config, *arguments)
+    rounded = run(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), config, *arguments)
+    assert rounded.dtype == np.float32
+    assert np.linalg.norm(rounded - exact) < 0.1 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"patch_size": 2}, "patch_size=2"),
+        ({"in_channels": 128, "out_channels": 64}, "out_channels"),
+        ({"in_channels": 6}, "in_channels=6"),
+        ({"attention_head_dim": 64}, "axes_dims_rope"),
+    ],
+)
+def test_unsupported_options_are_refused(change, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        flux1.Config.from_json(change)
+
+
+def test_unknown_rounding_is_refused():
+    with pytest.raises(ValueError, match="timestep_rounding='half' is none of exact, reference"):
+        flux1.Config(timestep_rounding="half")

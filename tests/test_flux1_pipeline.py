@@ -1,0 +1,312 @@
+"""FLUX.1 from prompt to image against diffusers, on tiny random checkpoints in the published layout."""
+
+import jax
+import jax.numpy as jnp
+import jaxprs
+import numpy as np
+import oracle
+import oracle_flux1
+import pytest
+import torch
+from oracle_flux1 import Flux1Sizes
+
+import ses_jax
+from ses_jax import generation
+from ses_jax.pipelines import abstract_pipeline, base, flux1
+
+LONG = "a very detailed painting of " + "many " * 300  # more than 77 and more than 512 tokens
+SHORT = 70
+VARIANTS = {
+    "dev": Flux1Sizes(t5_layers=2, vae_layers=1),
+    "schnell": Flux1Sizes(
+        guidance_embeds=False,
+        heads=3,
+        head_dim=12,
+        axes_dims=(4, 4, 4),
+        layers=1,
+        single_layers=3,
+        clip_width=16,
+        clip_layers=3,
+        t5_width=20,
+        t5_layers=2,
+        vae_widths=(4, 8, 12, 16),
+        vae_layers=1,
+        vae_groups=2,
+    ),
+}
+
+
+def build(name, tmp_path_factory):
+    """The oracle and our pipeline, from the same folder."""
+    reference = oracle_flux1.flux1_pipeline(VARIANTS[name], seed=1)
+    reference.set_progress_bar_config(disable=True)
+    folder = tmp_path_factory.mktemp(name)
+    reference.save_pretrained(folder)
+    return reference, ses_jax.load_pipeline(str(folder))
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory):
+    return build("dev", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def short(dev):
+    """dev with few tokens of T5, where their number is not the point."""
+    reference, pipeline = dev
+    return reference, ses_jax.load_pipeline(str(pipeline.folder), max_tokens=SHORT)
+
+
+@pytest.fixture(scope="module")
+def schnell(tmp_path_factory):
+    return build("schnell", tmp_path_factory)
+
+
+def render_both(pair, prompts, *, size=(64, 64), steps=2, guidance=None, negative=None, max_tokens=512):
+    reference, pipeline = pair
+    noise = np.random.default_rng(5).standard_normal((len(prompts), *pipeline.noise_shape(*size)), np.float32)
+    guidance = pipeline.defaults.guidance if guidance is None else guidance
+    options = dict(guidance) if isinstance(guidance, dict) else {"scale": guidance}
+    with torch.no_grad():
+        expected = reference(
+            prompt=list(prompts),
+            negative_prompt=negative,
+            guidance_scale=options.get("scale", 3.5),
+            true_cfg_scale=options.get("true_cfg", 1.0),
+            num_inference_steps=steps,
+            height=size[0],
+            width=size[1],
+            latents=reference._pack_latents(torch.from_numpy(noise), *noise.shape),
+            max_sequence_length=max_tokens,
+            output_type="pt",
+        ).images.permute(0, 2, 3, 1)
+    settings = {"steps": steps, "guidance": guidance, "negative_prompt": negative}
+    images = ses_jax.generate(pipeline, prompts, noise=noise, height=size[0], width=size[1], **settings)
+    return np.asarray(images), expected.numpy()
+
+
+def assert_same_images(images, expected):
+    difference = np.abs(images - expected)
+    assert expected.std() > 0.05
+    assert difference.max() <= 1e-4
+    assert difference.mean() <= 1e-5
+
+
+RAGGED = ["\u732b \U0001f431 caf\u00e9", "a somewhat longer prompt, of more than thirty-two tokens", ""]
+
+
+def test_dev_from_prompt_to_image(dev):
+    assert_same_images(*render_both(dev, ["a cat", LONG], size=(64, 64)))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "size", "guidance", "negative"),
+    [
+        (RAGGED, (48, 80), 2.0, None),
+        (["a cat"], (32, 32), {"true_cfg": 4.0}, "ugly, blurry"),
+        (["a cat", LONG], (48, 32), {"scale": 2.0, "true_cfg": 2.5}, ""),
+    ],
+    ids=["ragged batch of unicode", "true cfg", "true cfg batch"],
+)
+def test_dev_with_few_tokens(short, prompts, size, guidance, negative):
+    both = render_both(short, prompts, size=size, guidance=guidance, negative=negative, max_tokens=SHORT)
+    assert_same_images(*both)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "size", "steps", "guidance", "negative"),
+    [
+        (["a cat"], (32, 64), 4, None, None),
+        ([*RAGGED, LONG], (48, 80), 1, None, None),
+        (["a cat"], (32, 32), 2, {"true_cfg": 2.0}, "a dog"),
+    ],
+    ids=["plain", "ragged batch", "true cfg"],
+)
+def test_schnell_from_prompt_to_image(schnell, prompts, size, steps, guidance, negative):
+    both = render_both(schnell, prompts, size=size, steps=steps, guidance=guidance, negative=negative, max_tokens=256)
+    assert_same_images(*both)
+
+
+@pytest.mark.parametrize("wrong", [0, 513])
+def test_max_tokens_are_limited(dev, wrong):
+    with pytest.raises(ValueError, match=f"max_tokens={wrong} is not between 1 and 512"):
+        ses_jax.load_pipeline(str(dev[1].folder), max_tokens=wrong)
+
+
+def test_rows_of_a_batch_are_the_images_of_their_prompts(short):
+    _, pipeline = short
+    noise = np.random.default_rng(0).standard_normal((3, *pipeline.noise_shape(48, 80)), np.float32)
+    settings = {"steps": 2, "height": 48, "width": 80}
+    together = ses_jax.generate(pipeline, RAGGED, noise=noise, **settings)
+    for i in (0, 1):
+        alone = ses_jax.generate(pipeline, RAGGED[i : i + 1], noise=noise[i : i + 1], **settings)
+        np.testing.assert_allclose(together[i], alone[0], atol=2e-5)
+
+
+def test_tokens(dev, schnell):
+    _, pipeline = dev
+    tokens = pipeline.tokenize(["a cat", LONG])
+    assert (tokens.positive.clip.shape, tokens.positive.t5.shape) == ((2, 77), (2, 512))
+    assert tokens.negative is None
+    np.testing.assert_array_equal(tokens.guidance["scale"], [3.5, 3.5])
+    assert schnell[1].tokenize(["a"]).positive.t5.shape == (1, 256)
+    # On only if both are there; the empty negative prompt counts.
+    assert pipeline.tokenize(["a"], guidance={"true_cfg": 4.0}).negative is None
+    assert pipeline.tokenize(["a"], guidance=3.5, negative_prompt="").negative is None
+    assert pipeline.tokenize(["a"], guidance={"true_cfg": 1.0}, negative_prompt="").negative is None
+    np.testing.assert_array_equal(
+        pipeline.tokenize(["a"], guidance={"true_cfg": 1.5}, negative_prompt="").negative.t5,
+        pipeline.tokenize([""]).positive.t5,
+    )
+
+
+def test_what_has_no_effect_is_refused(dev, schnell):
+    with pytest.raises(ValueError, match=r"negative_prompt has no effect without guidance=\{'true_cfg': s\}"):
+        dev[1].tokenize(["a"], guidance=3.5, negative_prompt="b")
+    with pytest.raises(ValueError, match=r"unknown guidance options \['rescale'\]; FLUX.1 takes scale, true_cfg"):
+        dev[1].tokenize(["a"], guidance={"rescale": 1.0})
+    with pytest.raises(ValueError, match=r"guidance 3.5 has no effect: FLUX.1-schnell has no such input; pass 0"):
+        schnell[1].tokenize(["a"], guidance=3.5)
+    with pytest.raises(ValueError, match=r"unknown options \['steps'\]; this family takes: max_tokens, timestep_round"):
+        ses_jax.load_pipeline(str(dev[1].folder), steps=3)
+    with pytest.raises(ValueError, match="timestep_rounding='half' is none of exact, reference"):
+        ses_jax.load_pipeline(str(dev[1].folder), timestep_rounding="half")
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28, 50])
+@pytest.mark.parametrize("size", [(1024, 1024), (512, 512), (832, 1216), (2048, 1536), (16, 16)])
+def test_sigmas_equal_the_references(dev, schnell, steps, size):
+    for reference, pipeline in (dev, schnell):
+        scheduler = oracle_flux1.scheduler(reference.transformer.config.guidance_embeds)
+        mu = 0.5 + (size[0] * size[1] // 256 - 256) * (1.15 - 0.5) / (4096 - 256)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        np.testing.assert_allclose(pipeline.sigmas(steps, *size), scheduler.sigmas.numpy(), rtol=3e-7)
+
+
+def test_the_schedule_is_the_checkpoints(dev):
+    _, pipeline = dev
+    parts = base.Parts(pipeline.folder, dict.fromkeys(flux1.COMPONENTS), {}, {}, {})
+    for scheduler, expected in (
+        ({"use_dynamic_shifting": True, "base_shift": 0.2, "max_shift": 2.0}, oracle_sigmas(0.2 + 3840 / 3840 * 1.8)),
+        ({"use_dynamic_shifting": True, "max_image_seq_len": 8192}, oracle_sigmas(0.5 + 0.65 * 3840 / 7936)),
+        ({"shift": 3.0}, 3 * np.linspace(1, 0, 8) / (1 + 2 * np.linspace(1, 0, 8))),
+    ):
+        np.testing.assert_allclose(flux1.sigmas(scheduler, 16, 7, 1024, 1024), expected, rtol=1e-6, atol=1e-7)
+    for wrong in ("use_karras_sigmas", "use_beta_sigmas", "time_shift_type"):
+        with pytest.raises(ValueError, match=f"schedules with {wrong} are not supported"):
+            flux1._checked(parts._replace(scheduler={wrong: "linear"}))
+
+
+def oracle_sigmas(mu):
+    sigmas = np.linspace(1, 0, 8)[:-1]
+    return np.append(np.exp(mu) / (np.exp(mu) + 1 / sigmas - 1), 0)
+
+
+def test_defaults_follow_the_transformer(dev, schnell):
+    assert (dev[1].defaults.steps, dev[1].defaults.guidance) == (28, 3.5)
+    assert (schnell[1].defaults.steps, schnell[1].defaults.preview_steps, schnell[1].defaults.guidance) == (4, 4, 0.0)
+    assert dev[1].size_multiple == 16
+    assert dev[1].noise_shape(1024, 512) == (16, 128, 64)
+
+
+def test_encode_and_velocity_use_only_their_own_params(dev):
+    """So that either half of the weights may be away from the device."""
+    _, pipeline = dev
+    text, image = pipeline.text_params(pipeline.params), pipeline.image_params(pipeline.params)
+    assert sorted([*text, *image]) == sorted(pipeline.params)
+    tokens = pipeline.tokenize(["a"], guidance={"true_cfg": 2.0}, negative_prompt="")
+    condition = jax.eval_shape(pipeline.encode, text, tokens)
+    latents = jnp.zeros((1, *pipeline.noise_shape(32, 32)))
+    assert jax.eval_shape(pipeline.velocity, image, latents, jnp.ones(1), condition).shape == latents.shape
+    assert jax.eval_shape(pipeline.decode, image, latents).shape == (1, 32, 32, 3)
+
+
+def test_bfloat16_weights_run_and_stay_close(short):
+    _, exact = short
+    rough = ses_jax.load_pipeline(str(exact.folder), dtype=jnp.bfloat16, max_tokens=SHORT)
+    assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
+    images = [np.asarray(ses_jax.generate(p, "a cat", height=32, width=32, steps=2)) for p in (exact, rough)]
+    assert images[1].dtype == np.float32
+    assert np.isfinite(images[1]).all()
+    assert np.abs(images[0] - images[1]).mean() < 0.1 < images[0].std()
+
+
+def test_rounding_makes_no_difference_to_float32_weights(short):
+    _, pipeline = short
+    other = ses_jax.load_pipeline(str(pipeline.folder), max_tokens=SHORT, timestep_rounding="reference")
+    images = [ses_jax.generate(p, "a cat", height=32, width=32, steps=2) for p in (pipeline, other)]
+    np.testing.assert_allclose(*images, atol=1e-4)
+
+
+def test_a_search_runs_with_a_clip_reward(short, tmp_path):
+    """Three prompts, the shortest and the longest; one program serves all."""
+    _, pipeline = short
+    oracle.save_clip(tmp_path, oracle.clip())
+    settings = {"guidance": {"true_cfg": 2.0}, "negative_prompt": "a dog", "height": 32, "width": 32, "steps": 2}
+    before = generation.generation_step._cache_size()
+    results = ses_jax.search(
+        ["a cat", "", LONG], model=pipeline, reward=ses_jax.load_reward("clip", source=str(tmp_path)), budget=5,
+        population=4, elites=2, level=1, preview_steps=2, progress=False, **settings,
+    )  # fmt: skip
+    for result in results:
+        scores = [row["score"] for row in result.history]
+        assert len(scores) == 5
+        assert result.score == max(scores) > min(scores)
+        assert result.image.size == (32, 32)
+    # Five candidates in generations of four: the last generation is a program of its own at most.
+    assert generation.generation_step._cache_size() - before <= 2
+    again = ses_jax.generate(pipeline, LONG, noise=results[2].noise[None], **settings)
+    np.testing.assert_allclose(np.asarray(results[2].image) / 255, again[0], atol=0.5 / 255 + 1e-4)
+
+
+def test_the_text_encoders_may_leave_the_device(short):
+    _, pipeline = short
+    away = ses_jax.load_pipeline(str(pipeline.folder), max_tokens=SHORT, offload_text_encoder=True)
+    settings = {"steps": 2, "height": 32, "width": 32}
+    images = [ses_jax.generate(p, "a cat", **settings) for p in (pipeline, away)]
+    np.testing.assert_array_equal(*images)
+
+
+def test_a_mesh_changes_no_image(short):
+    _, pipeline = short
+    split = ses_jax.load_pipeline(str(pipeline.folder), max_tokens=SHORT, mesh="data=4,model=2")
+    kernel = split.params["transformer"]["single_blocks"]["mlp_in"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 2
+    images = [ses_jax.generate(p, "a cat", steps=2, height=32, width=32) for p in (pipeline, split)]
+    np.testing.assert_allclose(*images, atol=2e-5)
+
+
+PUBLISHED = {"black-forest-labs/FLUX.1-dev": 512, "black-forest-labs/FLUX.1-schnell": 256}
+
+
+@pytest.mark.parametrize("source", PUBLISHED)
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "true cfg"])
+def test_published_sizes_trace(source, guided):
+    """The whole pipeline at 1024 x 1024, without allocating a weight, and with every product in bfloat16."""
+    pipeline = abstract_pipeline(source)
+    batch = 2
+    tokens = pipeline.blank_tokens(batch, 20, guidance={"true_cfg": 4.0} if guided else None)
+    condition = jax.eval_shape(pipeline.encode, pipeline.text_params(pipeline.params), tokens)
+    assert condition.positive.features.shape == (batch, PUBLISHED[source], 4096)
+    assert condition.positive.pooled.shape == (batch, 768)
+    assert (condition.negative is not None) == guided
+    latents = jax.ShapeDtypeStruct((batch, *pipeline.noise_shape(1024, 1024)), jnp.float32)
+    assert latents.shape == (batch, 16, 128, 128)
+    params, sigma = pipeline.image_params(pipeline.params), jax.ShapeDtypeStruct((batch,), jnp.float32)
+    out = jax.eval_shape(pipeline.velocity, params, latents, sigma, condition)
+    assert (out.shape, out.dtype) == (latents.shape, latents.dtype)
+    images = jax.eval_shape(pipeline.decode, params, latents)
+    assert (images.shape, images.dtype) == ((batch, 1024, 1024, 3), jnp.float32)
+    products = jaxprs.products(jax.make_jaxpr(pipeline.velocity)(params, latents, sigma, condition).jaxpr)
+    assert len(products) > 20
+    assert all(operand.aval.dtype == jnp.bfloat16 for equation in products for operand in equation.invars)
+
+
+def test_published_sizes_are_those_of_the_headers():
+    sizes = {source: abstract_pipeline(source).params for source in PUBLISHED}
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(params["transformer"])) for params in sizes.values()]
+    assert counts == [11_901_408_320, 11_891_178_560]
+    for params in sizes.values():
+        assert sum(leaf.size for leaf in jax.tree.leaves(params["text_encoder"])) == 123_060_480
+        assert sum(leaf.size for leaf in jax.tree.leaves(params["text_encoder_2"])) == 4_762_310_656
+        assert sum(leaf.size for leaf in jax.tree.leaves(params["vae"])) == 83_819_683

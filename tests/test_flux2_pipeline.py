@@ -1,0 +1,340 @@
+"""FLUX.2 from prompt to image against diffusers, on tiny random checkpoints in the published layout."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle_flux2
+import pytest
+import torch
+import toy
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retrieve_timesteps
+
+import ses_jax
+from ses_jax import generation, pipelines
+from ses_jax.models import autoencoder_kl_bn
+from ses_jax.pipelines import flux2
+
+TAPS = (1, 2, 3)  # of 4 layers
+LONG = "a very detailed painting of " + "many " * 300
+KLEIN_SIZES = oracle_flux2.Sizes(
+    guidance_embeds=False,
+    layers=1,
+    single_layers=3,
+    axes_dims=(2, 4, 4, 6),
+    context=3 * 24,
+    text_width=24,
+    text_layers=5,
+    vae_widths=(4, 8, 12, 16),
+    vae_layers=1,
+    vae_groups=2,
+)
+REFERENCES = {
+    "dev": lambda: oracle_flux2.dev_pipeline(oracle_flux2.Sizes(vae_layers=1), seed=1),
+    "klein": lambda: oracle_flux2.klein_pipeline(KLEIN_SIZES, seed=2),
+    "klein base": lambda: oracle_flux2.klein_pipeline(KLEIN_SIZES, seed=3, distilled=False),
+}
+DEFAULT_GUIDANCE = {"dev": 4.0, "klein": 1.0, "klein base": 4.0}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """By kind: the oracle and our pipeline, from the same folder."""
+
+    @functools.cache
+    def build(kind):
+        reference = REFERENCES[kind]()
+        reference.set_progress_bar_config(disable=True)
+        folder = tmp_path_factory.mktemp("flux2")
+        reference.save_pretrained(folder)
+        return reference, ses_jax.load_pipeline(str(folder))
+
+    return build
+
+
+def draw(pipeline, count, size, seed=5):
+    return np.random.default_rng(seed).standard_normal((count, *pipeline.noise_shape(*size)), np.float32)
+
+
+def render_both(pair, prompts, *, size=(64, 64), steps=2, guidance, negative=None):
+    reference, pipeline = pair
+    noise = draw(pipeline, len(prompts), size)
+    with torch.no_grad():
+        extra = {}
+        if negative is not None:
+            extra["negative_prompt_embeds"] = reference.encode_prompt(
+                [negative] * len(prompts), text_encoder_out_layers=TAPS
+            )[0]
+        expected = reference(
+            prompt=list(prompts),
+            guidance_scale=guidance,
+            num_inference_steps=steps,
+            height=size[0],
+            width=size[1],
+            latents=torch.tensor(noise),
+            text_encoder_out_layers=TAPS,
+            output_type="pt",
+            **extra,
+        ).images.permute(0, 2, 3, 1)
+    images = ses_jax.generate(
+        pipeline,
+        prompts,
+        noise=noise,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative,
+        height=size[0],
+        width=size[1],
+    )
+    return np.asarray(images), expected.numpy()
+
+
+def assert_same_images(images, expected):
+    difference = np.abs(images - expected)
+    assert expected.std() > 0.05
+    assert difference.max() <= 1e-4
+    assert difference.mean() <= 1e-5
+
+
+PROMPTS = ["a cat", "", "\u732b \U0001f431 caf\u00e9", LONG, "a [IMG]cat[IMG]"]
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_prompt_to_image(pairs, kind):
+    assert_same_images(*render_both(pairs(kind), ["a cat"], guidance=DEFAULT_GUIDANCE[kind]))
+
+
+@pytest.mark.parametrize("kind", ["dev", "klein base"])
+def test_a_batch_of_all_sorts_of_prompts(pairs, kind):
+    """Not square; short, empty, unicode, too long, with the token of an image."""
+    assert_same_images(*render_both(pairs(kind), PROMPTS, size=(32, 48), guidance=DEFAULT_GUIDANCE[kind]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "guidance", "negative"),
+    [("dev", 1.0, None), ("dev", 7.5, None), ("klein base", 1.0, None), ("klein base", 2.5, "ugly, blurry")],
+)
+def test_guidance(pairs, kind, guidance, negative):
+    assert_same_images(*render_both(pairs(kind), ["a cat"], guidance=guidance, negative=negative))
+
+
+def test_more_steps(pairs):
+    assert_same_images(*render_both(pairs("klein"), ["a cat"], steps=7, guidance=1.0))
+
+
+def test_a_batch_of_ragged_prompts_equals_single_runs(pairs):
+    for kind in ("dev", "klein base"):
+        _, pipeline = pairs(kind)
+        noise = draw(pipeline, len(PROMPTS), (32, 48))
+        settings = {"steps": 2, "height": 32, "width": 48}
+        together = ses_jax.generate(pipeline, PROMPTS, noise=noise, **settings)
+        for i in (0, 3):
+            alone = ses_jax.generate(pipeline, PROMPTS[i], noise=noise[i : i + 1], **settings)
+            np.testing.assert_allclose(together[i : i + 1], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("template", ["file", "literal"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokens_of_dev(pairs, template, side):
+    """The ids that the reference's text encoder gets; padding follows the tokenizer, as there."""
+    reference, _ = pairs("dev")
+    tokenizer = oracle_flux2.mistral_tokenizer()
+    tokenizer.padding_side = side
+    seen = []
+    encoder = lambda **inputs: seen.append(inputs) or reference.text_encoder(**inputs)  # noqa: E731
+    prompts = ["a [IMG] cat", LONG, "<s>\n x"]
+    reference._get_mistral_3_small_prompt_embeds(
+        encoder, tokenizer, prompts, torch.float32, torch.device("cpu"), hidden_states_layers=TAPS
+    )
+    if template == "literal":
+        tokenizer.chat_template = None
+    tokens = flux2.tokenize(flux2.DEV, tokenizer, prompts, guidance=4.0)
+    np.testing.assert_array_equal(tokens.ids, seen[0]["input_ids"])
+    np.testing.assert_array_equal(tokens.mask, seen[0]["attention_mask"])
+    assert tokens.ids.shape == (3, 512)
+    assert tokens.mask[0, 0] == (side == "right")
+
+
+@pytest.mark.parametrize("processor", ["LlamaTokenizerFast", "TokenizersBackend"])
+def test_a_processors_folder_gives_its_tokenizer(tmp_path, processor):
+    oracle_flux2.mistral_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"processor_class": "PixtralProcessor", "tokenizer_class": processor}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "PixtralProcessor"}))
+    loaded = ses_jax.hub.load_tokenizer(tmp_path)
+    expected = flux2.tokenize(flux2.DEV, oracle_flux2.mistral_tokenizer(), ["a cat\n\n 7"], guidance=4.0)
+    tokens = flux2.tokenize(flux2.DEV, loaded, ["a cat\n\n 7"], guidance=4.0)
+    np.testing.assert_array_equal(tokens.ids, expected.ids)
+    np.testing.assert_array_equal(tokens.mask, expected.mask)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28, 50])
+@pytest.mark.parametrize("size", [(64, 64), (512, 768), (1024, 1024), (1040, 1056), (1056, 1056), (2048, 1536)])
+def test_sigmas_equal_the_references(size, steps):
+    scheduler = FlowMatchEulerDiscreteScheduler(**oracle_flux2.SCHEDULER)
+    tokens = size[0] // 16 * (size[1] // 16)
+    mu = compute_empirical_mu(tokens, steps)
+    assert flux2.empirical_mu(tokens, steps) == pytest.approx(mu, rel=1e-12)
+    retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    ours = flux2.sigmas(oracle_flux2.SCHEDULER, 16, steps, *size)
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=2e-7)
+    assert ours.dtype == np.float32
+
+
+def test_the_schedule_falls_off_a_cliff_above_4300_tokens():
+    below, above = (flux2.sigmas(oracle_flux2.SCHEDULER, 16, 4, 16, 16 * tokens) for tokens in (4300, 4301))
+    assert below[1] - above[1] > 0.05
+    assert flux2.empirical_mu(4300, 200) == pytest.approx(flux2.empirical_mu(4301, 200), abs=1e-3)
+
+
+def test_a_static_schedule_and_an_unknown_one():
+    static = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    static.set_timesteps(sigmas=np.linspace(1, 1 / 4, 4))
+    np.testing.assert_allclose(flux2.sigmas(dict(static.config), 16, 4, 64, 64), static.sigmas.numpy(), atol=2e-7)
+    with pytest.raises(ValueError, match="time_shift_type='linear'"):
+        flux2.sigmas(oracle_flux2.SCHEDULER | {"time_shift_type": "linear"}, 16, 4, 64, 64)
+
+
+@pytest.mark.parametrize("kind", ["dev", "klein base"])
+def test_both_bands_make_the_same_image_of_the_same_numbers(pairs, kind):
+    _, packed = pairs(kind)
+    unpacked = ses_jax.load_pipeline(str(packed.folder), band="unpacked")
+    assert unpacked.noise_shape(64, 64) == (32, 8, 8)
+    assert (packed.defaults.level, unpacked.defaults.level) == (4, 5)
+    noise = draw(packed, 1, (64, 64))
+    settings = {"steps": 2, "height": 64, "width": 64}
+    expected = ses_jax.generate(packed, "a cat", noise=noise, **settings)
+    rearranged = np.asarray(autoencoder_kl_bn.unpack(jnp.asarray(noise), (2, 2)))
+    np.testing.assert_allclose(ses_jax.generate(unpacked, "a cat", noise=rearranged, **settings), expected, atol=2e-6)
+    assert (
+        np.abs(ses_jax.generate(unpacked, "a cat", noise=noise.reshape(rearranged.shape), **settings) - expected).max()
+        > 0.01
+    )
+
+
+@pytest.mark.parametrize(("band", "dimension"), [("packed", 2048), ("unpacked", 512)])
+def test_dimension_of_the_search_at_a_megapixel(band, dimension):
+    pipeline = pipelines.abstract_pipeline("black-forest-labs/FLUX.2-dev", band=band)
+    noise = jax.ShapeDtypeStruct(pipeline.noise_shape(1024, 1024), jnp.float32)
+    low, _ = jax.eval_shape(lambda x: generation.split(x, "db1", pipeline.defaults.level), noise)
+    assert low.size == dimension
+
+
+def test_defaults_of_the_kinds(pairs):
+    facts = {kind: pairs(kind)[1].defaults for kind in REFERENCES}
+    assert {kind: (d.steps, d.preview_steps, d.guidance) for kind, d in facts.items()} == {
+        "dev": (50, 10, 4.0),
+        "klein": (4, 4, 1.0),
+        "klein base": (50, 10, 4.0),
+    }
+    _, pipeline = pairs("dev")
+    assert (pipeline.family, pipeline.size_multiple) == ("Flux2Pipeline", 16)
+    assert pipeline.noise_shape(1024, 512) == (128, 64, 32)
+    assert pairs("klein")[1].family == "Flux2KleinPipeline"
+
+
+@pytest.mark.parametrize(
+    ("kind", "guidance", "negative", "complaint"),
+    [
+        ("dev", 4.0, "ugly", "FLUX.2-dev has no negative prompt"),
+        ("klein", 1.0, "ugly", "FLUX.2-klein has no negative prompt"),
+        ("klein", 4.0, None, "FLUX.2-klein has no guidance"),
+        ("klein base", 1.0, "ugly", "no effect without guidance"),
+        (
+            "klein base",
+            {"rescale": 1.0},
+            None,
+            r"unknown guidance options \['rescale'\]; FLUX.2-klein-base takes scale",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_refused(pairs, kind, guidance, negative, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        pairs(kind)[1].tokenize(["a"], guidance=guidance, negative_prompt=negative)
+
+
+def test_parts_that_do_not_fit_are_refused(pairs):
+    _, pipeline = pairs("klein")
+    with pytest.raises(ValueError, match=r"band must be one of packed, unpacked, not 'low'"):
+        ses_jax.load_pipeline(str(pipeline.folder), band="low")
+    published = flux2.PUBLISHED[1]
+    for name, change, complaint in (
+        ("transformer", {"joint_attention_dim": 12288}, "features of width 7680, the transformer takes 12288"),
+        ("transformer", {"in_channels": 64}, "has 128 channels, the transformer 64"),
+        ("transformer", {"guidance_embeds": True}, "FLUX.2-klein with guidance_embeds=True"),
+    ):
+        configs = published.configs | {name: dataclasses.replace(published.configs[name], **change)}
+        with pytest.raises(ValueError, match=complaint):
+            flux2.assemble(pipelines.Parts(pipeline.folder, configs, {}, {}, published.scheduler, published.index))
+
+
+@pytest.mark.parametrize("kind", ["dev", "klein base"])
+def test_params_are_used_where_they_are_said_to_be(pairs, kind):
+    _, pipeline = pairs(kind)
+    tokens = pipeline.tokenize(["a cat"], guidance=4.0)
+    text, image = pipeline.text_params(pipeline.params), pipeline.image_params(pipeline.params)
+    assert (set(text), set(image)) == ({"text_encoder"}, {"transformer", "vae"})
+    condition = jax.eval_shape(pipeline.encode, text, tokens)
+    latents = jax.ShapeDtypeStruct((1, *pipeline.noise_shape(32, 32)), jnp.float32)
+    velocity = jax.eval_shape(pipeline.velocity, image, latents, jax.ShapeDtypeStruct((1,), jnp.float32), condition)
+    assert velocity == latents
+    assert jax.eval_shape(pipeline.decode, image, latents).shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("published", flux2.PUBLISHED, ids=lambda published: published.source)
+def test_published_sizes_trace_at_a_megapixel(published):
+    pipeline = pipelines.abstract_pipeline(published.source)
+    tokens = pipeline.blank_tokens(2, 40, guidance=pipeline.defaults.guidance)
+    assert tokens.mask.sum(axis=1).tolist() == [40, 40]
+    condition = jax.eval_shape(pipeline.encode, pipeline.text_params(pipeline.params), tokens)
+    assert condition.positive.shape == (2, 512, published.configs["transformer"].joint_attention_dim)
+    assert (condition.negative is not None) == ("base" in published.source)
+    image = pipeline.image_params(pipeline.params)
+    latents = jax.ShapeDtypeStruct((2, 128, 64, 64), jnp.float32)
+    sigma = jax.ShapeDtypeStruct((2,), jnp.float32)
+    assert jax.eval_shape(pipeline.velocity, image, latents, sigma, condition) == latents
+    images = jax.eval_shape(pipeline.decode, image, latents)
+    assert (images.shape, images.dtype) == ((2, 1024, 1024, 3), jnp.float32)
+    assert len(pipeline.sigmas(pipeline.defaults.steps, 1024, 1024)) == pipeline.defaults.steps + 1
+
+
+def test_bfloat16_weights_run_and_stay_close(pairs):
+    _, exact = pairs("dev")
+    rough = ses_jax.load_pipeline(str(exact.folder), dtype=jnp.bfloat16, timestep_rounding="reference")
+    assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
+    images = [np.asarray(ses_jax.generate(p, "a cat", height=64, width=64, steps=2)) for p in (exact, rough)]
+    assert images[1].dtype == np.float32
+    assert np.abs(images[0] - images[1]).mean() < 0.05
+
+
+def test_a_search_runs_and_its_preview_is_the_generated_one(pairs):
+    pipeline = ses_jax.load_pipeline(str(pairs("klein base")[1].folder), band="unpacked")
+    settings = {"height": 32, "width": 64, "guidance": 2.0, "negative_prompt": "ugly"}
+    result = ses_jax.search(
+        "a cat", model=pipeline, reward=toy.brightness(), budget=6, population=3, elites=2, level=1, preview_steps=1,
+        steps=2, progress=False, **settings,
+    )  # fmt: skip
+    again = ses_jax.generate(pipeline, "a cat", noise=result.noise[None], steps=1, **settings)
+    assert result.score == pytest.approx(float(again.mean()), abs=1e-4)
+    assert result.score >= result.baseline_score
+    assert result.noise.shape == pipeline.noise_shape(32, 64)
+
+
+def test_a_mesh_changes_no_image_and_only_sums(pairs):
+    """Heads and feed-forwards in two halves: their outputs are added up, and no tokens change places."""
+    _, alone = pairs("dev")
+    meshed = ses_jax.load_pipeline(str(alone.folder), mesh="data=4,model=2")
+    noise = draw(alone, len(PROMPTS), (32, 48))
+    settings = {"noise": noise, "steps": 2, "height": 32, "width": 48}
+    expected, images = (np.asarray(ses_jax.generate(p, PROMPTS, **settings)) for p in (alone, meshed))
+    np.testing.assert_allclose(images, expected, atol=2e-5)
+    condition = jax.eval_shape(meshed.encode, meshed.params, meshed.tokenize(PROMPTS, guidance=4.0))
+    inputs = jax.ShapeDtypeStruct(noise.shape, jnp.float32), jax.ShapeDtypeStruct(noise.shape[:1], jnp.float32)
+    program = jax.jit(meshed.velocity).lower(meshed.params, *inputs, condition).compile().as_text()
+    assert "all-reduce" in program
+    assert not any(name in program for name in ("all-to-all", "all-gather", "collective-permute"))
