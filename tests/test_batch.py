@@ -440,3 +440,13 @@ def test_shell(tmp_path, capsys):
     }
     assert cli.main(["batch", str(tmp_path / "none.txt"), *FAST, "--out", str(tmp_path / "x")]) == 2
     assert "none.txt" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_the_shell_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    monkeypatch.setattr(ses_jax, "search_many", interrupted)
+    assert cli.main(["batch", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
