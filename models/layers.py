@@ -71,6 +71,12 @@ def timestep_embedding(timestep: jax.Array, dim: int = 256, max_period: float = 
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` as float32 with the precision of `dtype`; compilers may skip a conversion there and back, but not this."""
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
+
+
 def stack(block: type[nn.Module], length: int) -> type[nn.Module]:
     """`length` copies of `block` run by one scan; their params carry a leading axis `[length, ...]`.
 

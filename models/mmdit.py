@@ -20,6 +20,7 @@ from ses_jax.models.layers import RMSNorm, layer_norm
 NORM_EPS = 1e-6
 # How time and guidance are multiplied by 1000: in float32, or in the dtype of the weights as the references do.
 ROUNDINGS = ("exact", "reference")
+
 # Of stacked joint blocks: heads and feed-forward widths are split over the model axis of a mesh.
 JOINT_PARTITION = (
     (r".*/attention/(to_[qkv]|add_[qkv]_proj)/kernel", P(None, None, "model")),

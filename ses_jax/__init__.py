@@ -11,20 +11,25 @@ from pathlib import Path
 if not (Path(__file__).parent / "models").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
+from ses_jax.batch import search_many
 from ses_jax.config import SearchConfig
 from ses_jax.engine import generate, search
 from ses_jax.pipelines import Pipeline, load_pipeline
+from ses_jax.planner import Plan, plan
 from ses_jax.result import SearchResult
 from ses_jax.rewards import Reward, load_reward
 
 __all__ = [
     "Pipeline",
+    "Plan",
     "Reward",
     "SearchConfig",
     "SearchResult",
     "generate",
     "load_pipeline",
     "load_reward",
+    "plan",
     "search",
+    "search_many",
 ]
 __version__ = "0.1.0"

@@ -25,11 +25,13 @@ from ses_jax.convert import (
     folder,
     network,
     open_clip,
+    qwen_image,
+    qwen_vae,
     z_image,
 )
 from ses_jax.convert.__main__ import main
 from ses_jax.convert.engine import ConversionError, Header, Weights
-from ses_jax.convert.table import CONV, IDENTITY, LINEAR, Component, Rule, Table, fused, joined, linear
+from ses_jax.convert.table import CONV, CONV3D, IDENTITY, LINEAR, Component, Rule, Table, fused, joined, linear
 from ses_jax.pipelines import FAMILIES
 
 QWEN3_4B = {
@@ -96,6 +98,8 @@ PUBLISHED = {
     "qwen3_8b.text_encoder": (decoder_lm.component(9, 18, 27), QWEN3_8B, 9 * 11 + 2),
     "mistral_small.text_encoder": (decoder_lm.component(10, 20, 30), MISTRAL_SMALL, 585 - 1 - 30 * 9),
     "qwen2_5_vl_7b.text_encoder": (decoder_lm.component(-1), QWEN2_5_VL_7B, 390 + 1),
+    "qwen_image.transformer": (qwen_image.COMPONENT, {}, 0),
+    "qwen_image.vae": (qwen_vae.COMPONENT, {}, 8),
     "flux1.vae": (autoencoder_kl.COMPONENT, {}, 0),
     "flux2_dev.transformer": (flux2.COMPONENT, {}, 0),
     "flux2_klein_4b.transformer": (flux2.COMPONENT, KLEIN | {"joint_attention_dim": 7680}, 0),
@@ -346,11 +350,17 @@ def test_part_of_a_tensor_is_read_from_a_file(tmp_path, dtype):
         np.testing.assert_array_equal(part, tensor[index])
 
 
-@pytest.mark.parametrize("transform", [IDENTITY, LINEAR, CONV], ids=lambda t: t.name)
-def test_transforms_invert(transform):
-    x = np.arange(120).reshape({"identity": (120,), "linear": (10, 12), "conv": (2, 3, 4, 5)}[transform.name])
+@pytest.mark.parametrize(
+    ("transform", "shape"),
+    [(IDENTITY, (120,)), (LINEAR, (10, 12)), (CONV, (2, 3, 4, 5)), (CONV3D, (2, 3, 4, 5, 1)),
+     (qwen_vae.VIDEO_SCALE, (120, 1, 1, 1)), (qwen_vae.IMAGE_SCALE, (120, 1, 1))],
+    ids=lambda x: getattr(x, "name", None),
+)  # fmt: skip
+def test_transforms_invert(transform, shape):
+    x = np.arange(120).reshape(shape)
     np.testing.assert_array_equal(transform.inverse(transform.forward(x)), x)
-    np.testing.assert_array_equal(transform.forward(transform.inverse(x)), x)
+    laid_out = transform.forward(x)
+    np.testing.assert_array_equal(transform.forward(transform.inverse(laid_out)), laid_out)
 
 
 # Small networks of the four kinds, and weights for them.
@@ -666,7 +676,7 @@ def test_command_reads_a_read_only_folder(tiny_folder, tmp_path):
 
 def test_command_refuses_what_it_does_not_know(tiny_folder, tmp_path):
     files.write_json(tmp_path / "model_index.json", {"_class_name": "OtherPipeline"})
-    with pytest.raises(SystemExit, match=r"pipeline class 'OtherPipeline' is not supported; known: ZImagePipeline"):
+    with pytest.raises(SystemExit, match=r"pipeline class 'OtherPipeline' is not supported; known: .*ZImagePipeline"):
         main(str(tmp_path), tmp_path / "out")
     with pytest.raises(SystemExit, match=r"model type 'qwen3' is not supported; expected a pipeline or 'clip'"):
         main(str(tiny_folder / "text_encoder"), tmp_path / "out")

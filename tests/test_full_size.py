@@ -37,7 +37,7 @@ def abstract_params(dtype):
 def tokens(guided):
     ids, lengths = np.zeros((1, 64), np.int32), np.array([40], np.int32)
     guidance = {name: np.ones(1, np.float32) for name in family.GUIDANCE_OFF}
-    return family.Tokens(ids, lengths, ids if guided else None, lengths if guided else None, guidance)
+    return base.GuidedTokens(ids, lengths, ids if guided else None, lengths if guided else None, guidance)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (832, 1216)])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ses_jax import hub, partition
-from ses_jax.pipelines import flux1, flux2, z_image
+from ses_jax.pipelines import flux1, flux2, qwen_image, z_image
 from ses_jax.pipelines.base import Defaults, Guidance, Parts, Pipeline, Published
 
 __all__ = ["FAMILIES", "Defaults", "Guidance", "Pipeline", "abstract_pipeline", "load_pipeline"]
@@ -22,6 +22,7 @@ FAMILIES: dict[str, ModuleType] = {
     "FluxPipeline": flux1,
     "Flux2Pipeline": flux2,
     "Flux2KleinPipeline": flux2,
+    "QwenImagePipeline": qwen_image,
 }
 
 

@@ -157,11 +157,12 @@ def dynamic_shift_sigmas(steps: int, mu: float, *, terminal: float | None = None
 
     Reference: diffusers `FlowMatchEulerDiscreteScheduler.set_timesteps(sigmas=linspace(1, 1/n, n), mu=mu)` with
     `time_shift_type="exponential"`; the sigmas before the final 0 are stretched so that the last is `terminal`.
+    A single step has nothing to stretch; the reference divides by zero there.
     """
     sigmas = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
     sigmas = math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
-    if terminal:
-        sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
+    if terminal and steps > 1:
+        sigmas = 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal))
     return np.append(sigmas, 0.0).astype(np.float32)
 
 
@@ -197,15 +198,50 @@ def pad_to_bucket(token_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[np.n
     return padded, lengths
 
 
+class GuidedTokens(NamedTuple):
+    """Token ids of `P` prompts and, where guidance is on, of their negative prompts.
+
+    Attributes:
+      ids: `[P, L]`, padded on the right.
+      lengths: `[P]`, how many are real.
+      negative_ids, negative_lengths: the same; None where guidance is off.
+      guidance: the family's options, each `[P]`.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    negative_ids: np.ndarray | None
+    negative_lengths: np.ndarray | None
+    guidance: dict[str, np.ndarray]
+
+
+def guided_tokens(ids: np.ndarray, lengths: np.ndarray, count: int, options: Mapping[str, float]) -> GuidedTokens:
+    """From the rows of `count` prompts, followed by those of their negative prompts where guidance is on."""
+    negative = len(ids) > count
+    return GuidedTokens(
+        ids=ids[:count],
+        lengths=lengths[:count],
+        negative_ids=ids[count:] if negative else None,
+        negative_lengths=lengths[count:] if negative else None,
+        guidance={name: np.full(count, value, np.float32) for name, value in options.items()},
+    )
+
+
 def both(positive: Any, negative: Any) -> Any:
     """Two pytrees as one batch, positive rows first: the two branches of classifier-free guidance."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), positive, negative)
 
 
 def negative_prompts(negative_prompt: str | Sequence[str] | None, count: int, default: str = "") -> list[str]:
-    """A negative prompt for each of `count` prompts."""
+    """A negative prompt for each of `count` prompts.
+
+    Raises:
+      ValueError: for a list of another length.
+    """
     if isinstance(negative_prompt, str | None):
         return [default if negative_prompt is None else negative_prompt] * count
+    if len(negative_prompt) != count:
+        raise ValueError(f"{len(negative_prompt)} negative prompts for {count} prompts; pass one, or one for each")
     return list(negative_prompt)
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from ses_jax.convert import autoencoder_kl as vae_tables
@@ -53,16 +52,6 @@ PUBLISHED = (
     ),
     base.Published("Tongyi-MAI/Z-Image", "6.2 B parameters, 50 steps, guidance 4", VERIFIED, CONFIGS, {"shift": 6.0}),
 )
-
-
-class Tokens(NamedTuple):
-    """Token ids `[P, L]` with lengths `[P]`, the same for the negative prompts where guidance is on, and guidance."""
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    negative_ids: np.ndarray | None
-    negative_lengths: np.ndarray | None
-    guidance: dict[str, np.ndarray]
 
 
 class Condition(NamedTuple):
@@ -107,7 +96,7 @@ def tokenize(
     *,
     guidance: base.Guidance = 0.0,
     negative_prompt: str | Sequence[str] | None = None,
-) -> Tokens:
+) -> base.GuidedTokens:
     """Token ids of `P` prompts in the chat template; the negative prompts (default: empty) only if guidance is on."""
     options = base.guidance_options(guidance, GUIDANCE_OFF, "Z-Image")
     if options["scale"] <= 0 and negative_prompt:
@@ -115,17 +104,17 @@ def tokenize(
     negatives = base.negative_prompts(negative_prompt, len(prompts)) if options["scale"] > 0 else []
     texts = [_in_template(tokenizer, prompt) for prompt in [*prompts, *negatives]]
     token_ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
-    return _tokens(*base.pad_to_bucket(token_ids, tokenizer.pad_token_id), len(prompts), options)
+    return base.guided_tokens(*base.pad_to_bucket(token_ids, tokenizer.pad_token_id), len(prompts), options)
 
 
-def blank_tokens(count: int, length: int, *, guidance: base.Guidance = 0.0) -> Tokens:
+def blank_tokens(count: int, length: int, *, guidance: base.Guidance = 0.0) -> base.GuidedTokens:
     """Tokens of `count` prompts of `length` token ids, without a tokenizer."""
     options = base.guidance_options(guidance, GUIDANCE_OFF, "Z-Image")
     rows = 2 * count if options["scale"] > 0 else count
-    return _tokens(*base.pad_to_bucket([[0] * length] * rows, 0), count, options)
+    return base.guided_tokens(*base.pad_to_bucket([[0] * length] * rows, 0), count, options)
 
 
-def encode(text_config: decoder_lm.Config, config: z_image.Config, params: Any, tokens: Tokens) -> Condition:
+def encode(text_config: decoder_lm.Config, config: z_image.Config, params: Any, tokens: base.GuidedTokens) -> Condition:
     """Text features through the caption refiner, once a prompt."""
 
     def caption(ids, lengths):
@@ -176,18 +165,6 @@ def decode(config: autoencoder_kl.Config, params: Any, latents: Float[Array, "b 
 def noise_shape(config: z_image.Config, vae: autoencoder_kl.Config, height: int, width: int) -> tuple[int, int, int]:
     """Shape `(C, h, w)` of the noise of an image of `height x width` pixels."""
     return config.in_channels, height // vae.downscale, width // vae.downscale
-
-
-def _tokens(ids: np.ndarray, lengths: np.ndarray, count: int, options: Mapping[str, float]) -> Tokens:
-    """The rows of `count` prompts, then those of their negative prompts where there are any."""
-    negative = len(ids) > count
-    return Tokens(
-        ids=ids[:count],
-        lengths=lengths[:count],
-        negative_ids=ids[count:] if negative else None,
-        negative_lengths=lengths[count:] if negative else None,
-        guidance={name: np.full(count, value, np.float32) for name, value in options.items()},
-    )
 
 
 def _shift(parts: base.Parts) -> float:

@@ -1,0 +1,51 @@
+"""Random weights of published sizes, made on the device leaf by leaf: speed does not depend on their values."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ses_jax import scorers
+from ses_jax.models import clip
+from ses_jax.preprocess import Preprocessor
+
+CLIP_H = clip.Config.from_open_clip({})  # ViT-H/14
+
+
+def random_params(abstract: Any, seed: int = 0) -> Any:
+    """Arrays for a tree of shapes: matrices and biases small, everything else about 1."""
+    paths, structure = jax.tree.flatten_with_path(abstract)
+    leaves = [
+        _leaf(np.uint32(1000 * seed + i), leaf.shape, leaf.dtype, path[-1].key in ("kernel", "bias", "embedding"))
+        for i, (path, leaf) in enumerate(paths)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _leaf(seed: jax.Array, shape: tuple[int, ...], dtype: Any, centred: bool) -> jax.Array:
+    """Uniform values of deviation 0.02 around 0 or 1: a hash of each element's index (MurmurHash3's finalizer).
+
+    It compiles faster than a generator, which counts for dozens of shapes, and needs no memory beside the result.
+    """
+    x = jax.lax.iota(jnp.uint32, math.prod(shape)) + seed * np.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * np.uint32(factor)
+    x = (x ^ (x >> 16)).astype(jnp.float32) / 2**32 - 0.5
+    return ((0.0 if centred else 1.0) + 0.02 * 12**0.5 * x).astype(dtype).reshape(shape)
+
+
+def clip_h(dtype: Any = jnp.bfloat16) -> scorers.Scorer:
+    """CLIP ViT-H/14, the network of three of the rewards."""
+    abstract = jax.eval_shape(lambda: clip.init(jax.random.key(0), CLIP_H))
+    params = random_params(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract))
+    return scorers.Scorer(
+        name="clip",
+        params=params,
+        tokenize=lambda prompts: np.zeros((len(prompts), CLIP_H.max_length), np.int32),
+        embed_text=lambda params, tokens: clip.embed_text(params, CLIP_H, tokens),
+        score=functools.partial(scorers.clip_score, CLIP_H, Preprocessor()),
+    )

@@ -1,0 +1,186 @@
+"""This library's side of the throughput benchmark."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import phases
+import random_weights
+from phases import Job
+
+import ses_jax
+from ses_jax import flops, sampler, scorers
+from ses_jax.pipelines import Pipeline, abstract_pipeline
+
+MATMUL_SIZES = {"cpu": 1024}  # elsewhere 16384
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Times the phases of every batch size; text encoders leave the device before the other networks are made."""
+    clock = phases.Clock("jax")
+    pipeline = _pipeline(job)
+    job = _filled(job, pipeline)
+    peak = matmul_peak(MATMUL_SIZES.get(jax.default_backend(), 16384))
+    clock.say(f"{jax.devices()[0].device_kind}, {peak / 1e12:.4g} TFLOP/s in one bfloat16 product")
+    meter = Meter(job, peak, clock)
+    encoded = _encode_all(meter, pipeline)
+    start = time.perf_counter()
+    params = jax.block_until_ready(_make(pipeline.image_params(pipeline.params), seed=1))
+    scorer = _scorer(job, pipeline)
+    setup = time.perf_counter() - start
+    clock.say(f"weights made in {setup:.1f} s")
+    batches = [_batch(meter, pipeline, params, scorer, item) for item in encoded]
+    return {
+        "job": dataclasses.asdict(job),
+        "peak_flops": peak,
+        "setup": setup,
+        "seconds": clock.seconds(),
+        "batches": batches,
+    }
+
+
+class Encoded(NamedTuple):
+    """A batch of prompts: how many, the figures of encoding them, and their conditions."""
+
+    batch: int
+    result: dict[str, Any]
+    condition: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Meter:
+    """Compiles, counts and times one phase after the other."""
+
+    job: Job
+    peak: float
+    clock: phases.Clock
+
+    def __call__(self, phase: str, batch: int, function: Callable[..., Any], *args: Any) -> tuple[dict[str, Any], Any]:
+        """The phase's figures, and what the function gives."""
+        start = time.perf_counter()
+        compiled = jax.jit(function).lower(*args).compile()
+        compile_seconds = time.perf_counter() - start
+        out = jax.block_until_ready(compiled(*args))  # the first call also loads the program
+        with jax.transfer_guard_device_to_host("disallow"):
+            seconds, runs = phases.median_seconds(lambda: jax.block_until_ready(compiled(*args)), self.job)
+        result = phases.rates(seconds, batch, flops.count(function, *args), self.peak)
+        result |= {"runs": runs, "compile_seconds": compile_seconds, **_memory(compiled)}
+        self.clock.say(phases.line(phase, batch, result))
+        return result, out
+
+
+def matmul_peak(size: int, count: int = 8, runs: int = 5) -> float:
+    """FLOP/s of `count` bfloat16 products of two square matrices in a row, the best of several runs."""
+    x, w = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
+    w = w / size**0.5
+
+    @jax.jit
+    def products(x, w):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, None, count)[0]
+
+    jax.block_until_ready(products(x, w))
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(products(x, w))
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 * count / min(times)
+
+
+def _encode_all(meter: Meter, pipeline: Pipeline) -> list[Encoded]:
+    """The conditions of each batch size; the text encoders' weights are gone afterwards."""
+    params = _make(pipeline.text_params(pipeline.params), seed=0)
+    encoded = []
+    for batch in meter.job.batches:
+        tokens = pipeline.blank_tokens(batch, meter.job.tokens, guidance=meter.job.guidance)
+        result, condition = _or_out_of_memory(meter, "encode", batch, pipeline.encode, params, jax.device_put(tokens))
+        encoded.append(Encoded(batch, result, condition))
+    return encoded
+
+
+def _batch(
+    meter: Meter, pipeline: Pipeline, params: Any, scorer: scorers.Scorer | None, encoded: Encoded
+) -> dict[str, Any]:
+    """The phases of one batch size, up to the one that does not fit."""
+    job, batch = meter.job, encoded.batch
+    result = {"batch": batch, "encode": encoded.result}
+    if encoded.condition is None:
+        return result
+    shape = (batch, *pipeline.noise_shape(job.height, job.width))
+    noise = jax.random.normal(jax.random.key(batch), shape)
+    sigmas = jnp.asarray(pipeline.sigmas(job.steps, job.height, job.width))
+    denoise = functools.partial(_denoise, pipeline.velocity)
+    call = (denoise, params, noise, sigmas, encoded.condition)
+    result["denoise"], latents = _or_out_of_memory(meter, "denoise", batch, *call)
+    if latents is None:
+        return result
+    result["denoise"]["seconds_per_step"] = result["denoise"]["seconds"] / job.steps
+    result["decode"], images = _or_out_of_memory(meter, "decode", batch, pipeline.decode, params, latents)
+    if images is None:
+        return result
+    result["finite"] = bool(jnp.isfinite(images).all())
+    if scorer is not None:
+        text = jax.jit(scorer.embed_text)(scorer.params, scorer.tokenize(["a prompt"] * batch))
+        result["reward"], _ = _or_out_of_memory(meter, "reward", batch, scorer.score, scorer.params, images, text)
+    return result
+
+
+def _denoise(velocity: Callable[..., Any], params: Any, noise: Any, sigmas: Any, condition: Any) -> jax.Array:
+    return sampler.denoise(lambda latents, sigma: velocity(params, latents, sigma, condition), noise, sigmas)
+
+
+def _or_out_of_memory(meter: Meter, phase: str, batch: int, *call: Any) -> tuple[dict[str, Any], Any]:
+    """The measurement, or an error in its place and None."""
+    try:
+        return meter(phase, batch, *call)
+    except jax.errors.JaxRuntimeError as error:
+        if OUT_OF_MEMORY not in str(error):
+            raise
+        meter.clock.say(f"{phase} of {batch}: out of memory")
+        return {"error": "out of memory"}, None
+
+
+def _pipeline(job: Job) -> Pipeline:
+    """A folder's pipeline with its weights, a published one as shapes."""
+    if job.model == "demo" or Path(job.model).exists():
+        return ses_jax.load_pipeline(job.model, dtype=jnp.dtype(job.dtype))
+    return abstract_pipeline(job.model, dtype=jnp.dtype(job.dtype))
+
+
+def _filled(job: Job, pipeline: Pipeline) -> Job:
+    """The job with the model's defaults; more steps than these are not needed to know the time of one."""
+    names = ("height", "width", "steps", "guidance")
+    missing = {name: getattr(pipeline.defaults, name) for name in names if getattr(job, name) is None}
+    return dataclasses.replace(job, **missing)
+
+
+def _make(params: Any, seed: int) -> Any:
+    """Weights for shapes; weights stay what they are."""
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params)):
+        return params
+    return random_weights.random_params(params, seed)
+
+
+def _scorer(job: Job, pipeline: Pipeline) -> scorers.Scorer | None:
+    if job.reward == "none":
+        return None
+    if job.reward == "own":
+        return scorers.load_clip("clip", pipeline.folder / "clip", jnp.dtype(job.dtype))
+    return random_weights.clip_h(jnp.dtype(job.dtype))
+
+
+def _memory(compiled: Any) -> dict[str, int | None]:
+    """Bytes of the program by XLA's account, and the most the device has held so far by its own (unknown on a CPU)."""
+    analysis = compiled.memory_analysis()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "argument_bytes": analysis.argument_size_in_bytes,
+        "temporary_bytes": analysis.temp_size_in_bytes,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+    }

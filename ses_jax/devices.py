@@ -1,0 +1,47 @@
+"""What one accelerator has, for plans: memory, bfloat16 arithmetic, memory bandwidth; as its maker states them."""
+
+from typing import NamedTuple
+
+GIB = 2**30
+
+
+class Device(NamedTuple):
+    """One chip.
+
+    Attributes:
+      memory: bytes.
+      flops: dense bfloat16 FLOP/s with float32 sums.
+      bandwidth: bytes/s of its memory.
+    """
+
+    memory: int
+    flops: float
+    bandwidth: float
+
+
+# NVIDIA: the data sheets of A100, H100 SXM, H200 and DGX B200 (an eighth), and the Ada and RTX Blackwell whitepapers.
+# TPU: cloud.google.com/tpu/docs, "System architecture" of each generation, by chip.
+DEVICES = {
+    "h200": Device(139 * GIB, 989e12, 4.8e12),
+    "h100": Device(80 * GIB, 989e12, 3.35e12),
+    "b200": Device(180 * GIB, 2250e12, 8.0e12),
+    "a100-80": Device(80 * GIB, 312e12, 2.039e12),
+    "a100-40": Device(40 * GIB, 312e12, 1.555e12),
+    "4090": Device(24 * GIB, 165e12, 1.008e12),
+    "5090": Device(32 * GIB, 209e12, 1.792e12),
+    "v4": Device(32 * GIB, 275e12, 1.228e12),
+    "v5e": Device(16 * GIB, 197e12, 0.819e12),
+    "v5p": Device(95 * GIB, 459e12, 2.765e12),
+    "v6e": Device(32 * GIB, 918e12, 1.64e12),
+}
+
+
+def device(name: str) -> Device:
+    """The device of that name.
+
+    Raises:
+      ValueError: for an unknown one.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"unknown device {name!r}; known: {', '.join(DEVICES)}")
+    return DEVICES[name]

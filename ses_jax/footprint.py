@@ -1,0 +1,191 @@
+"""How much memory a function's temporaries need at once, estimated from its jaxpr: nothing is compiled or allocated.
+
+XLA writes to memory what products, convolutions, reductions and loops give, and what all of these but reductions read;
+the element-wise work between them is fused into its readers. A fused value of several readers is written too, where
+that takes no more than what it is computed from, as the sum of a residual connection does. An array lives from its
+writer to its last reader. The body of a loop adds its own peak. Arguments are not counted; the rows of them that a
+loop takes are, all of them from the start of its body.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from ses_jax import flops
+
+CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
+VIEWS = ("reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "sharding_constraint", "optimization_barrier")
+# Gaps between arrays, and copies in the layouts that kernels ask for.
+SLACK = 1.15
+# These write their results, and read only what is written.
+PRODUCTS = ("dot_general", "conv_general_dilated", "sort", "cumsum", "fft", "cond", "scan", "while")
+REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin")
+
+
+def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
+    """Peak bytes of what a call allocates, its results included and its arguments left out.
+
+    Args:
+      function: anything JAX can trace.
+      args: its arguments; arrays or `jax.ShapeDtypeStruct`s.
+    """
+    return temporary_bytes_of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def temporary_bytes_of_jaxpr(jaxpr: core.Jaxpr) -> int:
+    """The same of a jaxpr that is at hand already."""
+    return int(SLACK * _peak(jaxpr, sliced=()))
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays or shapes of a pytree."""
+    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """An array of the program.
+
+    Attributes:
+      size: bytes.
+      kind: "argument", "view", "fused" or "written".
+      inputs: what it is computed from.
+      readers: how many operations read it.
+      needed: whether an operation reads it that fuses nothing.
+      buffers: the written arrays that must live where it is read; set when its memory is decided on.
+    """
+
+    size: int
+    kind: str = "fused"
+    inputs: tuple["Value", ...] = ()
+    readers: int = 0
+    needed: bool = False
+    buffers: frozenset["Value"] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A step of the program: what it reads and gives, the peak inside it, and whether it fuses what it reads."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    inside: int = 0
+    fuses: bool = True
+
+
+def _peak(jaxpr: core.Jaxpr, sliced: Sequence[Any]) -> int:
+    """Peak bytes of a jaxpr; `sliced` are the variables that are rows of a loop's arguments."""
+    values = {var: Value(_size(var), "argument") for var in (*jaxpr.constvars, *jaxpr.invars)}
+    values |= {var: Value(_size(var)) for var in sliced}
+    operations = list(_operations(jaxpr, values))
+    results = [values[var] for var in jaxpr.outvars if isinstance(var, core.Var)]
+    operations.append(Operation(tuple(results), (), fuses=False))
+    for operation in operations:
+        for value in operation.inputs:
+            value.readers += 1
+            value.needed |= not operation.fuses
+    _decide(values[var] for var in sliced)
+    for operation in operations:
+        _decide(operation.outputs)
+    # XLA takes all rows that a loop's body needs at its start.
+    operations.insert(0, Operation((), tuple(values[var] for var in sliced), fuses=False))
+    return _sweep(operations)
+
+
+def _operations(jaxpr: core.Jaxpr, values: dict[Any, Value]) -> Iterator[Operation]:
+    """The steps of a jaxpr in their order, those of the functions it calls among them; fills `values`."""
+    for equation in jaxpr.eqns:
+        inputs = tuple(values[var] for var in equation.invars if isinstance(var, core.Var))
+        name = equation.primitive.name
+        inner = list(flops.inner_jaxprs(equation))
+        if name in CALLS and len(inner) == 1:
+            yield from _called(equation, inner[0], values)
+            continue
+        fuses = name not in PRODUCTS and not inner
+        kind = "view" if name in VIEWS else "fused" if fuses and name not in REDUCTIONS else "written"
+        outputs = tuple(Value(_size(var), kind, inputs) for var in equation.outvars)
+        values.update(zip(equation.outvars, outputs, strict=True))
+        inside = max((_peak(body, _rows(equation, body)) for body in inner), default=0)
+        yield Operation(inputs, outputs, inside, fuses and name not in VIEWS)
+
+
+def _called(equation: core.JaxprEqn, body: core.Jaxpr, values: dict[Any, Value]) -> Iterator[Operation]:
+    """The steps of a function that an equation calls."""
+    inner = {var: Value(_size(var), "argument") for var in body.constvars}
+    for var, given in zip(body.invars, equation.invars, strict=True):
+        inner[var] = values[given] if isinstance(given, core.Var) else Value(_size(var), "argument")
+    yield from _operations(body, inner)
+    for var, given in zip(equation.outvars, body.outvars, strict=True):
+        values[var] = inner[given] if isinstance(given, core.Var) else Value(_size(var), "argument")
+
+
+def _decide(values: Iterable[Value]) -> None:
+    """Settles which values are written, and what the others are computed from."""
+    for value in values:
+        sources = frozenset().union(*(source.buffers for source in value.inputs))
+        if value.kind == "view":
+            value.buffers = sources
+            if value.needed and not all(_in_memory(source) for source in value.inputs):
+                value.kind = "written"
+        elif value.kind == "fused":
+            recomputed = sum(source.size for source in sources)
+            if value.needed or (value.readers > 1 and recomputed >= value.size):
+                value.kind = "written"
+        if value.kind == "written":
+            value.buffers = frozenset([value])
+        elif value.kind == "fused":
+            value.buffers = sources
+
+
+def _in_memory(value: Value) -> bool:
+    """Whether a view of the value needs no memory of its own."""
+    return value.kind in ("argument", "written") or (
+        value.kind == "view" and all(_in_memory(source) for source in value.inputs)
+    )
+
+
+def _sweep(operations: Sequence[Operation]) -> int:
+    """The largest sum of the sizes of what lives at once."""
+    first, last = {}, {}
+    for index, operation in enumerate(operations):
+        for value in operation.inputs:
+            for buffer in value.buffers:
+                last[buffer] = index
+                first.setdefault(buffer, index)
+        for value in operation.outputs:
+            # What depends on arguments alone is computed where it is read first, too.
+            if value.kind == "written" and (not operation.fuses or any(source.buffers for source in value.inputs)):
+                first[value] = last[value] = index
+    starts, ends = _by_index(first), _by_index(last)
+    live = peak = 0
+    for index, operation in enumerate(operations):
+        live += sum(buffer.size for buffer in starts.get(index, ()))
+        peak = max(peak, live + operation.inside)
+        live -= sum(buffer.size for buffer in ends.get(index, ()))
+    return peak
+
+
+def _by_index(when: dict[Value, int]) -> dict[int, list[Value]]:
+    found: dict[int, list[Value]] = {}
+    for value, index in when.items():
+        found.setdefault(index, []).append(value)
+    return found
+
+
+def _rows(equation: core.JaxprEqn, body: core.Jaxpr) -> Sequence[Any]:
+    """The variables of a scan's body that are rows of its arguments."""
+    if equation.primitive.name != "scan":
+        return ()
+    return body.invars[equation.params["num_consts"] + equation.params["num_carry"] :]
+
+
+def _size(var: Any) -> int:
+    aval = var.aval
+    if not hasattr(aval, "shape"):
+        return 0
+    width = getattr(aval.dtype, "itemsize", 8)  # keys have no such thing
+    return int(np.prod(aval.shape)) * width

@@ -1,0 +1,83 @@
+"""The programs of a search as shapes: what each costs, and how much memory it takes. Nothing is compiled or allocated.
+
+The reward is CLIP ViT-H/14, the network of "pick", "hps" and "clip".
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ses_jax import flops, footprint, scorers
+from ses_jax.config import SearchConfig
+from ses_jax.models import clip
+from ses_jax.pipelines import Pipeline
+from ses_jax.preprocess import Preprocessor
+
+
+class Phase(NamedTuple):
+    """A program's FLOPs and the peak of its temporaries."""
+
+    flops: int
+    temporary_bytes: int
+
+
+class Work:
+    """What a search asks of any machine; every program is traced once."""
+
+    def __init__(self, pipeline: Pipeline, config: SearchConfig, tokens: int):
+        self.pipeline, self.config = pipeline, config
+        self.tokens = pipeline.blank_tokens(1, tokens, guidance=config.guidance)
+        self.clip = clip.Config.from_open_clip({})
+        dtype = jax.tree.leaves(pipeline.params)[0].dtype
+        shapes = jax.eval_shape(lambda: clip.init(jax.random.key(0), self.clip))
+        self.reward = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+        self.image_params = pipeline.image_params(pipeline.params)
+        self.step = functools.cache(self._step)
+        self.finish = functools.cache(self._finish)
+
+    @functools.cached_property
+    def encode(self) -> Phase:
+        """The condition of one prompt."""
+        return _phase(self.pipeline.encode, self.pipeline.text_params(self.pipeline.params), self.tokens)
+
+    @functools.cached_property
+    def condition(self) -> Any:
+        return jax.eval_shape(self.pipeline.encode, self.pipeline.text_params(self.pipeline.params), self.tokens)
+
+    def _step(self, rows: int) -> Phase:
+        """One denoising step of so many candidates."""
+        condition = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self.condition)
+        sigma = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        return _phase(self.pipeline.velocity, self.image_params, self._latents(rows), sigma, condition)
+
+    def _finish(self, rows: int) -> Phase:
+        """Images and scores of so many latents."""
+        text = jax.ShapeDtypeStruct((rows, self.clip.projection_dim), jnp.float32)
+        score = functools.partial(scorers.clip_score, self.clip, Preprocessor())
+
+        def finish(params, reward, latents, text):
+            return score(reward, self.pipeline.decode(params, latents), text)
+
+        return _phase(finish, self.image_params, self.reward, self._latents(rows), text)
+
+    def _latents(self, rows: int) -> jax.ShapeDtypeStruct:
+        shape = self.pipeline.noise_shape(self.config.height, self.config.width)
+        return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
+
+    def candidate_flops(self, steps: int) -> int:
+        """Of one candidate, from noise to score."""
+        return steps * self.step(1).flops + self.finish(1).flops
+
+    def search_flops(self) -> int:
+        """Of a whole search: encoding, all candidates, winner and base with all steps."""
+        config = self.config
+        candidates = config.budget * self.candidate_flops(config.preview_steps)
+        return self.encode.flops + candidates + 2 * self.candidate_flops(config.steps)
+
+
+def _phase(function: Callable[..., Any], *args: Any) -> Phase:
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return Phase(flops.count_jaxpr(jaxpr), footprint.temporary_bytes_of_jaxpr(jaxpr))

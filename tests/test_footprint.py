@@ -1,0 +1,118 @@
+"""Estimated temporaries: by hand on small programs, and against what XLA compiles at the published sizes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ses_jax import flops, footprint, generation
+from ses_jax.pipelines import abstract_pipeline
+
+SIDE = 64
+ARRAY = 4 * SIDE * SIDE
+
+
+def square(*shape):
+    return jax.ShapeDtypeStruct((*shape, SIDE, SIDE), jnp.float32)
+
+
+def arrays(function, *args):
+    """Peak in arrays of the square's size."""
+    return footprint.temporary_bytes(function, *args) / footprint.SLACK / ARRAY
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x: x @ x, 1),
+        (lambda x: jnp.tanh(x @ x) + 1, 2),  # the product, and what the caller gets of it
+        (lambda x: ((((x @ x) @ x) @ x) @ x) @ x, 2),  # a chain: one is read, one is written
+        (lambda x: jnp.exp(x) * 2 + 1, 1),
+        (lambda x: jnp.exp(x) @ x, 2),  # a product reads only what is written
+        (lambda x: x.reshape(SIDE, 1, SIDE)[:, 0] @ x, 1),  # a view is not written
+        (lambda x: (x @ x).sum(), 1),
+        (lambda x: jnp.tanh(jnp.exp(x) + 1).sum(), 0),
+        (lambda x: jax.jit(lambda y: jnp.tanh(y) * 2)(x @ x).sum(), 1),
+        (lambda x: (x @ x).astype(jnp.bfloat16), 1.5),
+        (lambda x: [x @ x, x @ x, x @ x], 3),
+    ],
+)
+def test_small_programs(function, expected):
+    assert arrays(function, square()) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_residual_connection_is_one_array_to_its_readers():
+    def block(x):
+        h = x + jnp.tanh(x @ x)  # has two readers: written, and what it is made of is free
+        return h + jnp.tanh(h @ h)
+
+    def twice(x):
+        return block(block(x))
+
+    assert arrays(block, square()) == pytest.approx(3, abs=0.01)
+    assert arrays(twice, square()) == pytest.approx(3, abs=0.01)
+
+
+def test_loops():
+    def layers(x, stacked):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w["a"]) @ w["b"], None), x, stacked)[0]
+
+    def outputs(x, stacked):
+        return jax.lax.scan(lambda c, w: (jnp.tanh(c), c @ w), x, stacked)[1]
+
+    stacked = square(5)
+    # The carry; at the first product both rows of the weights and the product, later a row and the tanh beside it.
+    assert arrays(layers, square(), {"a": stacked, "b": stacked}) == pytest.approx(1 + 3, abs=0.01)
+    # Its five outputs and the carry; in the body the product beside its row, then beside the next carry.
+    assert arrays(outputs, square(), stacked) == pytest.approx(6 + 2, abs=0.01)
+
+
+def test_the_larger_branch_counts():
+    def branches(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: (jnp.exp(x) @ x) @ x, lambda x: x, x)
+
+    assert arrays(branches, square()) == pytest.approx(1 + 2, abs=0.01)
+
+
+def render(source, size, rows):
+    """The program that renders `rows` images of a published model in two steps, float32, and its arguments."""
+    pipeline = abstract_pipeline(source, dtype=jnp.float32)
+    model = generation.Model(pipeline.velocity, pipeline.decode)
+    tokens = pipeline.blank_tokens(rows, 128, guidance=pipeline.defaults.guidance)
+    condition = jax.eval_shape(pipeline.encode, pipeline.text_params(pipeline.params), tokens)
+    noise = jax.ShapeDtypeStruct((rows, *pipeline.noise_shape(*size)), jnp.float32)
+    sigmas = jax.ShapeDtypeStruct((3,), jnp.float32)
+    owner = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    args = (pipeline.image_params(pipeline.params), (sigmas, condition), generation.Rows(noise, owner))
+    return lambda params, prompts, rows_: generation.render(model, rows, params, prompts, rows_), args
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "rows"),
+    [
+        ("Tongyi-MAI/Z-Image-Turbo", (1024, 1024), 1),
+        ("Tongyi-MAI/Z-Image", (512, 768), 2),
+    ],
+)
+def test_whole_programs_of_published_size_against_xla(source, size, rows):
+    """In float32: on a CPU, XLA turns whole bfloat16 weights into float32 first."""
+    function, args = render(source, size, rows)
+    compiled = jax.jit(function, keep_unused=True).lower(*args).compile().memory_analysis()
+    temporaries = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
+    estimate = footprint.temporary_bytes(function, *args)
+    assert 0.9 <= estimate / temporaries <= 1.3
+    assert compiled.argument_size_in_bytes == footprint.size_of(args)
+
+
+def test_text_encoders_of_published_size_against_xla():
+    pipeline = abstract_pipeline("Tongyi-MAI/Z-Image-Turbo", dtype=jnp.float32)
+    args = pipeline.text_params(pipeline.params), pipeline.blank_tokens(1, 128, guidance=0.0)
+    compiled = jax.jit(pipeline.encode).lower(*args).compile().memory_analysis()
+    estimate = footprint.temporary_bytes(pipeline.encode, *args)
+    assert 0.9 <= estimate / (compiled.temp_size_in_bytes + compiled.output_size_in_bytes) <= 1.3
+
+
+def test_the_estimate_does_not_disturb_the_count():
+    function, args = render("Tongyi-MAI/Z-Image-Turbo", (256, 256), 1)
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    footprint.temporary_bytes_of_jaxpr(jaxpr)
+    assert flops.count_jaxpr(jaxpr) == flops.count(function, *args)

@@ -1,0 +1,183 @@
+"""Plans: their arithmetic against formulas, what they advise, and the shell."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import ses_jax
+from ses_jax import cli, devices, flops, footprint, planner
+from ses_jax.config import SearchConfig
+from ses_jax.pipelines import abstract_pipeline
+from ses_jax.planner import Machine, plan_on
+from ses_jax.workload import Work
+
+TURBO = "Tongyi-MAI/Z-Image-Turbo"
+ALONE = "data=1,model=1"
+
+
+@pytest.fixture(scope="module")
+def work():
+    """Ten candidates of 1024 x 1024; the fixture keeps what was traced."""
+    pipeline = abstract_pipeline(TURBO)
+    return Work(pipeline, SearchConfig(budget=25).resolve(pipeline), 128)
+
+
+def machine(name="h200", mesh=ALONE, offload=False, utilization=0.4):
+    return Machine(name, mesh, offload, utilization)
+
+
+def test_flops_of_a_search(work):
+    pipeline = work.pipeline
+    latents = jax.ShapeDtypeStruct((1, 16, 128, 128), jnp.float32)
+    step = flops.count(
+        pipeline.velocity, pipeline.params, latents, jax.ShapeDtypeStruct((1,), jnp.float32), work.condition
+    )
+    decode = flops.count(pipeline.decode, pipeline.params, latents)
+    plan = plan_on(work, machine())
+    reward = plan.candidate_flops - 8 * step - decode
+    # ViT-H/14: 32 layers of 12 width^2 and attention over 257 tokens.
+    assert reward == pytest.approx(32 * 257 * (24 * 1280**2 + 4 * 257 * 1280), rel=0.01)
+    encode = flops.count(pipeline.encode, pipeline.params, pipeline.blank_tokens(1, 128, guidance=0.0))
+    assert plan.search_flops == (25 + 2) * plan.candidate_flops + encode  # Turbo's previews have all its steps
+
+
+def test_bytes_of_a_search(work):
+    plan = plan_on(work, machine())
+    sizes = {name: sum(x.size * 2 for x in jax.tree.leaves(tree)) for name, tree in work.pipeline.params.items()}
+    assert plan.weights == sizes | {"reward": footprint.size_of(work.reward)}
+    assert plan.weights["reward"] == pytest.approx(2 * 986e6, rel=0.01)
+    everything = sum(plan.weights.values())
+    assert plan.encode_bytes == everything + work.encode.temporary_bytes
+    assert plan.search_bytes == everything + max(work.step(10).temporary_bytes, work.finish(10).temporary_bytes)
+    assert plan.fits
+    assert plan.chunk == 10
+    assert plan.limit_bytes == pytest.approx(0.92 * devices.DEVICES["h200"].memory)
+
+
+def test_time_of_a_search(work):
+    fast, slow = (plan_on(work, machine(utilization=share)) for share in (0.5, 0.25))
+    rate = 0.5 * 989e12
+    # Three generations of ten; the last has surplus candidates.
+    assert fast.candidate_seconds * 25 == pytest.approx(30 * fast.candidate_flops / rate)
+    others = (2 * fast.candidate_flops + work.encode.flops) / rate
+    assert fast.search_seconds == pytest.approx(30 * fast.candidate_flops / rate + others)
+    assert slow.search_seconds == pytest.approx(2 * fast.search_seconds)
+
+
+def test_reading_the_weights_can_be_the_bottleneck():
+    pipeline = abstract_pipeline(TURBO)
+    config = SearchConfig(height=64, width=64, budget=2, population=2, elites=1, level=1).resolve(pipeline)
+    small = Work(pipeline, config, 16)
+    plan = plan_on(small, machine("4090", offload=True, utilization=1.0))
+    read = (plan.weights["transformer"] + plan.weights["vae"]) / 1.008e12
+    assert plan.candidate_seconds * 2 == pytest.approx(8 * read + 2 * small.finish(1).flops / 165e12)
+
+
+def test_meshes(work):
+    alone, model, data, both = (
+        plan_on(work, machine(mesh=f"data={d},model={m}")) for d, m in [(1, 1), (1, 2), (5, 1), (5, 2)]
+    )
+    for split, whole in [(model, alone), (both, data)]:
+        assert split.weights["transformer"] == pytest.approx(whole.weights["transformer"] / 2, rel=0.01)
+        assert split.weights["text_encoder"] == pytest.approx(whole.weights["text_encoder"] / 2, rel=0.01)
+        assert split.weights["vae"] == whole.weights["vae"]
+    assert data.weights == alone.weights
+    assert data.candidate_seconds == pytest.approx(alone.candidate_seconds / 5)
+    assert data.search_bytes < alone.search_bytes
+    assert both.candidate_seconds < data.candidate_seconds
+    assert {plan.candidate_flops for plan in (alone, model, data, both)} == {alone.candidate_flops}
+
+
+def test_offloading_keeps_the_larger_part_alone(work):
+    kept, offloaded = plan_on(work, machine()), plan_on(work, machine(offload=True))
+    sizes = kept.weights
+    assert offloaded.search_bytes == kept.search_bytes - sizes["text_encoder"]
+    refiner = kept.encode_bytes - offloaded.encode_bytes - sizes["vae"]  # the transformer but its caption refiner
+    assert 0.9 * sizes["transformer"] < refiner < sizes["transformer"]
+
+
+def test_the_largest_chunk_that_fits(work):
+    plan = plan_on(work, machine("a100-40"))
+    assert 1 < plan.chunk < 10
+    assert plan.fits
+    assert plan.search_bytes <= plan.limit_bytes
+    wider = planner._need(work, machine("a100-40"), plan.chunk + 1)
+    assert wider.search > plan.limit_bytes
+
+
+@pytest.mark.parametrize("name", ["4090", "v5e"])
+def test_advice_makes_it_fit(work, name):
+    plan = plan_on(work, machine(name))
+    assert not plan.fits
+    assert plan.chunk == 1
+    assert plan.advice
+    for line in plan.advice:
+        flags = dict(part.split(" ", 1) if " " in part else (part, "") for part in line.split(" --")[1:])
+        assert flags, line
+        if "height" in flags:
+            size = {side: int(flags[side]) for side in ("height", "width")}
+            smaller = Work(work.pipeline, SearchConfig(**size).resolve(work.pipeline), 128)
+            assert plan_on(smaller, machine(name)).fits
+        else:
+            offload = "offload-text-encoder" in flags
+            assert plan_on(work, machine(name, flags.get("mesh", ALONE), offload)).fits
+
+
+def test_a_chunk_that_the_caller_wants_is_taken_and_spoken_about(work):
+    plan = ses_jax.plan(TURBO, device="a100-40", chunk=10)
+    assert plan.chunk == 10
+    assert not plan.fits
+    assert plan.advice == ("candidates at a time: --chunk 1, or leave it out",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "abacus"}, "abacus.*h200"),
+        ({"mesh": "rows=2"}, "rows=2"),
+        ({"mesh": "data=-1,model=2"}, "size of every axis"),
+        ({"mesh": "data=1,model=7"}, "7"),
+        ({"height": 1000}, "multiple of 16"),
+        ({"utilization": 0.0}, "utilization"),
+        ({"population": 1}, "population"),
+    ],
+)
+def test_bad_input(options, message):
+    with pytest.raises(ValueError, match=message):
+        ses_jax.plan(TURBO, **options)
+
+
+def test_an_unknown_model():
+    with pytest.raises(ValueError, match=r"known: .*Z-Image"):
+        ses_jax.plan("nobody/nothing")
+
+
+def test_shell(capsys):
+    small = ["--height", "256", "--width", "256", "--population", "2"]
+    assert cli.main(["plan", TURBO, *small, "--device", "h200", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert plan["settings"]["height"] == 256
+    assert math.isfinite(plan["search_seconds"])
+    assert cli.main(["plan", TURBO, *small, "--device", "v5e"]) == 1
+    text = capsys.readouterr().out
+    assert "fits                  no" in text
+    assert "--mesh data=1,model=2" in text
+    assert cli.main(["plan", TURBO, "--device", "abacus"]) == 2
+
+
+def test_overview(work):
+    header, rule, row = planner.overview(["h200"], [TURBO]).splitlines()
+    assert header == "| model | h200 |"
+    assert rule == "| --- | --- |"
+    assert row.startswith(f"| `{TURBO}` | chunk 10, ")
+    assert planner._cell(work, "4090").startswith("chunk 4, offloaded, ")
+    assert planner._cell(work, "v5e").startswith("2 devices, ")
+
+
+def test_every_published_model_is_known():
+    assert TURBO in planner.published()
+    assert "demo" not in planner.published()
