@@ -7,17 +7,13 @@ the shift of the last modulation before its scale.
 from collections.abc import Mapping
 from typing import Any
 
+from ses_jax.convert import mmdit
 from ses_jax.convert.engine import Header
 from ses_jax.convert.table import Component, Rule, SingleFile, Table, fused, joined, linear, norm, swapped
 from ses_jax.models import flux1
 
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 IMAGE_ATTENTION = ("to_q", "to_k", "to_v", "to_out")
-
-
-def _embedder(name: str) -> tuple[Rule, ...]:
-    source, target = f"time_text_embed.{name}", f"condition/{name}"
-    return linear(f"{source}.linear_1", f"{target}/linear_1") + linear(f"{source}.linear_2", f"{target}/linear_2")
 
 
 def _double() -> tuple[Rule, ...]:
@@ -59,9 +55,9 @@ TABLE = Table(
     (
         *linear("x_embedder", "x_embedder"),
         *linear("context_embedder", "context_embedder"),
-        *_embedder("timestep_embedder"),
-        *_embedder("guidance_embedder"),
-        *_embedder("text_embedder"),
+        *linear("time_text_embed.timestep_embedder.linear_{n}", "condition/timestep_embedder/linear_{n}"),
+        *linear("time_text_embed.guidance_embedder.linear_{n}", "condition/guidance_embedder/linear_{n}"),
+        *linear("time_text_embed.text_embedder.linear_{n}", "pooled_embedder/linear_{n}"),
         *_double(),
         *_single(),
         *linear("norm_out.linear", "output/norm_out/linear"),
@@ -98,8 +94,8 @@ def _original_single() -> tuple[Rule, ...]:
 
 def _original_embedder(name: str, target: str) -> tuple[Rule, ...]:
     return (
-        *linear(f"{name}.in_layer", f"condition/{target}/linear_1"),
-        *linear(f"{name}.out_layer", f"condition/{target}/linear_2"),
+        *linear(f"{name}.in_layer", f"{target}/linear_1"),
+        *linear(f"{name}.out_layer", f"{target}/linear_2"),
     )
 
 
@@ -107,9 +103,9 @@ ORIGINAL = Table(
     (
         *linear("img_in", "x_embedder"),
         *linear("txt_in", "context_embedder"),
-        *_original_embedder("time_in", "timestep_embedder"),
-        *_original_embedder("guidance_in", "guidance_embedder"),
-        *_original_embedder("vector_in", "text_embedder"),
+        *_original_embedder("time_in", "condition/timestep_embedder"),
+        *_original_embedder("guidance_in", "condition/guidance_embedder"),
+        *_original_embedder("vector_in", "pooled_embedder"),
         *_original_stream("img", "image", IMAGE_ATTENTION, ""),
         *_original_stream("txt", "text", TEXT_ATTENTION, "_added"),
         *_original_single(),
@@ -120,28 +116,11 @@ ORIGINAL = Table(
 
 
 def original_config(headers: Mapping[str, Header]) -> dict[str, Any]:
-    """The `config.json` of a single file, from the shapes of its tensors.
-
-    Raises:
-      ValueError: if the heads are not of the published size, from which alone the rotary axes are known.
-    """
-    published = flux1.Config()
-    dim, channels = headers["img_in.weight"].shape
-    head_dim = headers["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
-    if head_dim != published.attention_head_dim:
-        raise ValueError(f"the rotary axes of heads of {head_dim} channels are unknown; add transformer/config.json")
+    """The `config.json` of a single file, from the shapes of its tensors; errors are `mmdit.original_config`'s."""
     return {
         "_class_name": "FluxTransformer2DModel",
-        "patch_size": 1,
-        "in_channels": channels,
-        "num_layers": len({name.split(".")[1] for name in headers if name.startswith("double_blocks.")}),
-        "num_single_layers": len({name.split(".")[1] for name in headers if name.startswith("single_blocks.")}),
-        "attention_head_dim": head_dim,
-        "num_attention_heads": dim // head_dim,
-        "joint_attention_dim": headers["txt_in.weight"].shape[1],
+        **mmdit.original_config(headers, flux1.Config()),
         "pooled_projection_dim": headers["vector_in.in_layer.weight"].shape[1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in headers,
-        "axes_dims_rope": list(published.axes_dims_rope),
     }
 
 

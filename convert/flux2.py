@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ses_jax.convert import decoder_lm as text_tables
+from ses_jax.convert import mmdit
 from ses_jax.convert.engine import Header
 from ses_jax.convert.table import Component, Rule, SingleFile, Table, fused, joined, linear, norm, swapped
 from ses_jax.models import decoder_lm, flux2
@@ -15,8 +16,8 @@ from ses_jax.models import decoder_lm, flux2
 DUAL, SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 
 # What a single block's first and last layer, published as one each, are made of.
-SINGLE_IN = [f"single_blocks/{name}" for name in ("to_q", "to_k", "to_v", "mlp/w1", "mlp/w3")]
-SINGLE_OUT = ["single_blocks/to_out", "single_blocks/mlp/w2"]
+SINGLE_IN = [f"single_blocks/{name}" for name in (*(f"attention/to_{n}" for n in "qkv"), "mlp/w1", "mlp/w3")]
+SINGLE_OUT = ["single_blocks/attention/to_out", "single_blocks/mlp/w2"]
 
 
 def _linear(source: str, target: str) -> tuple[Rule, ...]:
@@ -47,8 +48,8 @@ TABLE = Table(
         *_linear(f"{DUAL}.ff_context.linear_out", "dual_blocks/text_mlp/w2"),
         *fused(f"{SINGLE}.attn.to_qkv_mlp_proj", SINGLE_IN),
         *joined(f"{SINGLE}.attn.to_out", SINGLE_OUT),
-        *norm(f"{SINGLE}.attn.norm_q", "single_blocks/norm_q"),
-        *norm(f"{SINGLE}.attn.norm_k", "single_blocks/norm_k"),
+        *norm(f"{SINGLE}.attn.norm_q", "single_blocks/attention/norm_q"),
+        *norm(f"{SINGLE}.attn.norm_k", "single_blocks/attention/norm_k"),
         *_linear("norm_out.linear", "output/norm_out/linear"),
         *_linear("proj_out", "output/proj_out"),
     )
@@ -83,8 +84,8 @@ ORIGINAL = Table(
         *_original_stream("txt", "text", ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"), "_added"),
         *fused("single_blocks.{i}.linear1", SINGLE_IN),
         *joined("single_blocks.{i}.linear2", SINGLE_OUT),
-        Rule("single_blocks.{i}.norm.query_norm.scale", "single_blocks/norm_q/scale"),
-        Rule("single_blocks.{i}.norm.key_norm.scale", "single_blocks/norm_k/scale"),
+        Rule("single_blocks.{i}.norm.query_norm.scale", "single_blocks/attention/norm_q/scale"),
+        Rule("single_blocks.{i}.norm.key_norm.scale", "single_blocks/attention/norm_k/scale"),
         *swapped("final_layer.adaLN_modulation.1", "output/norm_out/linear"),
         *_linear("final_layer.linear", "output/proj_out"),
     )
@@ -93,28 +94,12 @@ SINGLE_FILES = ("flux2-dev", *(f"flux-2-klein-{name}" for name in ("4b", "9b", "
 
 
 def original_config(headers: Mapping[str, Header]) -> dict[str, Any]:
-    """The `config.json` of a single file, from the shapes of its tensors.
-
-    Raises:
-      ValueError: if the heads are not of the published size, from which alone the rotary axes are known.
-    """
-    published = flux2.Config()
-    dim, channels = headers["img_in.weight"].shape
-    head_dim = headers["double_blocks.0.img_attn.norm.query_norm.scale"].shape[0]
-    if head_dim != published.attention_head_dim:
-        raise ValueError(f"the rotary axes of heads of {head_dim} channels are unknown; add transformer/config.json")
+    """The `config.json` of a single file, from the shapes of its tensors; errors are `mmdit.original_config`'s."""
+    dim, mlp_dim = headers["double_blocks.0.img_mlp.2.weight"].shape
     return {
         "_class_name": "Flux2Transformer2DModel",
-        "patch_size": 1,
-        "in_channels": channels,
-        "num_layers": len({name.split(".")[1] for name in headers if name.startswith("double_blocks.")}),
-        "num_single_layers": len({name.split(".")[1] for name in headers if name.startswith("single_blocks.")}),
-        "attention_head_dim": head_dim,
-        "num_attention_heads": dim // head_dim,
-        "joint_attention_dim": headers["txt_in.weight"].shape[1],
-        "mlp_ratio": headers["double_blocks.0.img_mlp.2.weight"].shape[1] / dim,
-        "axes_dims_rope": list(published.axes_dims_rope),
-        "guidance_embeds": "guidance_in.in_layer.weight" in headers,
+        **mmdit.original_config(headers, flux2.Config()),
+        "mlp_ratio": mlp_dim / dim,
     }
 
 

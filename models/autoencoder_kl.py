@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
+from ses_jax.models.config import known_fields
+from ses_jax.models.layers import weights_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +37,7 @@ class Config:
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
         """Reads a `config.json`; fields that do not shape the network are ignored."""
-        fields = {f.name for f in dataclasses.fields(cls)}
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields and v is not None}
-        return cls(**known)
+        return cls(**known_fields(cls, config))
 
     @property
     def downscale(self) -> int:
@@ -87,23 +87,17 @@ class AutoencoderKL(nn.Module):
         return self.decode(mean)
 
     def encode(self, images):
-        moments = self.encoder(images.astype(self.dtype))
+        moments = self.encoder(images.astype(weights_dtype(self)))
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
         mean, log_variance = jnp.split(jnp.moveaxis(moments, -1, 1), 2, axis=1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def decode(self, latents):
-        x = jnp.moveaxis(latents, 1, -1).astype(self.dtype)
+        x = jnp.moveaxis(latents, 1, -1).astype(weights_dtype(self))
         if self.config.use_post_quant_conv:
             x = self.post_quant_conv(x)
         return self.decoder(x)
-
-    @property
-    def dtype(self):
-        """The dtype of the weights (float32 while they are being created)."""
-        params = self.variables.get("params", {})
-        return next(iter(jax.tree.leaves(params)), jnp.zeros(())).dtype
 
 
 class Encoder(nn.Module):

@@ -2,11 +2,6 @@
 
 Time, distilled guidance and the pooled prompt make one vector that modulates every block. The prompt's tokens all sit
 at position 0 of the rotary embedding and none is masked, padding included.
-
-The reference multiplies time and guidance by 1000 in the dtype of the weights: in bfloat16, time 988.4 becomes 988 and
-a guidance of 3.5 becomes 3.504. `Config.timestep_rounding` chooses: "exact" keeps both in float32, so that they mean
-the same whatever the weights are stored in; "reference" rounds as the reference does. With float32 weights the two
-agree.
 """
 
 import dataclasses
@@ -20,20 +15,19 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from ses_jax.models.attention import attention, rotate_interleaved
-from ses_jax.models.layers import RMSNorm, TimeEmbedder, stack
+from ses_jax.models import mmdit
+from ses_jax.models.config import known_fields
+from ses_jax.models.layers import stack, weights_dtype
 from ses_jax.models.mmdit import (
-    JOINT_PARTITION,
-    NORM_EPS,
-    ROUNDINGS,
+    ConditionEmbedder,
     JointBlock,
     ModulatedOutput,
     Modulation,
+    SelfAttention,
     axes_rope,
     grid_positions,
     modulate,
     pack,
-    thousandfold,
     unpack,
 )
 
@@ -41,40 +35,26 @@ PATCH = 2
 MLP_RATIO = 4
 ROPE_THETA = 10000.0
 
-# Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
 PARTITION = (
-    *JOINT_PARTITION,
+    *mmdit.PARTITION,
     (r"single_blocks/mlp_in/kernel", P(None, None, "model")),
     (r"single_blocks/mlp_in/bias", P(None, "model")),
     (r"single_blocks/mlp_out/kernel", P(None, "model", None)),
-    (r"single_blocks/modulation/linear/kernel", P(None, "model", None)),
-    (r"single_blocks/modulation/linear/bias", P()),
-    (r"(x_embedder|context_embedder|condition/\w+/linear_\d|output/(norm_out/linear|proj_out))/(kernel|bias)", P()),
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Architecture, field for field as in the published `transformer/config.json`.
-
-    Attributes:
-      timestep_rounding: "exact" or "reference", see the module docstring; no part of the published file.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(mmdit.Config):
+    """Architecture, field for field as in the published `transformer/config.json`."""
 
     in_channels: int = 64
     num_layers: int = 19
     num_single_layers: int = 38
-    attention_head_dim: int = 128
     num_attention_heads: int = 24
     joint_attention_dim: int = 4096
     pooled_projection_dim: int = 768
     guidance_embeds: bool = False
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
-    timestep_rounding: str = "exact"
-
-    def __post_init__(self):
-        if self.timestep_rounding not in ROUNDINGS:
-            raise ValueError(f"timestep_rounding={self.timestep_rounding!r} is none of {', '.join(ROUNDINGS)}")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
@@ -90,15 +70,7 @@ class Config:
             raise ValueError("FLUX.1 with out_channels other than in_channels (a control model) is not supported")
         if channels % PATCH**2:
             raise ValueError(f"FLUX.1 with in_channels={channels} is not supported; expected a multiple of {PATCH**2}")
-        fields = {field.name for field in dataclasses.fields(cls)} - {"timestep_rounding"}
-        made = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields})
-        if sum(made.axes_dims_rope) != made.attention_head_dim:
-            raise ValueError(f"FLUX.1's axes_dims_rope must sum to attention_head_dim, {made.attention_head_dim}")
-        return made
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
+        return cls(**known_fields(cls, config, skip=["timestep_rounding"]))
 
     @property
     def latent_channels(self) -> int:
@@ -150,9 +122,10 @@ class Flux1(nn.Module):
 
     @nn.compact
     def __call__(self, latents, sigma, prompt, guidance):
-        c, dtype = self.config, self.dtype
+        c, dtype = self.config, weights_dtype(self)
         grid = tuple(size // PATCH for size in latents.shape[2:])
-        vector = ConditionEmbedder(c, name="condition")(sigma, guidance, prompt.pooled.astype(dtype))
+        vector = ConditionEmbedder(c, c.guidance_embeds, name="condition")(sigma, guidance, dtype)
+        vector = vector + VectorEmbedder(c.dim, name="pooled_embedder")(prompt.pooled.astype(dtype))
         image = nn.Dense(c.dim, name="x_embedder")(pack(latents.astype(dtype), PATCH))
         text = nn.Dense(c.dim, name="context_embedder")(prompt.features.astype(dtype))
         cos, sin = axes_rope(c.axes_dims_rope, ROPE_THETA, positions(grid, text.shape[1]))
@@ -162,27 +135,6 @@ class Flux1(nn.Module):
         joint = jnp.concatenate([image, text], axis=1)
         joint, _ = stack(SingleBlock, c.num_single_layers)(c, name="single_blocks")(joint, vector, cos, sin)
         return unpack(ModulatedOutput(c.in_channels, name="output")(joint[:, : image.shape[1]], vector), grid, PATCH)
-
-    @property
-    def dtype(self):
-        """The dtype of the weights (float32 while they are being created)."""
-        params = self.variables.get("params", {})
-        return next(iter(jax.tree.leaves(params)), jnp.zeros(())).dtype
-
-
-class ConditionEmbedder(nn.Module):
-    """Time, guidance and the pooled prompt, as one vector `[B, dim]`."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, sigma, guidance, pooled):
-        c, dtype = self.config, pooled.dtype
-        time, guidance = thousandfold(sigma, guidance, dtype if c.timestep_rounding == "reference" else jnp.float32)
-        vector = TimeEmbedder(c.dim, c.dim, name="timestep_embedder")(time, dtype)
-        if c.guidance_embeds:
-            vector = vector + TimeEmbedder(c.dim, c.dim, name="guidance_embedder")(guidance, dtype)
-        return vector + VectorEmbedder(c.dim, name="text_embedder")(pooled)
 
 
 class VectorEmbedder(nn.Module):
@@ -211,22 +163,8 @@ class SingleBlock(nn.Module):
         h = modulate(x, shift, scale)
         hidden = jax.nn.gelu(nn.Dense(MLP_RATIO * c.dim, name="mlp_in")(h), approximate=True)
         mlp = nn.Dense(c.dim, use_bias=False, name="mlp_out")(hidden)
-        return x + gate * (SelfAttention(c, name="attention")(h, cos, sin) + mlp), None
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention; queries and keys are normed per head, then rotated."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x, cos, sin):
-        c = self.config
-        split = (*x.shape[:2], c.num_attention_heads, c.attention_head_dim)
-        q, k, v = (nn.Dense(c.dim, name=f"to_{name}")(x).reshape(split) for name in "qkv")
-        q = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_q")(q), cos, sin)
-        k = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_k")(k), cos, sin)
-        return nn.Dense(c.dim, name="to_out")(attention(q, k, v))
+        attend = SelfAttention(c.num_attention_heads, c.attention_head_dim, name="attention")
+        return x + gate * (attend(h, cos, sin) + mlp), None
 
 
 def positions(grid: tuple[int, int], text_length: int) -> np.ndarray:

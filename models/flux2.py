@@ -3,9 +3,6 @@
 Traps: the modulation is global, computed once a step and shared by all blocks of a kind; no linear layer has a bias;
 positions have four axes, the text along the last one with its padding counted, the image along the second and third;
 padded text rows are attended to, so the text always comes at its full length.
-
-The reference multiplies time and guidance by 1000 in the dtype of the weights. `Config.timestep_rounding` chooses:
-"exact" keeps both in float32, "reference" rounds as the reference does; with float32 weights the two agree.
 """
 
 import dataclasses
@@ -19,60 +16,43 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from ses_jax.models.attention import attention, rotate_interleaved
-from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, stack
+from ses_jax.models import mmdit
+from ses_jax.models.config import known_fields
+from ses_jax.models.layers import GatedMLP, stack, weights_dtype
 from ses_jax.models.mmdit import (
-    JOINT_PARTITION,
     NORM_EPS,
-    ROUNDINGS,
+    ConditionEmbedder,
     JointAttention,
     ModulatedOutput,
     Modulation,
+    SelfAttention,
     axes_rope,
     grid_positions,
     modulate,
     pack,
-    thousandfold,
     unpack,
 )
 
-# Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
 PARTITION = (
-    *JOINT_PARTITION,
+    *mmdit.PARTITION,
     (r".*mlp/w[13]/kernel", P(None, None, "model")),
     (r".*mlp/w2/kernel", P(None, "model", None)),
-    (r"single_blocks/to_[qkv]/kernel", P(None, None, "model")),
-    (r"single_blocks/to_out/kernel", P(None, "model", None)),
-    (r"single_blocks/norm_[qk]/scale", P()),
-    # Over their inputs, as those of the joint blocks.
-    (r"((image_|text_)?modulation|output/norm_out)/linear/kernel", P("model", None)),
-    (r"(x_embedder|context_embedder|condition/\w+/linear_\d|output/proj_out)/kernel", P()),
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Architecture, field for field as in the published `transformer/config.json`.
-
-    Attributes:
-      timestep_rounding: "exact" or "reference", see the module docstring; no part of the published file.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(mmdit.Config):
+    """Architecture, field for field as in the published `transformer/config.json`."""
 
     in_channels: int = 128
     num_layers: int = 8
     num_single_layers: int = 48
-    attention_head_dim: int = 128
     num_attention_heads: int = 48
     joint_attention_dim: int = 15360
     mlp_ratio: float = 3.0
     axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)
     rope_theta: float = 2000.0
     guidance_embeds: bool = True
-    timestep_rounding: str = "exact"
-
-    def __post_init__(self):
-        if self.timestep_rounding not in ROUNDINGS:
-            raise ValueError(f"timestep_rounding={self.timestep_rounding!r} is none of {', '.join(ROUNDINGS)}")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
@@ -85,20 +65,12 @@ class Config:
         for name, value in fixed.items():
             if config.get(name, value) != value:
                 raise ValueError(f"FLUX.2 with {name}={config[name]} is not supported; expected {value}")
-        fields = {f.name for f in dataclasses.fields(cls)} - {"timestep_rounding"}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields}
+        values = known_fields(cls, config, skip=["timestep_rounding"])
         values |= {name: float(values[name]) for name in ("mlp_ratio", "rope_theta") if name in values}
         known = cls(**values)
         if config.get("out_channels") not in (None, known.in_channels):
             raise ValueError("FLUX.2 with out_channels other than in_channels is not supported")
-        if sum(known.axes_dims_rope) != known.attention_head_dim:
-            raise ValueError(f"axes_dims_rope must sum to attention_head_dim, {known.attention_head_dim}")
         return known
-
-    @property
-    def dim(self) -> int:
-        """Width of the tokens."""
-        return self.num_attention_heads * self.attention_head_dim
 
     @property
     def mlp_dim(self) -> int:
@@ -138,12 +110,11 @@ class Flux2(nn.Module):
 
     @nn.compact
     def __call__(self, latents, sigma, text, guidance):
-        c = self.config
+        c, dtype = self.config, weights_dtype(self)
         grid, length = latents.shape[2:], text.shape[1]
         embed_image, embed_text = (nn.Dense(c.dim, use_bias=False, name=f"{n}_embedder") for n in ("x", "context"))
-        text = embed_text(text)
-        image = embed_image(pack(latents, 1).astype(text.dtype))
-        vector = ConditionEmbedder(c, name="condition")(sigma, guidance, text.dtype)
+        image, text = embed_image(pack(latents.astype(dtype), 1)), embed_text(text.astype(dtype))
+        vector = ConditionEmbedder(c, c.guidance_embeds, use_bias=False, name="condition")(sigma, guidance, dtype)
         cos, sin = axes_rope(c.axes_dims_rope, c.rope_theta, positions(grid, length))
 
         modulations = (
@@ -155,25 +126,6 @@ class Flux2(nn.Module):
         x, _ = stack(SingleBlock, c.num_single_layers)(c, name="single_blocks")(x, modulation(vector), cos, sin)
         out = ModulatedOutput(c.in_channels, use_bias=False, name="output")(x[:, : image.shape[1]], vector)
         return unpack(out, grid, 1)
-
-
-class ConditionEmbedder(nn.Module):
-    """Time and, where it is distilled, guidance, as one vector `[B, dim]`."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, sigma, guidance, dtype):
-        c = self.config
-        guidance = jnp.zeros_like(sigma) if guidance is None else guidance
-        if c.timestep_rounding == "reference":
-            time, guidance = thousandfold(sigma, guidance, dtype)
-        else:
-            time, guidance = 1000 * sigma, 1000 * guidance
-        vector = TimeEmbedder(c.dim, c.dim, use_bias=False, name="timestep_embedder")(time, dtype)
-        if c.guidance_embeds:
-            vector = vector + TimeEmbedder(c.dim, c.dim, use_bias=False, name="guidance_embedder")(guidance, dtype)
-        return vector
 
 
 class DualBlock(nn.Module):
@@ -209,15 +161,8 @@ class SingleBlock(nn.Module):
         c = self.config
         shift, scale, gate = modulation
         h = modulate(x, shift, scale)
-
-        def project(name):
-            out = nn.Dense(c.dim, use_bias=False, name=name)(h)
-            return out.reshape(*x.shape[:2], c.num_attention_heads, c.attention_head_dim)
-
-        q = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_q")(project("to_q")), cos, sin)
-        k = rotate_interleaved(RMSNorm(NORM_EPS, name="norm_k")(project("to_k")), cos, sin)
-        attended = nn.Dense(c.dim, use_bias=False, name="to_out")(attention(q, k, project("to_v")))
-        return x + gate * (attended + GatedMLP(c.mlp_dim, name="mlp")(h)), None
+        attend = SelfAttention(c.num_attention_heads, c.attention_head_dim, use_bias=False, name="attention")
+        return x + gate * (attend(h, cos, sin) + GatedMLP(c.mlp_dim, name="mlp")(h)), None
 
 
 def positions(grid: tuple[int, int], length: int) -> np.ndarray:

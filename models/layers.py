@@ -77,6 +77,12 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
 
 
+def weights_dtype(module: nn.Module) -> Any:
+    """The dtype of a module's weights (float32 while they are being created)."""
+    params = module.variables.get("params", {})
+    return next(iter(jax.tree.leaves(params)), jnp.zeros(())).dtype
+
+
 def stack(block: type[nn.Module], length: int) -> type[nn.Module]:
     """`length` copies of `block` run by one scan; their params carry a leading axis `[length, ...]`.
 

@@ -2,8 +2,14 @@
 
 References: diffusers `FluxAttention`, `AdaLayerNormContinuous`, `FluxPosEmbed`. Joint sequences run image first, text
 last: attention does not care, and padding then stands at the end, where kernels take a length instead of a mask.
+
+The references' pipelines hand the time over in the dtype of the weights, and some of the networks multiply time and
+guidance by 1000 in it: in bfloat16, time 988.4 becomes 988 and a guidance of 3.5 becomes 3.504.
+`Config.timestep_rounding` chooses: "exact" keeps both in float32, so that they mean the same whatever the weights are
+stored in; "reference" rounds as the references do. With float32 weights the two agree.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,24 +21,53 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
-from ses_jax.models.layers import RMSNorm, layer_norm, rounded
+from ses_jax.models.layers import RMSNorm, TimeEmbedder, layer_norm, rounded
 
 NORM_EPS = 1e-6
-# How time and guidance are multiplied by 1000: in float32, or in the dtype of the weights as the references do.
 ROUNDINGS = ("exact", "reference")
 
-# Of stacked joint blocks: heads and feed-forward widths are split over the model axis of a mesh.
-JOINT_PARTITION = (
+# Heads and feed-forward widths of stacked blocks are split over the model axis of a mesh.
+PARTITION = (
     (r".*/attention/(to_[qkv]|add_[qkv]_proj)/kernel", P(None, None, "model")),
     (r".*/attention/(to_[qkv]|add_[qkv]_proj)/bias", P(None, "model")),
     (r".*/attention/to_(add_)?out/kernel", P(None, "model", None)),
     (r".*/(image|text)_mlp/linear_1/kernel", P(None, None, "model")),
     (r".*/(image|text)_mlp/linear_1/bias", P(None, "model")),
     (r".*/(image|text)_mlp/linear_2/kernel", P(None, "model", None)),
-    # Over its inputs, so that every device has its few outputs whole; split, they would split the tokens' channels.
-    (r".*/(image|text)_modulation/linear/kernel", P(None, "model", None)),
-    (r".*/(image|text)_(modulation/linear|mlp/linear_2)/bias|.*/attention/(to_(add_)?out/bias|norm_\w+/scale)", P()),
+    # Over their inputs, so that every device has their few outputs whole; split, they would split the tokens' channels.
+    # Those inside blocks are stacked.
+    (r"\w*blocks/\w*modulation/linear/kernel", P(None, "model", None)),
+    (r"(\w*modulation|output/norm_out)/linear/kernel", P("model", None)),
+    (r".*(modulation|norm_out)/linear/bias|.*_mlp/linear_2/bias|.*/attention/(to_(add_)?out/bias|norm_\w+/scale)", P()),
+    (r"(condition/\w+|\w+_embedder)/linear_\d/(kernel|bias)|(\w+_embedder|output/proj_out)/(kernel|bias)", P()),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields that every family of these transformers has, as in the published `transformer/config.json`.
+
+    Attributes:
+      timestep_rounding: "exact" or "reference", see the module docstring; no part of the published file.
+    """
+
+    attention_head_dim: int = 128
+    num_attention_heads: int
+    axes_dims_rope: tuple[int, ...]
+    timestep_rounding: str = "exact"
+
+    def __post_init__(self):
+        if self.timestep_rounding not in ROUNDINGS:
+            raise ValueError(f"timestep_rounding={self.timestep_rounding!r} is none of {', '.join(ROUNDINGS)}")
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope={self.axes_dims_rope} must sum to attention_head_dim={self.attention_head_dim}"
+            )
+
+    @property
+    def dim(self) -> int:
+        """Width of the tokens."""
+        return self.num_attention_heads * self.attention_head_dim
 
 
 class JointBlock(nn.Module):
@@ -97,6 +132,52 @@ class JointAttention(nn.Module):
         return RMSNorm(NORM_EPS, name=f"norm{infix}_q")(q), RMSNorm(NORM_EPS, name=f"norm{infix}_k")(k), v
 
 
+class SelfAttention(nn.Module):
+    """Attention within one sequence; queries and keys are normed per head, then rotated."""
+
+    heads: int
+    head_dim: int
+    use_bias: bool = True
+    eps: float = NORM_EPS
+
+    @nn.compact
+    def __call__(self, x, cos, sin, key_lengths=None):
+        """Takes and gives `[B, S, D]`; `cos, sin [B or 1, S, head_dim / 2]`."""
+        split = (*x.shape[:2], self.heads, self.head_dim)
+        q, k, v = (
+            nn.Dense(self.heads * self.head_dim, use_bias=self.use_bias, name=f"to_{name}")(x).reshape(split)
+            for name in "qkv"
+        )
+        q = rotate_interleaved(RMSNorm(self.eps, name="norm_q")(q), cos, sin)
+        k = rotate_interleaved(RMSNorm(self.eps, name="norm_k")(k), cos, sin)
+        out = attention(q, k, v, key_lengths=key_lengths)
+        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="to_out")(out)
+
+
+class ConditionEmbedder(nn.Module):
+    """Time and, where it is distilled, guidance, as one vector `[B, dim]`.
+
+    Attributes:
+      config: says how both are rounded.
+      guided: whether guidance has an embedding.
+      use_bias: whether the linear layers have one.
+    """
+
+    config: Config
+    guided: bool
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, sigma, guidance, dtype):
+        dim, rounding = self.config.dim, self.config.timestep_rounding
+
+        def embed(name, x):
+            return TimeEmbedder(dim, dim, self.use_bias, name=name)(thousandfold(x, rounding, dtype), dtype)
+
+        vector = embed("timestep_embedder", pipeline_time(sigma, rounding, dtype))
+        return vector + embed("guidance_embedder", guidance) if self.guided else vector
+
+
 class Modulation(nn.Module):
     """`count` vectors `[B, 1, dim]` from a conditioning vector `[B, D]`, through SiLU and one linear layer."""
 
@@ -127,17 +208,18 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return layer_norm(x, NORM_EPS) * (1 + scale) + shift
 
 
-def thousandfold(
-    sigma: Float[Array, " b"], guidance: Float[Array, " b"], dtype: Any
-) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Time and guidance times 1000, in float32, rounded on the way as the references' pipelines do in `dtype`."""
-    time = rounded(1000 * pipeline_time(sigma, dtype), dtype)
-    return time, rounded(1000 * rounded(guidance, dtype), dtype)
+def thousandfold(x: Float[Array, " b"], rounding: str, dtype: Any) -> Float[Array, " b"]:
+    """`1000 x [B]` in float32; with rounding "reference" factor and product are rounded to `dtype`."""
+    return 1000 * x if rounding == "exact" else rounded(1000 * rounded(x, dtype), dtype)
 
 
-def pipeline_time(sigma: Float[Array, " b"], dtype: Any) -> Float[Array, " b"]:
-    """Noise levels `[B]` as the references' pipelines hand them over: as times up to 1000 and back, in `dtype`."""
-    return rounded(rounded(1000 * sigma.astype(jnp.float32), dtype) / 1000, dtype)
+def pipeline_time(sigma: Float[Array, " b"], rounding: str, dtype: Any) -> Float[Array, " b"]:
+    """Noise levels `[B]`, 1 to 0, as a pipeline hands them to its network.
+
+    With rounding "reference" as the references' pipelines do: as times up to 1000 and back, in `dtype`.
+    """
+    sigma = sigma.astype(jnp.float32)
+    return sigma if rounding == "exact" else rounded(rounded(1000 * sigma, dtype) / 1000, dtype)
 
 
 def axes_rope(

@@ -3,10 +3,6 @@
 Image and text tokens are two streams through 60 blocks that are joined in attention. The position of an image token
 counts from the grid's centre; text goes on along the diagonal from where the grid's longer half ends, so that
 positions depend on the size of the image and not on the length of the text.
-
-The reference hands the time over in the dtype of the weights: in bfloat16, time 988.4 becomes 988.28.
-`Config.timestep_rounding` chooses: "exact" keeps it in float32, so that it means the same whatever the weights are
-stored in; "reference" rounds as the reference does. With float32 weights the two agree.
 """
 
 import dataclasses
@@ -20,48 +16,30 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ses_jax.models.layers import RMSNorm, TimeEmbedder, stack
-from ses_jax.models.mmdit import (
-    JOINT_PARTITION,
-    ROUNDINGS,
-    JointBlock,
-    ModulatedOutput,
-    axes_rope,
-    grid_positions,
-    pack,
-    pipeline_time,
-    unpack,
-)
+from ses_jax.models import mmdit
+from ses_jax.models.config import known_fields
+from ses_jax.models.layers import RMSNorm, TimeEmbedder, stack, weights_dtype
+from ses_jax.models.mmdit import JointBlock, ModulatedOutput, axes_rope, grid_positions, pack, pipeline_time, unpack
 
 ROPE_THETA = 10000.0
 PARTITION = (
-    *JOINT_PARTITION,
-    (r"(time_embedder/linear_\d|img_in|txt_in|output/(norm_out/linear|proj_out))/(kernel|bias)|txt_norm/scale", P()),
+    *mmdit.PARTITION,
+    (r"(img_in|txt_in)/(kernel|bias)|txt_norm/scale", P()),
 )
 UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Architecture, field for field as in the published `transformer/config.json`.
-
-    Attributes:
-      timestep_rounding: "exact" or "reference", see the module docstring; no part of the published file.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(mmdit.Config):
+    """Architecture, field for field as in the published `transformer/config.json`."""
 
     patch_size: int = 2
     in_channels: int = 64
     out_channels: int = 16
     num_layers: int = 60
-    attention_head_dim: int = 128
     num_attention_heads: int = 24
     joint_attention_dim: int = 3584
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
-    timestep_rounding: str = "exact"
-
-    def __post_init__(self):
-        if self.timestep_rounding not in ROUNDINGS:
-            raise ValueError(f"timestep_rounding={self.timestep_rounding!r} is none of {', '.join(ROUNDINGS)}")
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
@@ -73,9 +51,8 @@ class Config:
         for option in UNSUPPORTED:
             if config.get(option):
                 raise ValueError(f"Qwen-Image with {option}=true is not supported; use the text-to-image checkpoint")
-        fields = {f.name for f in dataclasses.fields(cls)} - {"timestep_rounding"}
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields}
-        if "out_channels" in known and known["out_channels"] is None:
+        known = known_fields(cls, config, skip=["timestep_rounding"])
+        if config.get("out_channels", cls.out_channels) is None:
             known["out_channels"] = known.get("in_channels", cls.in_channels)
         made = cls(**known)
         if made.in_channels != made.patch_size**2 * made.out_channels:
@@ -83,15 +60,7 @@ class Config:
                 f"Qwen-Image with in_channels={made.in_channels} and out_channels={made.out_channels} is not "
                 f"supported; a text-to-image model has out_channels x {made.patch_size}**2 input channels"
             )
-        if sum(made.axes_dims_rope) != made.attention_head_dim:
-            raise ValueError(
-                f"axes_dims_rope={made.axes_dims_rope} must sum to attention_head_dim={made.attention_head_dim}"
-            )
         return made
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
 
 class Text(NamedTuple):
@@ -141,27 +110,14 @@ class QwenImage(nn.Module):
         self.output = ModulatedOutput(c.patch_size**2 * c.out_channels)
 
     def __call__(self, latents, sigma, text):
-        c = self.config
+        c, dtype = self.config, weights_dtype(self)
         grid = (latents.shape[2] // c.patch_size, latents.shape[3] // c.patch_size)
         cos, sin = rope(c, grid, text.features.shape[1])
-        vector = self.time_embedder(timesteps(c, sigma, self.dtype), self.dtype)
-        image = self.img_in(pack(latents.astype(self.dtype), c.patch_size))
-        words = self.txt_in(self.txt_norm(text.features.astype(self.dtype)))
+        vector = self.time_embedder(1000 * pipeline_time(sigma, c.timestep_rounding, dtype), dtype)
+        image = self.img_in(pack(latents.astype(dtype), c.patch_size))
+        words = self.txt_in(self.txt_norm(text.features.astype(dtype)))
         (image, _), _ = self.blocks((image, words), vector, cos, sin, text.lengths)
         return unpack(self.output(image, vector), grid, c.patch_size)
-
-    @property
-    def dtype(self):
-        """The dtype of the weights (float32 while they are being created)."""
-        params = self.variables.get("params", {})
-        return next(iter(jax.tree.leaves(params)), jnp.zeros(())).dtype
-
-
-def timesteps(config: Config, sigma: Float[Array, " b"], dtype: Any) -> Float[Array, " b"]:
-    """Times `[B]`, 1000 to 0, of noise levels `sigma [B]` in a network whose weights are of `dtype`."""
-    if config.timestep_rounding == "exact":
-        return 1000 * sigma
-    return 1000 * pipeline_time(sigma, dtype)
 
 
 def rope(config: Config, grid: tuple[int, int], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
+from ses_jax.models.config import known_fields
+from ses_jax.models.layers import weights_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +55,7 @@ class Config:
         """
         if config.get("attn_scales"):
             raise ValueError(f"autoencoder with attn_scales={config['attn_scales']} is not supported; expected none")
-        fields = {f.name for f in dataclasses.fields(cls)}
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields and v is not None}
-        made = cls(**known)
+        made = cls(**known_fields(cls, config))
         if not len(made.latents_mean) == len(made.latents_std) == made.z_dim:
             raise ValueError(f"autoencoder needs latents_mean and latents_std of z_dim={made.z_dim} numbers each")
         return made
@@ -106,19 +106,13 @@ class QwenVAE(nn.Module):
         return self.decode(mean)
 
     def encode(self, images):
-        moments = self.quant_conv(self.encoder(images.astype(self.dtype)))
+        moments = self.quant_conv(self.encoder(images.astype(weights_dtype(self))))
         mean, log_variance = jnp.split(jnp.moveaxis(moments, -1, 1), 2, axis=1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def decode(self, latents):
-        x = jnp.moveaxis(latents, 1, -1).astype(self.dtype)
+        x = jnp.moveaxis(latents, 1, -1).astype(weights_dtype(self))
         return self.decoder(self.post_quant_conv(x))
-
-    @property
-    def dtype(self):
-        """The dtype of the weights (float32 while they are being created)."""
-        params = self.variables.get("params", {})
-        return next(iter(jax.tree.leaves(params)), jnp.zeros(())).dtype
 
 
 class Encoder(nn.Module):

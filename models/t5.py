@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from ses_jax.models.config import known_fields
 from ses_jax.models.layers import GatedMLP, RMSNorm, stack
 
 # Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
@@ -55,8 +56,7 @@ class Config:
         feed_forward = config.get("feed_forward_proj", "relu")
         if feed_forward != "gated-gelu":
             raise ValueError(f"T5 with feed_forward_proj={feed_forward!r} is not supported; expected 'gated-gelu'")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in config.items() if name in fields})
+        return cls(**known_fields(cls, config))
 
 
 def encode(params: Any, config: Config, token_ids: Int[Array | np.ndarray, "b l"]) -> Float[Array, "b l d"]:

@@ -16,11 +16,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ses_jax.models.attention import attention, rotate_interleaved
+from ses_jax.models.config import known_fields
 from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, layer_norm, stack
+from ses_jax.models.mmdit import SelfAttention
 
 SEQUENCE_MULTIPLE = 32
 TIME_HIDDEN = 1024
+QK_NORM_EPS = 1e-5  # whatever `norm_eps` is
 
 # Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
 PARTITION = (
@@ -28,10 +30,11 @@ PARTITION = (
     (r".*/attention/to_out/kernel", P(None, "model", None)),
     (r".*/feed_forward/w[13]/kernel", P(None, None, "model")),
     (r".*/feed_forward/w2/kernel", P(None, "model", None)),
-    # Over its inputs, so that its small outputs are summed and every device has them whole; split outputs would spread
-    # to the tokens they modulate, which would have to be gathered.
+    # Over their inputs, so that their small outputs are summed and every device has them whole; split outputs would
+    # spread to the tokens they modulate, which would have to be gathered.
     (r"(layers|noise_refiner)/modulation/kernel", P(None, "model", None)),
-    (r".*/(scale|bias)|.*_pad_token|(x_embedder|cap_embedder|(t_embedder|final_layer)/\w+)/kernel", P()),
+    (r"final_layer/modulation/kernel", P("model", None)),
+    (r".*/(scale|bias)|.*_pad_token|(x_embedder|cap_embedder|t_embedder/\w+|final_layer/linear)/kernel", P()),
 )
 
 
@@ -65,9 +68,7 @@ class Config:
             raise ValueError("Z-Image with qk_norm=false is not supported")
         if tuple(config.get("all_f_patch_size", (1,))) != (1,) or len(config.get("all_patch_size", (2,))) != 1:
             raise ValueError("Z-Image needs exactly one patch size and all_f_patch_size [1]")
-        fields = {f.name for f in dataclasses.fields(cls)}
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields}
-        return cls(**known, patch_size=config.get("all_patch_size", (2,))[0])
+        return cls(**known_fields(cls, config), patch_size=config.get("all_patch_size", (2,))[0])
 
     @property
     def head_dim(self) -> int:
@@ -194,7 +195,7 @@ class ModulatedBlock(nn.Module):
         scale_attn, gate_attn, scale_ffn, gate_ffn = jnp.split(modulation, 4, axis=-1)
 
         h = RMSNorm(c.norm_eps, name="attention_norm1")(x) * (1 + scale_attn)
-        h = RMSNorm(c.norm_eps, name="attention_norm2")(SelfAttention(c, name="attention")(h, cos, sin, key_lengths))
+        h = RMSNorm(c.norm_eps, name="attention_norm2")(self_attention(c)(h, cos, sin, key_lengths))
         x = x + jnp.tanh(gate_attn) * h
 
         h = RMSNorm(c.norm_eps, name="ffn_norm1")(x) * (1 + scale_ffn)
@@ -210,28 +211,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, cos, sin, key_lengths):
         c = self.config
-        h = SelfAttention(c, name="attention")(RMSNorm(c.norm_eps, name="attention_norm1")(x), cos, sin, key_lengths)
+        h = self_attention(c)(RMSNorm(c.norm_eps, name="attention_norm1")(x), cos, sin, key_lengths)
         x = x + RMSNorm(c.norm_eps, name="attention_norm2")(h)
         h = GatedMLP(c.ffn_dim, name="feed_forward")(RMSNorm(c.norm_eps, name="ffn_norm1")(x))
         return x + RMSNorm(c.norm_eps, name="ffn_norm2")(h), None
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention; queries and keys are normed per head, then rotated."""
-
-    config: Config
-
-    @nn.compact
-    def __call__(self, x, cos, sin, key_lengths):
-        c = self.config
-
-        def project(name):
-            return nn.Dense(c.dim, use_bias=False, name=name)(x).reshape(*x.shape[:2], c.n_heads, c.head_dim)
-
-        # The reference fixes this epsilon, whatever `norm_eps` is.
-        q = rotate_interleaved(RMSNorm(1e-5, name="norm_q")(project("to_q")), cos, sin)
-        k = rotate_interleaved(RMSNorm(1e-5, name="norm_k")(project("to_k")), cos, sin)
-        return nn.Dense(c.dim, use_bias=False, name="to_out")(attention(q, k, project("to_v"), key_lengths=key_lengths))
 
 
 class FinalLayer(nn.Module):
@@ -243,6 +226,11 @@ class FinalLayer(nn.Module):
     def __call__(self, x, time_embedding):
         scale = nn.Dense(x.shape[-1], name="modulation")(jax.nn.silu(time_embedding))
         return nn.Dense(self.patch_dim, name="linear")(layer_norm(x) * (1 + scale[:, None, :]))
+
+
+def self_attention(config: Config) -> SelfAttention:
+    """A block's attention; to be called inside the block."""
+    return SelfAttention(config.n_heads, config.head_dim, use_bias=False, eps=QK_NORM_EPS, name="attention")
 
 
 def patchify(latents: Float[Array, "b c h w"], patch: int) -> Float[Array, "b s d"]:

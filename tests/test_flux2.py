@@ -1,6 +1,5 @@
 """FLUX.2's transformer against diffusers."""
 
-import dataclasses
 import functools
 import inspect
 
@@ -123,7 +122,7 @@ def test_positions_are_the_references():
         ({"eps": 1e-5}, "eps=1e-05"),
         ({"timestep_guidance_channels": 128}, "timestep_guidance_channels=128"),
         ({"out_channels": 64}, "out_channels"),
-        ({"axes_dims_rope": [16, 16, 16, 16]}, "must sum to attention_head_dim, 128"),
+        ({"axes_dims_rope": [16, 16, 16, 16]}, "must sum to attention_head_dim=128"),
     ],
 )
 def test_unsupported_options_are_refused(change, complaint):
@@ -161,24 +160,3 @@ def test_a_megapixel_in_bfloat16_multiplies_bfloat16_only():
     assert len(products) > 20
     for equation in products:
         assert all(operand.aval.dtype == jnp.bfloat16 for operand in equation.invars), equation
-
-
-@pytest.mark.parametrize(("rounding", "seen"), [("exact", (988.4, 1700.0)), ("reference", (988.0, 1704.0))])
-def test_bfloat16_weights_see_the_time_and_guidance_that_are_asked_for(networks, rounding, seen):
-    _, config, params = networks("dev")
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["condition"])
-
-    def embed(rounding, time, guidance):
-        embedder = flux2.ConditionEmbedder(dataclasses.replace(config, timestep_rounding=rounding))
-        inputs = (jnp.float32([value / 1000]) for value in (time, guidance))
-        return np.float32(embedder.apply({"params": half}, *inputs, jnp.bfloat16))
-
-    asked = embed(rounding, 988.4, 1700.0)
-    other = (1976.4 - seen[0], 3404.0 - seen[1])
-    error, contrast = (np.linalg.norm(asked - embed("exact", *values)) for values in (seen, other))
-    assert error < 0.02 * contrast
-
-
-def test_unknown_rounding_is_refused():
-    with pytest.raises(ValueError, match="timestep_rounding='half' is none of exact, reference"):
-        flux2.Config(timestep_rounding="half")
