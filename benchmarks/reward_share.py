@@ -21,7 +21,7 @@ import tyro
 import ses_jax
 from ses_jax import engine, generation, rewards, sampler, scorers
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
-from ses_jax.pipelines import base
+from ses_jax.pipelines import base, schedule
 from ses_jax.pipelines import z_image as family
 from ses_jax.preprocess import Preprocessor
 
@@ -149,7 +149,7 @@ def random_z_image() -> tuple[ses_jax.Pipeline, ses_jax.Reward]:
         encode=encode,
         velocity=functools.partial(family.velocity, dit),
         decode=functools.partial(family.decode, vae),
-        sigmas=lambda steps, height, width: base.static_shift_sigmas(steps, 3.0),
+        sigmas=lambda steps, height, width: schedule.static_shift_sigmas(steps, 3.0),
         noise_shape=functools.partial(family.noise_shape, dit, vae),
     )
     scorer = scorers.Scorer(

@@ -10,8 +10,9 @@ import pytest
 
 from ses_jax import generation, rewards, scorers
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
-from ses_jax.pipelines import base
+from ses_jax.pipelines import base, schedule
 from ses_jax.pipelines import z_image as family
+from ses_jax.pipelines.guidance import Guided
 from ses_jax.preprocess import Preprocessor
 
 CLIP_H = clip.Config(
@@ -37,15 +38,15 @@ def abstract_params(dtype):
 def tokens(guided):
     ids, lengths = np.zeros((1, 64), np.int32), np.array([40], np.int32)
     guidance = {name: np.ones(1, np.float32) for name in family.GUIDANCE_OFF}
-    return base.GuidedTokens(ids, lengths, ids if guided else None, lengths if guided else None, guidance)
+    rows = base.Tokens(ids, lengths)
+    return Guided(rows, rows if guided else None, guidance)
 
 
 @pytest.mark.parametrize("size", [(1024, 1024), (832, 1216)])
 @pytest.mark.parametrize("guided", [False, True], ids=["turbo", "guided"])
 def test_a_generation_of_z_image_with_clip_h(size, guided):
     params = abstract_params(jnp.bfloat16)
-    shape = family.noise_shape(z_image.Config(), autoencoder_kl.Config(), *size)
-    assert shape == (16, size[0] // 8, size[1] // 8)
+    shape = 16, size[0] // 8, size[1] // 8
     condition = jax.eval_shape(
         functools.partial(family.encode, decoder_lm.Config(), z_image.Config()), params, tokens(guided)
     )
@@ -73,7 +74,7 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
         high=high,
         condition=condition,
         text=(jax.ShapeDtypeStruct((1, 1024), jnp.float32),),
-        sigmas=base.static_shift_sigmas(STEPS, 3.0),
+        sigmas=schedule.static_shift_sigmas(STEPS, 3.0),
         budget=jnp.int32(50),
     )
     state = generation.init(program, low.shape, elites=5, generations=5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ses_jax import sampler
-from ses_jax.pipelines import base
+from ses_jax.pipelines import schedule
 
 
 def test_equals_a_plain_loop(key):
@@ -52,7 +52,7 @@ def test_latents_stay_float32_under_a_bfloat16_network():
     ],
 )
 def test_published_sigmas(shift, steps, expected):
-    sigmas = base.static_shift_sigmas(steps, shift)
+    sigmas = schedule.static_shift_sigmas(steps, shift)
     assert sigmas.shape == (steps + 1,)
     assert sigmas[-1] == 0
     np.testing.assert_allclose(sigmas[: len(expected)], expected, atol=1e-6)
@@ -66,4 +66,4 @@ def test_sigmas_equal_the_reference_scheduler(shift, steps):
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
-    np.testing.assert_allclose(base.static_shift_sigmas(steps, shift), scheduler.sigmas.numpy(), atol=1e-6)
+    np.testing.assert_allclose(schedule.static_shift_sigmas(steps, shift), scheduler.sigmas.numpy(), atol=1e-6)

@@ -12,7 +12,6 @@ so that one loader serves all, and the same pipeline can be assembled around sha
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,110 +151,26 @@ def override(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
     return dataclasses.replace(defaults, **settings)
 
 
-def dynamic_shift_sigmas(steps: int, mu: float, *, terminal: float | None = None) -> np.ndarray:
-    """Sigmas `[steps + 1]` of the flow-matching Euler schedule shifted by `exp(mu)`, float32, 1 to 0.
-
-    Reference: diffusers `FlowMatchEulerDiscreteScheduler.set_timesteps(sigmas=linspace(1, 1/n, n), mu=mu)` with
-    `time_shift_type="exponential"`; the sigmas before the final 0 are stretched so that the last is `terminal`.
-    A single step has nothing to stretch; the reference divides by zero there.
-    """
-    sigmas = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
-    sigmas = math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
-    if terminal and steps > 1:
-        sigmas = 1 - (1 - sigmas) / ((1 - sigmas[-1]) / (1 - terminal))
-    return np.append(sigmas, 0.0).astype(np.float32)
+def noise_shape(channels: int, cell: int, height: int, width: int) -> tuple[int, int, int]:
+    """Shape `(C, h, w)` of the noise of an image of `height x width` pixels, one latent cell per `cell` squared."""
+    return channels, height // cell, width // cell
 
 
-def linear_mu(tokens: int, scheduler: Mapping[str, Any]) -> float:
-    """Shift of the schedule for so many image tokens, linear and unclamped (diffusers `calculate_shift`)."""
-    fewest, most = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    slope = (high - low) / (most - fewest)
-    return tokens * slope + low - slope * fewest
+class Tokens(NamedTuple):
+    """Token ids `[B, L]`, padded on the right, and how many of each row are real, `[B]`."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
 
 
-def static_shift_sigmas(steps: int, shift: float) -> np.ndarray:
-    """Sigmas `[steps + 1]` of the flow-matching Euler schedule with a constant shift, float32, 1 to 0.
-
-    Reference: diffusers `FlowMatchEulerDiscreteScheduler.set_timesteps(sigmas=linspace(1, 1/n, n))`.
-    """
-    sigmas = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
-    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-    return np.append(sigmas, 0.0).astype(np.float32)
-
-
-def pad_to_bucket(token_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads lists of token ids to a shared bucket length, so that a new prompt rarely compiles anew.
-
-    Returns:
-      ids int32 `[B, L]`, L the smallest bucket that holds the longest, and lengths int32 `[B]`.
-    """
+def pad_to_bucket(token_ids: Sequence[Sequence[int]], pad_id: int) -> Tokens:
+    """Pads lists of token ids to the smallest bucket that holds the longest; so new prompts rarely compile anew."""
     lengths = np.array([len(ids) for ids in token_ids], np.int32)
     bucket = next(size for size in TOKEN_BUCKETS if size >= lengths.max())
     padded = np.full((len(token_ids), bucket), pad_id, np.int32)
     for row, ids in zip(padded, token_ids, strict=True):
         row[: len(ids)] = ids
-    return padded, lengths
-
-
-class GuidedTokens(NamedTuple):
-    """Token ids of `P` prompts and, where guidance is on, of their negative prompts.
-
-    Attributes:
-      ids: `[P, L]`, padded on the right.
-      lengths: `[P]`, how many are real.
-      negative_ids, negative_lengths: the same; None where guidance is off.
-      guidance: the family's options, each `[P]`.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    negative_ids: np.ndarray | None
-    negative_lengths: np.ndarray | None
-    guidance: dict[str, np.ndarray]
-
-
-def guided_tokens(ids: np.ndarray, lengths: np.ndarray, count: int, options: Mapping[str, float]) -> GuidedTokens:
-    """From the rows of `count` prompts, followed by those of their negative prompts where guidance is on."""
-    negative = len(ids) > count
-    return GuidedTokens(
-        ids=ids[:count],
-        lengths=lengths[:count],
-        negative_ids=ids[count:] if negative else None,
-        negative_lengths=lengths[count:] if negative else None,
-        guidance={name: np.full(count, value, np.float32) for name, value in options.items()},
-    )
-
-
-def both(positive: Any, negative: Any) -> Any:
-    """Two pytrees as one batch, positive rows first: the two branches of classifier-free guidance."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), positive, negative)
-
-
-def negative_prompts(negative_prompt: str | Sequence[str] | None, count: int, default: str = "") -> list[str]:
-    """A negative prompt for each of `count` prompts.
-
-    Raises:
-      ValueError: for a list of another length.
-    """
-    if isinstance(negative_prompt, str | None):
-        return [default if negative_prompt is None else negative_prompt] * count
-    if len(negative_prompt) != count:
-        raise ValueError(f"{len(negative_prompt)} negative prompts for {count} prompts; pass one, or one for each")
-    return list(negative_prompt)
-
-
-def guidance_options(guidance: Guidance, off: Mapping[str, float], family: str) -> dict[str, float]:
-    """A family's named guidance options, filled up from those that mean "off"; a number is its `scale`.
-
-    Raises:
-      ValueError: for an option that the family does not have.
-    """
-    options = dict(guidance) if isinstance(guidance, Mapping) else {"scale": guidance}
-    unknown = options.keys() - off.keys()
-    if unknown:
-        raise ValueError(f"unknown guidance options {sorted(unknown)}; {family} takes {', '.join(off)}")
-    return {**off, **options}
+    return Tokens(padded, lengths)
 
 
 def to_images(pixels: Float[Array, "b H W 3"]) -> Float[Array, "b H W 3"]:

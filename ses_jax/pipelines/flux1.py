@@ -20,8 +20,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -31,6 +29,16 @@ from ses_jax.convert import flux1 as transformer_tables
 from ses_jax.convert import t5 as t5_tables
 from ses_jax.models import autoencoder_kl, clip, flux1, t5
 from ses_jax.pipelines import base
+from ses_jax.pipelines.guidance import (
+    Guided,
+    both_branches,
+    classifier_free,
+    each_branch,
+    guided,
+    negative_prompts,
+    options_of,
+)
+from ses_jax.pipelines.schedule import schedule
 
 COMPONENTS = {
     "transformer": transformer_tables.COMPONENT,
@@ -45,8 +53,6 @@ SCHNELL_TOKENS = 256
 DEV = base.Defaults(steps=28, guidance=3.5)
 SCHNELL = base.Defaults(steps=4, preview_steps=4, guidance=0.0)
 GUIDANCE = {"scale": 3.5, "true_cfg": 1.0}
-# Options of the reference's scheduler that no published checkpoint sets.
-UNSUPPORTED_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
 
 CONFIGS = {
     "vae": autoencoder_kl.Config(),
@@ -75,27 +81,11 @@ PUBLISHED = (
 )
 
 
-class Ids(NamedTuple):
+class Tokens(NamedTuple):
     """Token ids of both text encoders: CLIP's `[P, 77]` and T5's `[P, max_tokens]`."""
 
     clip: np.ndarray
     t5: np.ndarray
-
-
-class Tokens(NamedTuple):
-    """Token ids of prompts and, where classifier-free guidance is on, negative prompts; guidance of each, `[P]`."""
-
-    positive: Ids
-    negative: Ids | None
-    guidance: dict[str, np.ndarray]
-
-
-class Condition(NamedTuple):
-    """A batch of encoded prompts, and the guidance of each, `[P]`."""
-
-    positive: flux1.Prompt
-    negative: flux1.Prompt | None
-    guidance: dict[str, jax.Array]
 
 
 def assemble(parts: base.Parts, *, max_tokens: int | None = None, timestep_rounding: str = "exact") -> base.Pipeline:
@@ -106,18 +96,19 @@ def assemble(parts: base.Parts, *, max_tokens: int | None = None, timestep_round
     lengths = (text.max_length, _token_count(max_tokens, MAX_TOKENS if distilled else SCHNELL_TOKENS))
     usual = GUIDANCE if distilled else GUIDANCE | {"scale": 0.0}
     tokenizers = tuple(parts.tokenizers.get(name) for name in TOKENIZERS)
+    cell = vae.downscale * flux1.PATCH
     return base.Pipeline(
         family="FluxPipeline",
         folder=parts.folder,
         params=parts.params,
         defaults=base.override(DEV if distilled else SCHNELL, parts.settings),
-        size_multiple=vae.downscale * flux1.PATCH,
+        size_multiple=cell,
         tokenize=functools.partial(tokenize, tokenizers, lengths, usual),
         encode=functools.partial(encode, text, parts.configs["text_encoder_2"]),
         velocity=functools.partial(velocity, config),
         decode=functools.partial(decode, vae),
-        sigmas=functools.partial(sigmas, _checked(parts), vae.downscale * flux1.PATCH),
-        noise_shape=functools.partial(noise_shape, config, vae),
+        sigmas=schedule(parts, cell),
+        noise_shape=functools.partial(base.noise_shape, config.latent_channels, vae.downscale),
         blank_tokens=functools.partial(blank_tokens, lengths, usual),
         text_params=base.pick("text_encoder", "text_encoder_2"),
         image_params=base.pick("transformer", "vae"),
@@ -132,7 +123,7 @@ def tokenize(
     *,
     guidance: base.Guidance | None = None,
     negative_prompt: str | Sequence[str] | None = None,
-) -> Tokens:
+) -> Guided:
     """Token ids of `P` prompts, and of their negative prompts where both they and `true_cfg` ask for it.
 
     Args:
@@ -147,19 +138,13 @@ def tokenize(
       ValueError: for guidance that has no effect, or a negative prompt that has none.
     """
     options = _options(guidance, usual)
-
-    def ids(texts):
-        rows = (
-            tokenizer(list(texts), padding="max_length", max_length=length, truncation=True)["input_ids"]
-            for tokenizer, length in zip(tokenizers, lengths, strict=True)
-        )
-        return Ids(*(np.array(row, np.int32) for row in rows))
-
-    guided = negative_prompt is not None and options["true_cfg"] > 1
-    if negative_prompt and not guided:
-        raise ValueError("negative_prompt has no effect without guidance={'true_cfg': s}, s > 1")
-    negatives = base.negative_prompts(negative_prompt, len(prompts))
-    return Tokens(ids(prompts), ids(negatives) if guided else None, _columns(options, len(prompts)))
+    on = negative_prompt is not None and options["true_cfg"] > 1
+    negatives = negative_prompts(negative_prompt, len(prompts), on=on, remedy="guidance={'true_cfg': s}, s > 1")
+    rows = (
+        tokenizer([*prompts, *negatives], padding="max_length", max_length=length, truncation=True)["input_ids"]
+        for tokenizer, length in zip(tokenizers, lengths, strict=True)
+    )
+    return guided(Tokens(*(np.array(ids, np.int32) for ids in rows)), len(prompts), options)
 
 
 def blank_tokens(
@@ -169,22 +154,21 @@ def blank_tokens(
     length: int,
     *,
     guidance: base.Guidance | None = None,
-) -> Tokens:
+) -> Guided:
     """Tokens of `count` prompts without a tokenizer; they are of fixed length, whatever `length` says."""
     options = _options(guidance, usual)
-    ids = Ids(*(np.zeros((count, size), np.int32) for size in lengths))
-    return Tokens(ids, ids if options["true_cfg"] > 1 else None, _columns(options, count))
+    rows = 2 * count if options["true_cfg"] > 1 else count
+    return guided(Tokens(*(np.zeros((rows, size), np.int32) for size in lengths)), count, options)
 
 
-def encode(clip_config: clip.TextConfig, t5_config: t5.Config, params: Any, tokens: Tokens) -> Condition:
-    """Both text encoders, once a prompt."""
+def encode(clip_config: clip.TextConfig, t5_config: t5.Config, params: Any, tokens: Guided) -> Guided:
+    """Both text encoders, once a prompt: a `flux1.Prompt` for each branch."""
 
-    def prompt(ids):
-        features = t5.encode(params["text_encoder_2"], t5_config, ids.t5)
-        return flux1.Prompt(features, clip.text_state(params["text_encoder"], clip_config, ids.clip))
+    def prompt(tokens):
+        features = t5.encode(params["text_encoder_2"], t5_config, tokens.t5)
+        return flux1.Prompt(features, clip.text_state(params["text_encoder"], clip_config, tokens.clip))
 
-    negative = None if tokens.negative is None else prompt(tokens.negative)
-    return Condition(prompt(tokens.positive), negative, tokens.guidance)
+    return each_branch(prompt, tokens)
 
 
 def velocity(
@@ -192,35 +176,21 @@ def velocity(
     params: Any,
     latents: Float[Array, "b c h w"],
     sigma: Float[Array, " b"],
-    condition: Condition,
+    condition: Guided,
 ) -> Float[Array, "b c h w"]:
     """Guided velocity `[B, C, h, w]`; the positive and the negative branch run as one batch."""
-    run = functools.partial(flux1.velocity, params["transformer"], config)
-    scale = condition.guidance["scale"]
-    if condition.negative is None:
-        return run(latents, sigma, condition.positive, scale)
-    branches = ((latents, sigma, prompt, scale) for prompt in (condition.positive, condition.negative))
-    positive, negative = jnp.split(run(*base.both(*branches)), 2)
-    return negative + condition.guidance["true_cfg"][:, None, None, None] * (positive - negative)
+
+    def run(prompt, latents, sigma, scale):
+        return flux1.velocity(params["transformer"], config, latents, sigma, prompt, scale)
+
+    options = condition.guidance
+    return classifier_free(*both_branches(run, condition, latents, sigma, options["scale"]), options["true_cfg"])
 
 
 def decode(config: autoencoder_kl.Config, params: Any, latents: Float[Array, "b c h w"]) -> Float[Array, "b H W 3"]:
     """Images `[B, H, W, 3]` in [0, 1]."""
     scaled = latents / config.scaling_factor + config.shift_factor
     return base.to_images(autoencoder_kl.decode(params["vae"], config, scaled))
-
-
-def sigmas(scheduler: Mapping[str, Any], patch: int, steps: int, height: int, width: int) -> np.ndarray:
-    """The checkpoint's schedule `[steps + 1]`; `patch` is the side in pixels of what one token stands for."""
-    if not scheduler.get("use_dynamic_shifting"):
-        return base.static_shift_sigmas(steps, float(scheduler.get("shift", 1.0)))
-    mu = base.linear_mu((height // patch) * (width // patch), scheduler)
-    return base.dynamic_shift_sigmas(steps, mu, terminal=scheduler.get("shift_terminal"))
-
-
-def noise_shape(config: flux1.Config, vae: autoencoder_kl.Config, height: int, width: int) -> tuple[int, int, int]:
-    """Shape `(C, h, w)` of the noise of an image of `height x width` pixels."""
-    return config.latent_channels, height // vae.downscale, width // vae.downscale
 
 
 def _token_count(wanted: int | None, default: int) -> int:
@@ -232,22 +202,7 @@ def _token_count(wanted: int | None, default: int) -> int:
 
 
 def _options(guidance: base.Guidance | None, usual: Mapping[str, float]) -> dict[str, float]:
-    options = base.guidance_options({} if guidance is None else guidance, usual, "FLUX.1")
+    options = options_of({} if guidance is None else guidance, usual, "FLUX.1")
     if not usual["scale"] and options["scale"]:
         raise ValueError(f"guidance {options['scale']} has no effect: FLUX.1-schnell has no such input; pass 0")
     return options
-
-
-def _columns(options: Mapping[str, float], count: int) -> dict[str, np.ndarray]:
-    return {name: np.full(count, value, np.float32) for name, value in options.items()}
-
-
-def _checked(parts: base.Parts) -> Mapping[str, Any]:
-    """The scheduler's config, if it is one of the schedules that are covered here."""
-    scheduler = parts.scheduler
-    wrong = [name for name in UNSUPPORTED_SCHEDULES if scheduler.get(name)]
-    if scheduler.get("time_shift_type", "exponential") != "exponential":
-        wrong.append("time_shift_type")
-    if wrong:
-        raise ValueError(f"{parts.folder}: schedules with {', '.join(wrong)} are not supported")
-    return scheduler

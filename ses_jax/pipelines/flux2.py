@@ -21,8 +21,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -30,6 +28,16 @@ from ses_jax.convert import autoencoder_kl_bn as vae_tables
 from ses_jax.convert import flux2 as tables
 from ses_jax.models import autoencoder_kl_bn, decoder_lm, flux2
 from ses_jax.pipelines import base
+from ses_jax.pipelines.guidance import (
+    Guided,
+    both_branches,
+    classifier_free,
+    each_branch,
+    guided,
+    negative_prompts,
+    options_of,
+)
+from ses_jax.pipelines.schedule import schedule
 
 COMPONENTS = {
     "transformer": tables.COMPONENT,
@@ -49,21 +57,10 @@ SYSTEM_PROMPT = (
 
 
 class Tokens(NamedTuple):
-    """Token ids `[P, 512]` with False in the mask at padding, the same for the negative prompts, and guidance `[P]`."""
+    """Token ids `[P, 512]`, with False in the mask at padding."""
 
     ids: np.ndarray
     mask: np.ndarray
-    negative_ids: np.ndarray | None
-    negative_mask: np.ndarray | None
-    guidance: np.ndarray
-
-
-class Condition(NamedTuple):
-    """Text features `[P, 512, D]` of prompts and negative prompts, and the guidance of each, `[P]`."""
-
-    positive: jax.Array
-    negative: jax.Array | None
-    guidance: jax.Array
 
 
 class Kind(NamedTuple):
@@ -100,8 +97,8 @@ def assemble(parts: base.Parts, *, band: str = "packed", timestep_rounding: str 
         encode=functools.partial(encode, configs["text_encoder"]),
         velocity=functools.partial(velocity, transformer),
         decode=functools.partial(decode, vae),
-        sigmas=functools.partial(sigmas, parts.scheduler, cell),
-        noise_shape=lambda height, width: (transformer.in_channels, height // cell, width // cell),
+        sigmas=schedule(parts, cell, empirical_mu),
+        noise_shape=functools.partial(base.noise_shape, transformer.in_channels, cell),
         blank_tokens=functools.partial(blank_tokens, kind),
         text_params=base.pick("text_encoder"),
         image_params=base.pick("transformer", "vae"),
@@ -139,35 +136,34 @@ def tokenize(
     *,
     guidance: base.Guidance,
     negative_prompt: str | Sequence[str] | None = None,
-) -> Tokens:
+) -> Guided:
     """Token ids of `P` prompts in their template; the negative prompts (default: empty) only if they have an effect.
 
     Raises:
       ValueError: for guidance or a negative prompt that has no effect.
     """
-    scale = base.guidance_options(guidance, GUIDANCE_OFF, kind.name)["scale"]
-    _check_guidance(kind, scale, negative_prompt)
-    guided = kind.guidance == "classifier-free" and scale > 1
-    negatives = base.negative_prompts(negative_prompt, len(prompts)) if guided else []
+    options = options_of(guidance, GUIDANCE_OFF, kind.name)
+    _check_guidance(kind, options, negative_prompt)
+    on = _two_branches(kind, options)
+    negatives = negative_prompts(negative_prompt, len(prompts), on=on, remedy="guidance > 1")
     texts = [kind.in_template(tokenizer, prompt) for prompt in [*prompts, *negatives]]
     encoded = tokenizer(texts, add_special_tokens=False, padding="max_length", truncation=True, max_length=MAX_TOKENS)
     ids, mask = np.array(encoded["input_ids"], np.int32), np.array(encoded["attention_mask"], bool)
-    return _tokens(ids, mask, len(prompts), scale)
+    return guided(Tokens(ids, mask), len(prompts), options)
 
 
-def blank_tokens(kind: Kind, count: int, length: int, *, guidance: base.Guidance) -> Tokens:
+def blank_tokens(kind: Kind, count: int, length: int, *, guidance: base.Guidance) -> Guided:
     """Tokens of `count` prompts of `length` token ids, without a tokenizer."""
-    scale = base.guidance_options(guidance, GUIDANCE_OFF, kind.name)["scale"]
-    rows = 2 * count if kind.guidance == "classifier-free" and scale > 1 else count
+    options = options_of(guidance, GUIDANCE_OFF, kind.name)
+    rows = 2 * count if _two_branches(kind, options) else count
     mask = np.broadcast_to(np.arange(MAX_TOKENS) < length, (rows, MAX_TOKENS))
-    return _tokens(np.zeros((rows, MAX_TOKENS), np.int32), mask, count, scale)
+    return guided(Tokens(np.zeros((rows, MAX_TOKENS), np.int32), mask), count, options)
 
 
-def encode(config: decoder_lm.Config, params: Any, tokens: Tokens) -> Condition:
-    """Text features of three depths side by side; rows of padding are features like any other."""
+def encode(config: decoder_lm.Config, params: Any, tokens: Guided) -> Guided:
+    """Text features `[P, 512, D]` of three depths side by side; rows of padding are features like any other."""
     features = functools.partial(decoder_lm.hidden_state, params["text_encoder"], config)
-    negative = None if tokens.negative_ids is None else features(tokens.negative_ids, tokens.negative_mask)
-    return Condition(features(tokens.ids, tokens.mask), negative, jnp.asarray(tokens.guidance))
+    return each_branch(lambda tokens: features(tokens.ids, tokens.mask), tokens)
 
 
 def velocity(
@@ -175,31 +171,20 @@ def velocity(
     params: Any,
     latents: Float[Array, "b c h w"],
     sigma: Float[Array, " b"],
-    condition: Condition,
+    condition: Guided,
 ) -> Float[Array, "b c h w"]:
     """Guided velocity `[B, C, h, w]`; the positive and the negative branch run as one batch."""
-    run = functools.partial(flux2.velocity, params["transformer"], config)
-    if condition.negative is None:
-        guidance = condition.guidance if config.guidance_embeds else None
-        return run(latents, sigma, condition.positive, guidance)
-    out = run(*base.both((latents, sigma, condition.positive), (latents, sigma, condition.negative)))
-    positive, negative = jnp.split(out, 2)
-    return negative + condition.guidance[:, None, None, None] * (positive - negative)
+
+    def run(text, latents, sigma, scale):
+        return flux2.velocity(params["transformer"], config, latents, sigma, text, scale)
+
+    scale = condition.guidance["scale"]
+    return classifier_free(*both_branches(run, condition, latents, sigma, scale), scale)
 
 
 def decode(config: autoencoder_kl_bn.Config, params: Any, latents: Float[Array, "b c h w"]) -> Float[Array, "b H W 3"]:
     """Images `[B, H, W, 3]` in [0, 1]."""
     return base.to_images(autoencoder_kl_bn.decode(params["vae"], config, latents))
-
-
-def sigmas(scheduler: Mapping[str, Any], cell: int, steps: int, height: int, width: int) -> np.ndarray:
-    """Sigmas `[steps + 1]` for an image of `height x width` pixels, of which a token covers `cell x cell`."""
-    if not scheduler.get("use_dynamic_shifting"):
-        return base.static_shift_sigmas(steps, float(scheduler.get("shift", 1.0)))
-    if scheduler.get("time_shift_type", "exponential") != "exponential":
-        raise ValueError(f"scheduler with time_shift_type={scheduler['time_shift_type']!r} is not supported")
-    mu = empirical_mu((height // cell) * (width // cell), steps)
-    return base.dynamic_shift_sigmas(steps, mu, terminal=scheduler.get("shift_terminal"))
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
@@ -241,25 +226,15 @@ def _check_fit(parts: base.Parts, kind: Kind) -> None:
         )
 
 
-def _check_guidance(kind: Kind, scale: float, negative_prompt: str | Sequence[str] | None) -> None:
-    if kind.guidance == "none" and scale > 1:
+def _two_branches(kind: Kind, options: Mapping[str, float]) -> bool:
+    return kind.guidance == "classifier-free" and options["scale"] > 1
+
+
+def _check_guidance(kind: Kind, options: Mapping[str, float], negative_prompt: str | Sequence[str] | None) -> None:
+    if kind.guidance == "none" and options["scale"] > 1:
         raise ValueError(f"{kind.name} has no guidance; leave guidance out")
     if negative_prompt and kind.guidance != "classifier-free":
         raise ValueError(f"{kind.name} has no negative prompt; leave negative_prompt out")
-    if negative_prompt and scale <= 1:
-        raise ValueError("negative_prompt has no effect without guidance; pass guidance > 1")
-
-
-def _tokens(ids: np.ndarray, mask: np.ndarray, count: int, scale: float) -> Tokens:
-    """The rows of `count` prompts, then those of their negative prompts where there are any."""
-    negative = len(ids) > count
-    return Tokens(
-        ids=ids[:count],
-        mask=mask[:count],
-        negative_ids=ids[count:] if negative else None,
-        negative_mask=mask[count:] if negative else None,
-        guidance=np.full(count, scale, np.float32),
-    )
 
 
 def _in_mistral_template(tokenizer: Any, prompt: str) -> str:

@@ -14,9 +14,8 @@ Native sizes are 1328 x 1328, 1664 x 928, 1472 x 1104, 1584 x 1056 and their tra
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -26,6 +25,16 @@ from ses_jax.convert import qwen_image as transformer_tables
 from ses_jax.convert import qwen_vae as vae_tables
 from ses_jax.models import decoder_lm, mmdit, qwen_image, qwen_vae
 from ses_jax.pipelines import base
+from ses_jax.pipelines.guidance import (
+    Guided,
+    both_branches,
+    classifier_free,
+    each_branch,
+    guided,
+    negative_prompts,
+    options_of,
+)
+from ses_jax.pipelines.schedule import schedule
 
 COMPONENTS = {
     "transformer": transformer_tables.COMPONENT,
@@ -81,20 +90,11 @@ PUBLISHED = (
 )
 
 
-class Condition(NamedTuple):
-    """Encoded prompts, and the guidance of each, `[P]`."""
-
-    positive: qwen_image.Text
-    negative: qwen_image.Text | None
-    guidance: dict[str, jax.Array]
-
-
 def assemble(parts: base.Parts, *, timestep_rounding: str = "exact") -> base.Pipeline:
     """The pipeline of a checkpoint; see `models.qwen_image` for `timestep_rounding`."""
     transformer = dataclasses.replace(parts.configs["transformer"], timestep_rounding=timestep_rounding)
     text_encoder, vae = parts.configs["text_encoder"], parts.configs["vae"]
     multiple = vae.downscale * transformer.patch_size
-    _check_scheduler(parts)
     return base.Pipeline(
         family="QwenImagePipeline",
         folder=parts.folder,
@@ -105,8 +105,8 @@ def assemble(parts: base.Parts, *, timestep_rounding: str = "exact") -> base.Pip
         encode=functools.partial(encode, text_encoder),
         velocity=functools.partial(velocity, transformer),
         decode=functools.partial(decode, vae),
-        sigmas=functools.partial(sigmas, parts.scheduler, multiple),
-        noise_shape=functools.partial(noise_shape, transformer, vae),
+        sigmas=schedule(parts, multiple),
+        noise_shape=functools.partial(base.noise_shape, transformer.out_channels, vae.downscale),
         blank_tokens=blank_tokens,
         text_params=base.pick("text_encoder"),
         image_params=base.pick("transformer", "vae"),
@@ -119,34 +119,31 @@ def tokenize(
     *,
     guidance: base.Guidance = 4.0,
     negative_prompt: str | Sequence[str] | None = None,
-) -> base.GuidedTokens:
+) -> Guided:
     """Token ids of `P` prompts in the template; the negative prompts (default: " ") only if guidance is on."""
-    options = base.guidance_options(guidance, GUIDANCE_OFF, "Qwen-Image")
-    if options["scale"] <= 1 and negative_prompt:
-        raise ValueError("negative_prompt has no effect without guidance; pass guidance > 1")
+    options = options_of(guidance, GUIDANCE_OFF, "Qwen-Image")
     on = options["scale"] > 1
-    negatives = base.negative_prompts(negative_prompt, len(prompts), NEGATIVE_PROMPT) if on else []
+    negatives = negative_prompts(negative_prompt, len(prompts), on=on, remedy="guidance > 1", default=NEGATIVE_PROMPT)
     texts = [TEMPLATE.format(prompt) for prompt in [*prompts, *negatives]]
     token_ids = tokenizer(texts, truncation=True, max_length=DROPPED_TOKENS + MAX_TOKENS)["input_ids"]
-    return base.guided_tokens(*_padded(token_ids, tokenizer.pad_token_id), len(prompts), options)
+    return guided(_padded(token_ids, tokenizer.pad_token_id), len(prompts), options)
 
 
-def blank_tokens(count: int, length: int, *, guidance: base.Guidance = 4.0) -> base.GuidedTokens:
+def blank_tokens(count: int, length: int, *, guidance: base.Guidance = 4.0) -> Guided:
     """Tokens of `count` prompts of `length` token ids, without a tokenizer."""
-    options = base.guidance_options(guidance, GUIDANCE_OFF, "Qwen-Image")
+    options = options_of(guidance, GUIDANCE_OFF, "Qwen-Image")
     rows = 2 * count if options["scale"] > 1 else count
-    return base.guided_tokens(*_padded([[0] * (DROPPED_TOKENS + length)] * rows, 0), count, options)
+    return guided(_padded([[0] * (DROPPED_TOKENS + length)] * rows, 0), count, options)
 
 
-def encode(config: decoder_lm.Config, params: Any, tokens: base.GuidedTokens) -> Condition:
-    """Last states of the text encoder, once a prompt."""
+def encode(config: decoder_lm.Config, params: Any, tokens: Guided) -> Guided:
+    """Last states of the text encoder, once a prompt: a `qwen_image.Text` for each branch."""
 
-    def text(ids, lengths):
-        features = decoder_lm.hidden_state(params["text_encoder"], config, ids)
-        return qwen_image.Text(features[:, DROPPED_TOKENS:], jnp.asarray(lengths))
+    def text(tokens):
+        features = decoder_lm.hidden_state(params["text_encoder"], config, tokens.ids)
+        return qwen_image.Text(features[:, DROPPED_TOKENS:], jnp.asarray(tokens.lengths))
 
-    negative = None if tokens.negative_ids is None else text(tokens.negative_ids, tokens.negative_lengths)
-    return Condition(text(tokens.ids, tokens.lengths), negative, tokens.guidance)
+    return each_branch(text, tokens)
 
 
 def velocity(
@@ -154,14 +151,15 @@ def velocity(
     params: Any,
     latents: Float[Array, "b c h w"],
     sigma: Float[Array, " b"],
-    condition: Condition,
+    condition: Guided,
 ) -> Float[Array, "b c h w"]:
     """Guided velocity `[B, C, h, w]`; the positive and the negative branch run as one batch."""
-    run = functools.partial(qwen_image.velocity, params["transformer"], config)
-    if condition.negative is None:
-        return run(latents, sigma, condition.positive)
-    out = run(*base.both((latents, sigma, condition.positive), (latents, sigma, condition.negative)))
-    return guide(*jnp.split(out, 2), condition.guidance, config.patch_size)
+
+    def run(text, latents, sigma):
+        return qwen_image.velocity(params["transformer"], config, latents, sigma, text)
+
+    positive, negative = both_branches(run, condition, latents, sigma)
+    return positive if negative is None else guide(positive, negative, condition.guidance, config.patch_size)
 
 
 def guide(
@@ -174,12 +172,11 @@ def guide(
 
     A token is `patch x patch` cells with all their channels.
     """
-    scale, rescale = (guidance[name][:, None, None] for name in ("scale", "rescale"))
-    pos, neg = mmdit.pack(positive, patch), mmdit.pack(negative, patch)
-    guided = neg + scale * (pos - neg)
-    length, wanted = (jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (guided, pos))
-    ratio = jnp.where((rescale > 0) & (length > 0), wanted / length, 1.0)
-    return mmdit.unpack(guided * ratio, (positive.shape[2] // patch, positive.shape[3] // patch), patch)
+    tokens = mmdit.pack(classifier_free(positive, negative, guidance["scale"]), patch)
+    length, wanted = (jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (tokens, mmdit.pack(positive, patch)))
+    rescaled = (guidance["rescale"][:, None, None] > 0) & (length > 0)
+    grid = (positive.shape[2] // patch, positive.shape[3] // patch)
+    return mmdit.unpack(tokens * jnp.where(rescaled, wanted / length, 1.0), grid, patch)
 
 
 def decode(config: qwen_vae.Config, params: Any, latents: Float[Array, "b c h w"]) -> Float[Array, "b H W 3"]:
@@ -188,27 +185,8 @@ def decode(config: qwen_vae.Config, params: Any, latents: Float[Array, "b c h w"
     return base.to_images(qwen_vae.decode(params["vae"], config, latents * std + mean))
 
 
-def sigmas(scheduler: Mapping[str, Any], multiple: int, steps: int, height: int, width: int) -> np.ndarray:
-    """Sigmas `[steps + 1]`, float32, for an image of `height x width` pixels, one token per `multiple` squared."""
-    mu = base.linear_mu((height // multiple) * (width // multiple), scheduler)
-    return base.dynamic_shift_sigmas(steps, mu, terminal=scheduler.get("shift_terminal"))
-
-
-def noise_shape(config: qwen_image.Config, vae: qwen_vae.Config, height: int, width: int) -> tuple[int, int, int]:
-    """Shape `(C, h, w)` of the noise of an image of `height x width` pixels."""
-    return config.out_channels, height // vae.downscale, width // vae.downscale
-
-
-def _padded(token_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded(token_ids: Sequence[Sequence[int]], pad_id: int) -> base.Tokens:
     """Token ids `[B, 34 + L]`, L a bucket; lengths `[B]` count what follows the tokens that are dropped."""
     kept, lengths = base.pad_to_bucket([ids[DROPPED_TOKENS:] for ids in token_ids], pad_id)
     dropped = np.array([ids[:DROPPED_TOKENS] for ids in token_ids], np.int32)
-    return np.concatenate([dropped, kept], axis=1), lengths
-
-
-def _check_scheduler(parts: base.Parts) -> None:
-    if not parts.scheduler.get("use_dynamic_shifting"):
-        raise ValueError(f"{parts.folder}: Qwen-Image with use_dynamic_shifting=false is not supported")
-    kind = parts.scheduler.get("time_shift_type", "exponential")
-    if kind != "exponential":
-        raise ValueError(f"{parts.folder}: Qwen-Image with time_shift_type={kind!r} is not supported")
+    return base.Tokens(np.concatenate([dropped, kept], axis=1), lengths)

@@ -10,7 +10,7 @@ is what other programs call 5. It takes a number, or a mapping of
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,15 @@ from ses_jax.convert import decoder_lm as text_tables
 from ses_jax.convert import z_image as transformer_tables
 from ses_jax.models import autoencoder_kl, decoder_lm, z_image
 from ses_jax.pipelines import base
+from ses_jax.pipelines.guidance import (
+    Guided,
+    both_branches,
+    each_branch,
+    guided,
+    negative_prompts,
+    options_of,
+)
+from ses_jax.pipelines.schedule import schedule
 
 COMPONENTS = {
     "transformer": transformer_tables.COMPONENT,
@@ -54,30 +63,23 @@ PUBLISHED = (
 )
 
 
-class Condition(NamedTuple):
-    """Refined captions of a batch of prompts, and the guidance of each, `[P]`."""
-
-    positive: z_image.Caption
-    negative: z_image.Caption | None
-    guidance: dict[str, jax.Array]
-
-
 def assemble(parts: base.Parts) -> base.Pipeline:
     """The pipeline of a checkpoint; a static shift of 3 tells Turbo from the base model."""
-    configs = parts.configs
-    shift = _shift(parts)
+    configs, scheduler = parts.configs, parts.scheduler
+    turbo = not scheduler.get("use_dynamic_shifting") and scheduler.get("shift") == 3.0
+    cell = configs["vae"].downscale * configs["transformer"].patch_size
     return base.Pipeline(
         family="ZImagePipeline",
         folder=parts.folder,
         params=parts.params,
-        defaults=base.override(TURBO if shift == 3.0 else BASE, parts.settings),
-        size_multiple=configs["vae"].downscale * configs["transformer"].patch_size,
+        defaults=base.override(TURBO if turbo else BASE, parts.settings),
+        size_multiple=cell,
         tokenize=functools.partial(tokenize, parts.tokenizers.get("tokenizer")),
         encode=functools.partial(encode, configs["text_encoder"], configs["transformer"]),
         velocity=functools.partial(velocity, configs["transformer"]),
         decode=functools.partial(decode, configs["vae"]),
-        sigmas=lambda steps, height, width: base.static_shift_sigmas(steps, shift),
-        noise_shape=functools.partial(noise_shape, configs["transformer"], configs["vae"]),
+        sigmas=schedule(parts, cell),
+        noise_shape=functools.partial(base.noise_shape, configs["transformer"].in_channels, configs["vae"].downscale),
         blank_tokens=blank_tokens,
         text_params=text_params,
         image_params=base.pick("transformer", "vae"),
@@ -96,33 +98,31 @@ def tokenize(
     *,
     guidance: base.Guidance = 0.0,
     negative_prompt: str | Sequence[str] | None = None,
-) -> base.GuidedTokens:
+) -> Guided:
     """Token ids of `P` prompts in the chat template; the negative prompts (default: empty) only if guidance is on."""
-    options = base.guidance_options(guidance, GUIDANCE_OFF, "Z-Image")
-    if options["scale"] <= 0 and negative_prompt:
-        raise ValueError("negative_prompt has no effect without guidance; pass guidance > 0")
-    negatives = base.negative_prompts(negative_prompt, len(prompts)) if options["scale"] > 0 else []
+    options = options_of(guidance, GUIDANCE_OFF, "Z-Image")
+    on = options["scale"] > 0
+    negatives = negative_prompts(negative_prompt, len(prompts), on=on, remedy="guidance > 0")
     texts = [_in_template(tokenizer, prompt) for prompt in [*prompts, *negatives]]
     token_ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
-    return base.guided_tokens(*base.pad_to_bucket(token_ids, tokenizer.pad_token_id), len(prompts), options)
+    return guided(base.pad_to_bucket(token_ids, tokenizer.pad_token_id), len(prompts), options)
 
 
-def blank_tokens(count: int, length: int, *, guidance: base.Guidance = 0.0) -> base.GuidedTokens:
+def blank_tokens(count: int, length: int, *, guidance: base.Guidance = 0.0) -> Guided:
     """Tokens of `count` prompts of `length` token ids, without a tokenizer."""
-    options = base.guidance_options(guidance, GUIDANCE_OFF, "Z-Image")
+    options = options_of(guidance, GUIDANCE_OFF, "Z-Image")
     rows = 2 * count if options["scale"] > 0 else count
-    return base.guided_tokens(*base.pad_to_bucket([[0] * length] * rows, 0), count, options)
+    return guided(base.pad_to_bucket([[0] * length] * rows, 0), count, options)
 
 
-def encode(text_config: decoder_lm.Config, config: z_image.Config, params: Any, tokens: base.GuidedTokens) -> Condition:
-    """Text features through the caption refiner, once a prompt."""
+def encode(text_config: decoder_lm.Config, config: z_image.Config, params: Any, tokens: Guided) -> Guided:
+    """Text features through the caption refiner, once a prompt: a `z_image.Caption` for each branch."""
 
-    def caption(ids, lengths):
-        features = decoder_lm.hidden_state(params["text_encoder"], text_config, ids)
-        return z_image.refine_caption(params["transformer"], config, features, lengths)
+    def caption(tokens):
+        features = decoder_lm.hidden_state(params["text_encoder"], text_config, tokens.ids)
+        return z_image.refine_caption(params["transformer"], config, features, tokens.lengths)
 
-    negative = None if tokens.negative_ids is None else caption(tokens.negative_ids, tokens.negative_lengths)
-    return Condition(caption(tokens.ids, tokens.lengths), negative, tokens.guidance)
+    return each_branch(caption, tokens)
 
 
 def velocity(
@@ -130,14 +130,15 @@ def velocity(
     params: Any,
     latents: Float[Array, "b c h w"],
     sigma: Float[Array, " b"],
-    condition: Condition,
+    condition: Guided,
 ) -> Float[Array, "b c h w"]:
     """Guided velocity `[B, C, h, w]`; the positive and the negative branch run as one batch."""
-    run = functools.partial(z_image.velocity, params["transformer"], config)
-    if condition.negative is None:
-        return run(latents, sigma, condition.positive)
-    out = run(*base.both((latents, sigma, condition.positive), (latents, sigma, condition.negative)))
-    return guide(*jnp.split(out, 2), sigma, condition.guidance)
+
+    def run(caption, latents, sigma):
+        return z_image.velocity(params["transformer"], config, latents, sigma, caption)
+
+    positive, negative = both_branches(run, condition, latents, sigma)
+    return positive if negative is None else guide(positive, negative, sigma, condition.guidance)
 
 
 def guide(
@@ -160,17 +161,6 @@ def decode(config: autoencoder_kl.Config, params: Any, latents: Float[Array, "b 
     """Images `[B, H, W, 3]` in [0, 1]."""
     scaled = latents / config.scaling_factor + config.shift_factor
     return base.to_images(autoencoder_kl.decode(params["vae"], config, scaled))
-
-
-def noise_shape(config: z_image.Config, vae: autoencoder_kl.Config, height: int, width: int) -> tuple[int, int, int]:
-    """Shape `(C, h, w)` of the noise of an image of `height x width` pixels."""
-    return config.in_channels, height // vae.downscale, width // vae.downscale
-
-
-def _shift(parts: base.Parts) -> float:
-    if parts.scheduler.get("use_dynamic_shifting"):
-        raise ValueError(f"{parts.folder}: Z-Image with use_dynamic_shifting=true is not supported")
-    return float(parts.scheduler.get("shift", 1.0))
 
 
 def _in_template(tokenizer: Any, prompt: str) -> str:
