@@ -190,7 +190,7 @@ def _fitting_chunk(task: Task) -> int:
     state = _initial_state(task)
 
     def lower(chunk):
-        return compiled.lower(task.program._replace(chunk=chunk), task.params, task.inputs, jnp.int32(0), state)
+        return compiled.lower(task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state)
 
     return memory.fitting_chunk(lower, task.program.chunk, memory.device_limit())
 
@@ -233,7 +233,7 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
     return task, Outcome(state, Scored(*columns), interrupted)
 
 
-def _roomy_step(task: Task, index: Array, state: State) -> tuple[Task, State, Scored]:
+def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State, Scored]:
     """One generation, with fewer candidates at a time where they prove too many; draws and state stay the same."""
     while True:
         try:
@@ -245,7 +245,7 @@ def _roomy_step(task: Task, index: Array, state: State) -> tuple[Task, State, Sc
             task = task._replace(program=task.program._replace(chunk=memory.half(task.program.chunk)))
 
 
-def _step(task: Task, index: Array, state: State) -> tuple[State, Scored]:
+def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
     """One generation, as one compiled program, or as two with the parts on the host between them."""
     if not task.reward.on_host:
         return generation.generation_step(task.program, task.params, task.inputs, index, state)
