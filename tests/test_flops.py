@@ -13,8 +13,8 @@ from ses_jax import flops
 from ses_jax.models import attention
 from ses_jax.pipelines import abstract_pipeline
 
-# TFLOP at 1024 x 1024, batch 1: a forward with so many prompt tokens, how many forwards guidance takes, the decoder. The
-# references as counted by torch's FlopCounterMode on the real configs (Z-Image by formula; Qwen's decoder as 2-D
+# TFLOP at 1024 x 1024, batch 1: a forward with so many prompt tokens, how many forwards guidance takes, the decoder.
+# The references as counted by torch's FlopCounterMode on the real configs (Z-Image by formula; Qwen's decoder as 2-D
 # convolutions).
 PUBLISHED = {
     "Tongyi-MAI/Z-Image-Turbo": (128, 56.6, 1, 10.47),

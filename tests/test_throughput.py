@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import ses_jax
+from ses_jax import scorers
 from ses_jax.pipelines import abstract_pipeline
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -135,11 +136,13 @@ def test_without_torch_ours_runs_alone(tmp_path, capsys):
     throughput, phases = script("throughput"), script("phases")
     side = {"job": dataclasses.asdict(phases.Job("demo", height=8, width=8)), "batches": []}
     with (
-        mock.patch.object(throughput, "in_own_process", return_value=side) as run,
+        mock.patch.object(throughput, "run_side", return_value=side) as run,
+        mock.patch.object(throughput, "in_own_process", lambda function, *args: function(*args)),
         mock.patch.object(throughput.importlib.util, "find_spec", return_value=None),
     ):
-        throughput.main(throughput.Arguments("demo", against="diffusers", out=tmp_path))
+        path = throughput.main(throughput.Arguments("demo", against="diffusers", out=tmp_path))
     assert run.call_count == 1
+    assert json.loads(path.read_text())["jax"] == json.loads(json.dumps(side))
     assert "not installed" in capsys.readouterr().out
 
 
@@ -195,6 +198,23 @@ def test_random_params():
     assert scale.mean() == pytest.approx(1.0, rel=0.05)
     leaves = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(params)]
     assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+def test_share_of_the_reward_in_a_generation_of_a_published_model(shapes, folder, tmp_path):
+    reward_share, random_weights = script("reward_share"), script("random_weights")
+    scorer = scorers.load_clip("clip", folder / "clip")
+    with (
+        mock.patch.object(reward_share, "abstract_pipeline", return_value=shapes),
+        mock.patch.object(random_weights, "clip_h", return_value=scorer),
+    ):
+        path = reward_share.main(
+            reward_share.Arguments("published/tiny", 32, 32, 1, population=3, chunk=2, repeats=1, out=tmp_path)
+        )
+    result = json.loads(path.read_text())
+    assert path.name == "reward_share_tiny_cpu.json"
+    assert 0 < result["share"] < 1
+    assert result["bytes_to_host"] == 3 * 4 * 2  # a score and a low band's size a candidate
+    assert result["bytes_of_images"] == 3 * 32 * 32 * 3 * 4
 
 
 def test_timing_stops_at_its_limit():
