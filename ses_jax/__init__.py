@@ -11,6 +11,7 @@ from pathlib import Path
 if not (Path(__file__).parent / "models").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
+from ses_jax.batch import search_many
 from ses_jax.config import SearchConfig
 from ses_jax.engine import generate, search
 from ses_jax.pipelines import Pipeline, load_pipeline
@@ -29,5 +30,6 @@ __all__ = [
     "load_reward",
     "plan",
     "search",
+    "search_many",
 ]
 __version__ = "0.1.0"

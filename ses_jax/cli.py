@@ -1,9 +1,11 @@
-"""The shell: `ses-jax search`, `ses-jax generate`, `ses-jax plan`, `ses-jax models`; the same as the Python API."""
+"""The shell: `ses-jax search`, `batch`, `generate`, `plan` and `models`; the same as the Python API."""
 
+import dataclasses
 import functools
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,35 +14,15 @@ import tyro
 
 Text = Annotated[str, tyro.conf.Positional]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
+File = Annotated[Path, tyro.conf.Positional]
+Flat = tyro.conf.OmitArgPrefixes  # its fields are options as they are
 
 
-def search(
-    prompts: Texts,
-    /,
-    model: str = "demo",
-    reward: str | None = None,
-    report: tuple[str, ...] = (),
-    budget: int = 50,
-    preview_steps: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    negative_prompt: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    seed: int = 0,
-    population: int = 10,
-    elites: int = 5,
-    wavelet: str = "db1",
-    level: int | None = None,
-    chunk: int | None = None,
-    standardize: bool = True,
-    out: Path = Path("ses_out"),
-    progress: bool = True,
-) -> None:
-    """Search the initial noise for the image that the reward likes best.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a search is to do.
 
-    Args:
-        prompts: one or more prompts.
+    Attributes:
         model: "demo", a folder, or a Hugging Face id.
         reward: a name such as "pick" (see `ses-jax models`), your own function "module:function", or a mixture of both
             such as "pick=1,hps=0.5"; the model's own by default.
@@ -48,7 +30,7 @@ def search(
         budget: candidates to score.
         preview_steps: denoising steps of a candidate.
         steps: denoising steps of the final image.
-        guidance: guidance scale, in the model's own convention.
+        guidance: guidance scale, in the model's own convention, or its own options such as "scale=3.5,true_cfg=4".
         negative_prompt: what to steer away from, where guidance is on.
         height: of the image, in pixels.
         width: of the image, in pixels.
@@ -57,21 +39,66 @@ def search(
         elites: best candidates that shape the next generation.
         wavelet: name in PyWavelets.
         level: how deep the searched low band lies.
-        chunk: candidates denoised at a time, to save memory.
+        chunk: candidates denoised at a time; by default as many as fit into memory.
         standardize: give the parts of a mixture the same spread before they are summed.
-        out: folder for the results; several prompts go to subfolders 000, 001, ...
+        prompts_at_once: prompts searched in one compiled call.
+        mesh: devices to spread over, such as "data=4,model=2".
+        offload_text_encoder: keep weights in host memory, and the text encoders off the device while it makes images.
+        option: the model family's own options for loading, such as "band=unpacked".
+        resume: save the search after every generation, and go on from there.
         progress: show a progress bar.
     """
-    settings = {name: value for name, value in locals().items() if name not in ("prompts", "reward", "report")}
+
+    model: str = "demo"
+    reward: str | None = None
+    report: tuple[str, ...] = ()
+    budget: int = 50
+    preview_steps: int | None = None
+    steps: int | None = None
+    guidance: str | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+    population: int = 10
+    elites: int = 5
+    wavelet: str = "db1"
+    level: int | None = None
+    chunk: int | None = None
+    standardize: bool = True
+    prompts_at_once: int = 1
+    mesh: str | None = None
+    offload_text_encoder: bool = False
+    option: tuple[str, ...] = ()
+    resume: bool = False
+    progress: bool = True
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of `ses_jax.search`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        load = _parse_options(fields.pop("option"))
+        if fields.pop("offload_text_encoder"):
+            load["offload_text_encoder"] = True
+        return fields | {
+            "reward": None if self.reward is None else _parse_reward(self.reward),
+            "report": {_parse_part(name): 1.0 for name in self.report} or None,
+            "guidance": _parse_guidance(self.guidance),
+            "load": load,
+        }
+
+
+def search(prompts: Texts, /, settings: Flat[Settings], out: Path = Path("ses_out")) -> None:
+    """Search the initial noise for the image that the reward likes best.
+
+    Args:
+        prompts: one or more prompts.
+        settings: of the search.
+        out: folder for the results; several prompts go to subfolders 000, 001, ...
+    """
     import ses_jax
 
     many = len(prompts) != 1
-    found = ses_jax.search(
-        list(prompts) if many else prompts[0],
-        reward=None if reward is None else _parse_reward(reward),
-        report={_parse_part(name): 1.0 for name in report} or None,
-        **settings,
-    )
+    found = ses_jax.search(list(prompts) if many else prompts[0], out=out, **settings.arguments())
     for index, result in enumerate(found if many else [found]):
         folder = out / f"{index:03d}" if many else out
         print(
@@ -81,16 +108,66 @@ def search(
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """This process's place, where many share the work.
+
+    Attributes:
+        process_id: number of this process, from 0.
+        num_processes: how many there are.
+        coordinator: HOST:PORT of process 0; all processes wait there for each other before they begin.
+        distributed: take all of this from SLURM, the TPU pod or Open MPI.
+    """
+
+    process_id: int | None = None
+    num_processes: int | None = None
+    coordinator: str | None = None
+    distributed: bool = False
+
+
+def batch(prompts: File, /, settings: Flat[Settings], processes: Flat[Processes], out: Path) -> int:
+    """Search every prompt of a file, each into its own folder; the same command goes on after a stop.
+
+    Exit status: 0 if all prompts are fine, 1 if some failed, 2 for bad input.
+
+    Args:
+        prompts: a .txt, .csv, .tsv, .json or .jsonl file; columns named like an option override it for their row.
+        settings: of the searches.
+        processes: where many share the work.
+        out: the run's folder: a folder a prompt, results.jsonl, summary.json.
+    """
+    place = processes.process_id, processes.num_processes
+    if processes.coordinator is not None or processes.distributed:
+        from ses_jax.processes import meet
+
+        place = meet(processes.coordinator, *place)
+
+    import ses_jax
+    from ses_jax.progress import print_summary
+
+    arguments = settings.arguments()
+    try:
+        summary = ses_jax.search_many(prompts, out=out, process_id=place[0], num_processes=place[1], **arguments)
+    except KeyboardInterrupt:
+        print("ses-jax: stopped; the same command goes on with what is left", file=sys.stderr)
+        raise
+    print_summary(summary)
+    return int(summary["failed"] > 0)
+
+
 def generate(
     prompts: Texts,
     /,
     model: str = "demo",
     steps: int | None = None,
-    guidance: float | None = None,
+    guidance: str | None = None,
     negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
+    mesh: str | None = None,
+    offload_text_encoder: bool = False,
+    option: tuple[str, ...] = (),
     out: Path = Path("ses_out"),
 ) -> None:
     """Render one image a prompt, without a search.
@@ -99,14 +176,20 @@ def generate(
         prompts: one or more prompts.
         model: "demo", a folder, or a Hugging Face id.
         steps: denoising steps.
-        guidance: guidance scale, in the model's own convention.
+        guidance: guidance scale, in the model's own convention, or its own options such as "scale=3.5,true_cfg=4".
         negative_prompt: what to steer away from, where guidance is on.
         height: of the image, in pixels.
         width: of the image, in pixels.
         seed: of all random draws.
+        mesh: devices to spread over, such as "data=4,model=2".
+        offload_text_encoder: keep weights in host memory, and the text encoders off the device while it makes images.
+        option: the model family's own options for loading, such as "band=unpacked".
         out: folder for the images 000.png, 001.png, ...
     """
-    settings = {name: value for name, value in locals().items() if name not in ("prompts", "model", "out")}
+    own = ("prompts", "model", "out", "option", "offload_text_encoder")
+    settings = {name: value for name, value in locals().items() if name not in (*own, "own")}
+    load = _parse_options(option) | ({"offload_text_encoder": True} if offload_text_encoder else {})
+    settings |= {"guidance": _parse_guidance(guidance), "load": load}
     import numpy as np
 
     import ses_jax
@@ -170,7 +253,9 @@ def models() -> None:
     from ses_jax.scorers import KINDS
 
     rows = [
-        (model.source, model.defaults, model.verified) for family in FAMILIES.values() for model in family.PUBLISHED
+        (model.source, model.defaults, model.verified)
+        for family in dict.fromkeys(FAMILIES.values())
+        for model in family.PUBLISHED
     ]
     rows += [(kind.source, f"--reward {name}", kind.verified) for name, kind in KINDS.items()]
     for source, use, verified in rows:
@@ -180,8 +265,8 @@ def models() -> None:
 def main(args: list[str] | None = None) -> int:
     """Runs the command line; bad input is one line on stderr and exit status 2."""
     _keep_compiled_programs()
+    commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "models": models}
     try:
-        commands = {"search": search, "generate": generate, "plan": plan, "models": models}
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", args=args)
     except (ValueError, OSError) as error:
         print(f"ses-jax: {error}", file=sys.stderr)
@@ -210,6 +295,27 @@ def _parse_reward(text: str) -> Any:
     except ValueError:
         raise ValueError(f"--reward {text}: expected a name, or weights such as pick=1,hps=0.5") from None
     return {_parse_part(name): weight for name, weight in weights}
+
+
+def _parse_guidance(text: str | None) -> Any:
+    """`"4"` as a number, `"scale=3.5,true_cfg=4"` as a mapping."""
+    try:
+        if text is None or "=" not in text:
+            return None if text is None else float(text)
+        return {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f"--guidance {text}: expected a number, or options such as scale=3.5,true_cfg=4") from None
+
+
+def _parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """`["band=unpacked", "max_tokens=256"]` as a mapping; what looks like a whole number is one."""
+    parsed = {}
+    for option in options:
+        name, separator, value = option.partition("=")
+        if not separator:
+            raise ValueError(f"--option {option}: expected NAME=VALUE")
+        parsed[name] = int(value) if value.isdecimal() else value
+    return parsed
 
 
 def _parse_part(name: str) -> Any:

@@ -25,9 +25,20 @@ from ses_jax.result import SearchResult, writable_folder
 from ses_jax.rewards import Reward, RewardSpec
 from ses_jax.runner import base_noise, prompt_keys, search_prompts
 
-__all__ = ["base_noise", "generate", "prompt_keys", "resolve_reward", "search", "search_prompts"]
+__all__ = [
+    "base_noise",
+    "check_rewards",
+    "check_running",
+    "generate",
+    "load_models",
+    "prompt_keys",
+    "resolve_reward",
+    "search",
+    "search_prompts",
+]
 
 STATE = ".search"
+Report = RewardSpec | Reward | Sequence[str] | None
 
 
 def search(
@@ -35,7 +46,7 @@ def search(
     *,
     model: str | Pipeline = "demo",
     reward: RewardSpec | Reward | None = None,
-    report: RewardSpec | Reward | Sequence[str] | None = None,
+    report: Report = None,
     budget: int = 50,
     preview_steps: int | None = None,
     steps: int | None = None,
@@ -100,17 +111,11 @@ def search(
     )
     prompts = _prompt_list(prompt)
     config.check()
-    _check_running(prompts_at_once, resume, out)
-    report = dict.fromkeys(report, 1.0) if isinstance(report, Sequence) and not isinstance(report, str) else report
-    for spec in (reward, report):
-        if spec is not None:
-            rewards.check(spec)
+    check_running(prompts_at_once, resume, out)
+    report = check_rewards(reward, report)
     folder = None if out is None else writable_folder(out)
-    pipeline = _pipeline(model, mesh, load or {})
+    pipeline, reward = load_models(model, reward, report, {"mesh": mesh, **(load or {})})
     config = config.resolve(pipeline)
-    reward = resolve_reward(pipeline.defaults.reward if reward is None else reward, pipeline)
-    if report is not None:
-        reward = rewards.with_report(reward, resolve_reward(report, pipeline))
 
     results: list[SearchResult] = []
     at_once = 1 if reward.one_prompt_at_a_time else prompts_at_once
@@ -170,7 +175,7 @@ def generate(
         steps=steps, guidance=guidance, negative_prompt=negative_prompt, height=height, width=width, chunk=chunk
     )
     config.check()
-    pipeline = _pipeline(pipeline, mesh, load or {})
+    pipeline = _pipeline(pipeline, mesh, **(load or {}))
     config = config.with_defaults(pipeline)
     size = config.height, config.width
     check_size(pipeline, *size)
@@ -185,6 +190,33 @@ def generate(
     return runner.render(pipeline, params, rows, condition, (config, config.chunk or len(prompts)))
 
 
+def check_rewards(reward: RewardSpec | Reward | None, report: Report) -> RewardSpec | Reward | None:
+    """The report as something to load, after both have been checked as far as that goes without loading them."""
+    report = dict.fromkeys(report, 1.0) if isinstance(report, Sequence) and not isinstance(report, str) else report
+    for spec in (reward, report):
+        if spec is not None:
+            rewards.check(spec)
+    return report
+
+
+def load_models(
+    model: str | Pipeline,
+    reward: RewardSpec | Reward | None,
+    report: RewardSpec | Reward | None,
+    options: Mapping[str, Any],
+) -> tuple[Pipeline, Reward]:
+    """The loaded pipeline and the reward with its reported parts, from arguments of `search` that were checked.
+
+    Raises:
+      ValueError: for a broken checkpoint, and for options that a pipeline which is loaded already can't have.
+    """
+    pipeline = _pipeline(model, **options)
+    reward = resolve_reward(pipeline.defaults.reward if reward is None else reward, pipeline)
+    if report is not None:
+        reward = rewards.with_report(reward, resolve_reward(report, pipeline))
+    return pipeline, reward
+
+
 def resolve_reward(reward: RewardSpec | Reward, pipeline: Pipeline) -> Reward:
     """The loaded reward; a checkpoint that ships its own scorer in `clip/` is scored by that one."""
     if isinstance(reward, Reward):
@@ -193,16 +225,12 @@ def resolve_reward(reward: RewardSpec | Reward, pipeline: Pipeline) -> Reward:
     return rewards.load_reward(reward, source={"clip": own} if own.exists() else None)
 
 
-def _pipeline(model: str | Pipeline, mesh: str | Mesh | None, load: Mapping[str, Any]) -> Pipeline:
-    """The loaded pipeline.
-
-    Raises:
-      ValueError: for a loaded pipeline on other devices than those asked for, or with options for loading it.
-    """
+def _pipeline(model: str | Pipeline, mesh: str | Mesh | None = None, **options: Any) -> Pipeline:
+    """The loaded pipeline; raises ValueError for one on other devices than those asked for, or with options."""
     if not isinstance(model, Pipeline):
-        return load_pipeline(model, mesh=mesh, **load)
-    if load:
-        raise ValueError(f"load={dict(load)} has no effect on a loaded pipeline; pass it to load_pipeline")
+        return load_pipeline(model, mesh=mesh, **options)
+    if options:
+        raise ValueError(f"load={options} has no effect on a loaded pipeline; pass it to load_pipeline")
     if mesh is not None and partition.parse_mesh(mesh) != model.mesh:
         raise ValueError(
             f"the pipeline lies on {model.mesh}, not on mesh {mesh!r}; load it with load_pipeline(mesh=...)"
@@ -210,7 +238,8 @@ def _pipeline(model: str | Pipeline, mesh: str | Mesh | None, load: Mapping[str,
     return model
 
 
-def _check_running(prompts_at_once: int, resume: bool, out: Any) -> None:
+def check_running(prompts_at_once: int, resume: bool, out: Any) -> None:
+    """Raises ValueError for ways of running that make no sense."""
     if prompts_at_once < 1:
         raise ValueError(f"prompts_at_once={prompts_at_once} must be at least 1")
     if resume and out is None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -82,6 +83,29 @@ def test_rewards_are_parsed(tmp_path, monkeypatch):
     assert [getattr(name, "__name__", name) for name in mixed] == ["clip", "red"]
     assert list(mixed.values()) == [1.0, -2.0]
     assert str(tmp_path) not in sys.path
+
+
+def test_guidance_and_options_are_read():
+    assert cli._parse_guidance(None) is None
+    assert cli._parse_guidance("3.5") == 3.5
+    assert cli._parse_guidance("scale=3.5, true_cfg=4") == {"scale": 3.5, "true_cfg": 4.0}
+    assert cli._parse_options(["band=unpacked", "max_tokens=256"]) == {"band": "unpacked", "max_tokens": 256}
+    for call, text in ((cli._parse_guidance, "high"), (cli._parse_guidance, "scale=x"), (cli._parse_options, ["band"])):
+        with pytest.raises(ValueError, match="expected"):
+            call(text)
+
+
+def test_a_bad_option_is_one_line(tmp_path, capsys):
+    assert cli.main(["generate", PROMPT, "--option", "band=unpacked", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.strip() == "ses-jax: demo: unknown options ['band']; this family takes: none"
+
+
+def test_weights_on_the_host_give_the_same_image(tmp_path):
+    for name, more in (("plain", []), ("offloaded", ["--offload-text-encoder", "--guidance", "scale=0.5"])):
+        arguments = ["generate", PROMPT, "--steps", "2", *more, "--out", str(tmp_path / name)]
+        assert cli.main(arguments) == 0
+    plain, offloaded = (Image.open(tmp_path / name / "000.png") for name in ("plain", "offloaded"))
+    np.testing.assert_array_equal(plain, offloaded)
 
 
 def test_a_search_by_a_users_function_with_a_report(tmp_path, monkeypatch):

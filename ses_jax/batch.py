@@ -1,0 +1,205 @@
+"""Searches over many prompts, in one process or in many, that a kill at any moment does not set back.
+
+A prompt is finished when its folder is (`run_folder.py`), and everything about it follows from its row and the run's
+settings: neither the other rows, nor the number of processes, nor a restart change it. Rows are dealt out by number:
+process `i` of `n` takes the rows `i, i + n, ...`, and no process ever waits for another.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from ses_jax import engine, partition
+from ses_jax import resume as saved_search
+from ses_jax.config import SearchConfig
+from ses_jax.pipelines import Pipeline
+from ses_jax.processes import own_place
+from ses_jax.progress import batch_progress
+from ses_jax.prompts import Row, Source, read_rows
+from ses_jax.rewards import Reward, RewardSpec
+from ses_jax.run_folder import Outcome, Run
+
+# Settings that change how fast a run is and not what comes out, so that they may change when it goes on.
+_FREE = ("chunk",)
+
+
+class _Work(NamedTuple):
+    """What rows are searched with."""
+
+    run: Run
+    pipeline: Pipeline
+    reward: Reward
+    config: SearchConfig
+    resume: bool
+
+
+def search_many(
+    prompts: Source,
+    *,
+    out: str | os.PathLike[str],
+    model: str | Pipeline = "demo",
+    reward: RewardSpec | Reward | None = None,
+    report: engine.Report = None,
+    prompts_at_once: int = 1,
+    mesh: str | Mesh | None = None,
+    load: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    process_id: int | None = None,
+    num_processes: int | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Searches every prompt of a file or list, each into its own folder, and goes on where an earlier call was stopped.
+
+    Args:
+      prompts: a `.txt`, `.csv`, `.tsv`, `.json` or `.jsonl` file, or a list of prompts or of mappings; see
+        `prompts.read_rows`. Rows may override the fields of `SearchConfig`. Row `i` draws from the key of prompt `i`.
+      out: the run's folder, with a folder a prompt by its id, `results.jsonl` (a line a row: scores, or the error) and
+        `summary.json`; see `run_folder.py`. With many processes, the same one on a file system that all share.
+      model, reward, report: as in `search`.
+      prompts_at_once: how many prompts are searched in one compiled call.
+      mesh: of the devices of this process, as in `search`.
+      load: what else `load_pipeline` takes, as in `search`.
+      resume: save every search after each generation, so that a kill does not cost the one at hand either.
+      process_id, num_processes: this process's place among many, each called with the same arguments; None takes that
+        in `jax.distributed`.
+      progress: whether to show progress and the time that is left.
+      settings: fields of `SearchConfig`.
+
+    Returns:
+      What `summary.json` holds, of all that is known by now; "unfinished" counts what other processes still have to do.
+      A row that cannot be used, or whose search fails, counts as failed and is tried again by the next call.
+
+    Raises:
+      ValueError: for bad settings, an unusable prompt file, and an `out` that holds something else or the beginning of
+        a run with other settings or prompts.
+      KeyboardInterrupt: Ctrl-C; the same call goes on.
+    """
+    config = _config(settings)
+    rows = read_rows(prompts)
+    engine.check_running(prompts_at_once, resume, out)
+    report = engine.check_rewards(reward, report)
+    place = own_place(process_id, num_processes)
+    run = Run(Path(out), rows, place.process_id)
+    described = _described(config) | {"model": _name(model), "reward": _name(reward), "report": _name(report)}
+    run.check(described)
+
+    pending = [row for row in rows[place.process_id :: place.num_processes] if run.finished(row) is None]
+    if not pending:
+        return run.merge()
+    work = None
+    if any(row.error is None for row in pending):
+        mesh = partition.parse_mesh(mesh, jax.local_devices())
+        pipeline, reward = engine.load_models(model, reward, report, {"mesh": mesh, **(load or {})})
+        config.resolve(pipeline)
+        prompts_at_once = 1 if reward.one_prompt_at_a_time else prompts_at_once
+        work = _Work(run, pipeline, reward, config, resume)
+    run.start(described)
+    with batch_progress(len(pending), enabled=progress) as show:
+        for outcome in _outcomes(run, work, pending, prompts_at_once):
+            show(_headline(outcome), "error" in outcome)
+    return run.merge()
+
+
+def _config(settings: Mapping[str, Any]) -> SearchConfig:
+    known = [field.name for field in dataclasses.fields(SearchConfig)]
+    for name in settings:
+        if name not in known:
+            raise TypeError(f"search_many() got an unexpected argument {name!r}; settings are {', '.join(known)}")
+    config = SearchConfig(**settings)
+    config.check()
+    return config
+
+
+def _described(config: SearchConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.as_json().items() if name not in _FREE}
+
+
+def _name(thing: Any) -> Any:
+    """A model or a reward, in words that are the same in every process and call."""
+    if thing is None or isinstance(thing, str):
+        return thing
+    if isinstance(thing, Pipeline):
+        return f"{thing.family} {thing.folder}"
+    if isinstance(thing, Reward):
+        return thing.name
+    if isinstance(thing, Mapping):
+        return {_name(part): weight for part, weight in thing.items()}
+    return f"{getattr(thing, '__module__', '')}:{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+
+
+def _outcomes(run: Run, work: _Work | None, rows: Sequence[Row], at_once: int) -> Iterator[Outcome]:
+    """Searches rows, bad ones first: they take no time, and whoever wrote them learns of it early."""
+    usable = []
+    for row in rows:
+        config, error = _row_config(work, row)
+        if error is None:
+            usable.append((row, config))
+        else:
+            yield run.fail(row, error)
+    for config, chosen in itertools.groupby(usable, key=lambda pair: pair[1]):
+        same = [row for row, _ in chosen]
+        for start in range(0, len(same), at_once):
+            yield from _search(work, same[start : start + at_once], config)
+
+
+def _row_config(work: _Work | None, row: Row) -> tuple[SearchConfig | None, str | None]:
+    """The row's own config, or what is wrong with it."""
+    if work is None or row.error is not None:
+        return None, row.error
+    try:
+        return dataclasses.replace(work.config, **row.overrides).resolve(work.pipeline), None
+    except ValueError as error:
+        return None, str(error)
+
+
+def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[Outcome]:
+    """Searches rows at once; where that fails, one by one, so that each fails for itself only."""
+    state = _state_folder(work, rows)
+    try:
+        results = engine.search_prompts(
+            work.pipeline,
+            work.reward,
+            config,
+            [row.prompt for row in rows],
+            indices=[row.index for row in rows],
+            state_folder=state,
+        )
+    except Exception as error:
+        saved_search.clear(state)
+        if len(rows) == 1:
+            yield work.run.fail(rows[0], f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            return
+        results = []
+    if not results:
+        for row in rows:
+            yield from _search(work, [row], config)
+        return
+    if results[0].interrupted:
+        raise KeyboardInterrupt
+    for row, result in zip(rows, results, strict=True):
+        yield work.run.save(row, result)
+    saved_search.clear(state)
+
+
+def _state_folder(work: _Work, rows: Sequence[Row]) -> Path | None:
+    """Where the search of exactly these rows is saved on its way."""
+    if not work.resume:
+        return None
+    rest = hashlib.sha256(",".join(str(row.index) for row in rows).encode()).hexdigest()[:8]
+    return work.run.folder / engine.STATE / f"{rows[0].index:06d}-{rest}"
+
+
+def _headline(outcome: Outcome) -> str:
+    if "error" in outcome:
+        return f"{outcome['id']}: {outcome['error'].splitlines()[0][:100]}"
+    scores = (outcome[name] for name in ("baseline_score", "score"))
+    return f"{outcome['id']}: " + " -> ".join("-" if score is None else f"{score:.4f}" for score in scores)

@@ -1,0 +1,220 @@
+"""Prompt files as rows of a batch run: `.txt`, `.csv`, `.tsv`, `.json` and `.jsonl`.
+
+A row has a prompt, perhaps an `id`, overrides (columns named like a field of `SearchConfig`) and metadata (all other
+columns). The files of GenEval, DrawBench, PartiPrompts and HPD v2 are read as they are published. What is wrong with
+one row is noted in that row; only what makes the whole file meaningless is an error.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from ses_jax.config import SearchConfig
+from ses_jax.pipelines.base import Guidance
+
+PROMPT_COLUMNS = ("prompt", "prompts")
+FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
+_MAX_NAME = 80
+_HINTS = get_type_hints(SearchConfig)
+
+Source = str | os.PathLike[str] | Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt of a run.
+
+    Attributes:
+      index: place in the file, from 0; it chooses the row's own random draws.
+      id: its name in the results.
+      prompt: what to search for; "" where the row has none.
+      overrides: fields of `SearchConfig` that this row sets itself.
+      metadata: all other columns, as they came.
+      error: what is wrong with the row; None if nothing is.
+    """
+
+    index: int
+    id: str
+    prompt: str
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """The id as a folder name that is safe everywhere and hides no file of the run."""
+        name = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", self.id))[:_MAX_NAME].strip(".")
+        return re.sub(r"\.(jsonl?)$", r"_\1", name) or "_"
+
+
+def read_rows(prompts: Source) -> list[Row]:
+    """Rows of a prompt file, or of a list of strings and mappings.
+
+    Args:
+      prompts: a path with one of the endings in `FORMATS`, UTF-8; or a list. A `.txt` file has a prompt a line, and
+        blank lines do not count. Tables need a column `prompt` or `prompts`; empty cells count as absent. A `.json`
+        file is a list. Rows without an `id` are named by their place, from "00000".
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: for an unknown ending, a file without prompts, or two rows with the same id.
+    """
+    if isinstance(prompts, str | os.PathLike):
+        path = Path(prompts)
+        if path.suffix.lower() not in FORMATS:
+            raise ValueError(f"prompt file {path}: unknown ending {path.suffix!r}; known: {', '.join(FORMATS)}")
+        records = _READERS[path.suffix.lower()](path)
+    else:
+        path, records = None, list(prompts)
+    if not records:
+        raise ValueError("no prompts: pass at least one" if path is None else f"prompt file {path} holds no prompts")
+    rows = [_row(index, record) for index, record in enumerate(records)]
+    _check_unique(rows)
+    return rows
+
+
+def _read_text(path: Path) -> list[Any]:
+    return [line.strip() for line in _decode(path).split("\n") if line.strip()]
+
+
+def _read_table(path: Path, delimiter: str) -> list[Any]:
+    try:
+        lines = csv.reader(io.StringIO(_decode(path), newline=""), delimiter=delimiter)
+        header, *rows = [cells for cells in lines if cells] or [[]]
+    except csv.Error as error:
+        raise ValueError(f"prompt file {path}: {error}") from error
+    if not any(name.strip().lower() in PROMPT_COLUMNS for name in header):
+        raise ValueError(f"prompt file {path} has no column 'prompt'; its first line is {header}")
+    return [_record(header, cells) for cells in rows]
+
+
+def _record(header: Sequence[str], cells: Sequence[str]) -> Any:
+    if len(cells) > len(header):
+        return ValueError(f"{len(cells)} cells under {len(header)} columns; quote what holds a separator")
+    return {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+
+
+def _read_json(path: Path) -> list[Any]:
+    try:
+        records = json.loads(_decode(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"prompt file {path} is no JSON: {error}") from error
+    if not isinstance(records, list):
+        raise ValueError(f"prompt file {path} must hold a list, got a {type(records).__name__}")
+    return records
+
+
+def _read_json_lines(path: Path) -> list[Any]:
+    return [_json_or_error(line) for line in _decode(path).split("\n") if line.strip()]
+
+
+def _json_or_error(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return ValueError(f"the line is no JSON: {error}")
+
+
+def _decode(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {path} is not UTF-8: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path], list[Any]]] = {
+    ".txt": _read_text,
+    ".csv": lambda path: _read_table(path, ","),
+    ".tsv": lambda path: _read_table(path, "\t"),
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+}
+
+
+def _row(index: int, record: Any) -> Row:
+    """The row of a record, its first error noted."""
+    name = f"{index:05d}"
+    if isinstance(record, ValueError):
+        return Row(index, name, "", error=str(record))
+    if isinstance(record, str):
+        record = {"prompt": record}
+    if not isinstance(record, Mapping):
+        return Row(index, name, "", error=f"a row is a prompt or a mapping, got {record!r}")
+    columns = {_column(key): value for key, value in record.items() if value is not None}
+    prompt = next((columns.pop(key) for key in PROMPT_COLUMNS if key in columns), "")
+    name = str(columns.pop("id", name))
+    overrides = {key: columns.pop(key) for key in _HINTS if key in columns}
+    row = Row(index, name, prompt if isinstance(prompt, str) else "", metadata=columns)
+    try:
+        if not isinstance(prompt, str):
+            raise ValueError(f"the prompt must be a string, got {prompt!r}")
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        return dataclasses.replace(row, overrides={key: _parse(key, value) for key, value in overrides.items()})
+    except ValueError as error:
+        return dataclasses.replace(row, error=str(error), metadata=columns | overrides)
+
+
+def _column(name: Any) -> str:
+    """The name of a column that means something here in lower case, any other as it is."""
+    lower = str(name).strip().lower()
+    return lower if lower in (*PROMPT_COLUMNS, "id", *_HINTS) else str(name)
+
+
+def _parse(name: str, value: Any) -> Any:
+    """The value of an override, which tables hold as text."""
+    kinds = get_args(_HINTS[name]) or (_HINTS[name],)
+    parse, meaning = next(found for kind, found in _PARSERS.items() if kind in kinds)
+    try:
+        return parse(value)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}={value!r} is not {meaning}") from None
+
+
+def _truth(value: Any) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[str(value).strip().lower()]
+
+
+def _whole(value: Any) -> int:
+    """Tables that once were arrays of floats write 512 as 512.0."""
+    if isinstance(value, bool) or float(value) % 1:
+        raise ValueError
+    return int(value) if isinstance(value, int) or str(value).strip().lstrip("+-").isdigit() else int(float(value))
+
+
+def _guidance(value: Any) -> Guidance:
+    parsed = json.loads(value) if isinstance(value, str) else value
+    return parsed if isinstance(parsed, Mapping) else float(parsed)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+_PARSERS: dict[type, tuple[Callable[[Any], Any], str]] = {
+    bool: (_truth, "true or false"),
+    int: (_whole, "a whole number"),
+    float: (_guidance, "a number"),
+    str: (_text, "text"),
+}
+
+
+def _check_unique(rows: Sequence[Row]) -> None:
+    seen: dict[str, Row] = {}
+    for row in rows:
+        # Some file systems take "A" and "a" for the same folder.
+        other = seen.setdefault(row.folder.lower(), row)
+        if other is not row:
+            raise ValueError(
+                f"rows {other.index} and {row.index} (the first is row 0) have the same id: "
+                f"{other.id!r} and {row.id!r}, folder {row.folder!r}"
+            )

@@ -1,0 +1,233 @@
+"""The folder of a batch run: what it was asked to do, what is done, and what came of it.
+
+    RUN/run.json            settings; written once, before the first prompt
+    RUN/prompts.jsonl       the rows as they were read
+    RUN/ID/                 a finished prompt, as `SearchResult.save` writes it: finished is what has a `result.json`
+    RUN/results-P.jsonl     what process P noted down: a line a prompt, appended; the only place of errors
+    RUN/results.jsonl       the merged results, a line a prompt in the order of the file
+    RUN/summary.json        means over prompts
+
+A process may die at any moment and any number of them may share the folder. Whatever is read again appears whole or not
+at all, and what is merged follows from the rest, so that merging twice, or by two processes at once, changes nothing.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ses_jax.prompts import Row
+from ses_jax.result import SearchResult, writable_folder, write
+
+Outcome = dict[str, Any]
+SCORES = ("baseline_score", "score", "baseline_final_score", "final_score")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run folder, its rows, and the number of this process."""
+
+    folder: Path
+    rows: Sequence[Row]
+    process: int = 0
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raises ValueError where the folder holds something else than the beginning of this very run."""
+        writable_folder(self.folder)
+        present = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
+        if not (self.folder / "run.json").exists():
+            if set(present) - {"prompts.jsonl"} and not (self.folder / "run.json").exists():
+                raise ValueError(f"{self.folder} is not empty and no run.json tells of a run; choose another folder")
+            return
+        saved = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["settings"]
+        for name, value in _plain(settings).items():
+            if saved.get(name, value) != value:
+                raise ValueError(
+                    f"{self.folder} was started with {name}={saved[name]!r}, now {name}={value!r}; "
+                    f"continue with the same setting, or choose another folder"
+                )
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        for row, line in zip(self.rows, lines, strict=False):
+            if _row_line(row) != line:
+                raise ValueError(
+                    f"{self.folder} was started with other prompts: row {row.index} was {line}, now {_row_line(row)}; "
+                    f"rows may only be added at the end; choose another folder"
+                )
+        if len(lines) > len(self.rows):
+            raise ValueError(
+                f"{self.folder} was started with {len(lines)} prompts, now {len(self.rows)}; choose another folder"
+            )
+
+    def start(self, settings: Mapping[str, Any]) -> None:
+        """Notes down rows and settings; `run.json` comes last."""
+        _write_text(self.folder / "prompts.jsonl", "".join(_row_line(row) + "\n" for row in self.rows))
+        if not (self.folder / "run.json").exists():
+            text = json.dumps({"settings": _plain(settings)}, indent=2, ensure_ascii=False) + "\n"
+            _write_text(self.folder / "run.json", text)
+
+    def finished(self, row: Row) -> Mapping[str, Any] | None:
+        """The `result.json` of a row that needs no more work."""
+        try:
+            found = json.loads((self.folder / row.folder / "result.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return None if found["interrupted"] else found
+
+    def save(self, row: Row, result: SearchResult) -> Outcome:
+        """Saves a result, and what an earlier process left half written goes."""
+        folder = self.folder / row.folder
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        result.save(folder)
+        return self._note(_success(row, result.summary()))
+
+    def fail(self, row: Row, error: str, **details: Any) -> Outcome:
+        """Notes down what went wrong with a row."""
+        return self._note(_base(row) | {"error": error} | details)
+
+    def _note(self, outcome: Outcome) -> Outcome:
+        path = self.folder / f"results-{self.process}.jsonl"
+        line = _line(outcome)
+        with path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, 2)
+                line = line if file.read() == b"\n" else "\n" + line  # a killed process ended in the middle of a line
+            file.write(line.encode())
+        return outcome
+
+    def outcomes(self) -> list[Outcome | None]:
+        """What is known of each row: its result, else its error, else None."""
+        errors = self._errors()
+        found = ((row, self.finished(row)) for row in self.rows)
+        return [errors.get(row.id) if summary is None else _success(row, summary) for row, summary in found]
+
+    def _errors(self) -> dict[str, Outcome]:
+        noted = {}
+        for path in sorted(self.folder.glob("results-*.jsonl")):
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                outcome = _json_or_none(line)
+                if outcome and "error" in outcome:
+                    noted[outcome["id"]] = outcome
+        return noted
+
+    def merge(self) -> dict[str, Any]:
+        """Writes `results.jsonl` and `summary.json` if every row has an outcome.
+
+        Returns:
+          The summary, of what is there so far.
+        """
+        written = None
+        while True:
+            outcomes = self.outcomes()
+            text = "".join(map(_line, outcomes))
+            # Another process may finish between the reading and the writing: what is written must be what is there.
+            if None in outcomes or text == written:
+                return summarize(outcomes)
+            _write_text(self.folder / "results.jsonl", text)
+            summary = json.dumps(summarize(outcomes), indent=2, ensure_ascii=False) + "\n"
+            _write_text(self.folder / "summary.json", summary)
+            written = text
+
+
+def summarize(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
+    """Counts, and means over prompts with their standard errors.
+
+    Args:
+      outcomes: of every row; None for one that is not finished.
+
+    Returns:
+      Counts `prompts`, `finished`, `failed`, `unfinished`; `scores` and, where the reward has several parts,
+      `components` by part: for "preview" and "final" the `baseline` (unsearched), the `search` and its `gain`, each
+      with `mean` and `standard_error`; `seconds` of all prompts, one process after the other, and
+      `images_per_second` of a process while it searches.
+    """
+    done = [outcome for outcome in outcomes if outcome and "error" not in outcome]
+    failed = sum(outcome is not None and "error" in outcome for outcome in outcomes)
+    searching = sum(outcome["search_seconds"] for outcome in done)
+    parts = list(dict.fromkeys(name for outcome in done for name in outcome["components"]))
+    return {
+        "prompts": len(outcomes),
+        "finished": len(done),
+        "failed": failed,
+        "unfinished": len(outcomes) - len(done) - failed,
+        "scores": _means(done),
+        "components": {
+            name: _means([outcome["components"][name] for outcome in done if name in outcome["components"]])
+            for name in parts
+        },
+        "seconds": sum(outcome["seconds"] for outcome in done),
+        "images_per_second": sum(outcome["scored"] for outcome in done) / searching if searching else None,
+    }
+
+
+def _means(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Means of scores before, after and of the gain, of previews and of final images."""
+    kinds = {"preview": ("baseline_score", "score"), "final": ("baseline_final_score", "final_score")}
+    found = {}
+    for kind, names in kinds.items():
+        pairs = np.array([[row[name] for name in names] for row in scores], np.float64).reshape(-1, 2)
+        pairs = pairs[np.isfinite(pairs).all(axis=1)]
+        columns = {"baseline": pairs[:, 0], "search": pairs[:, 1], "gain": pairs[:, 1] - pairs[:, 0]}
+        found[kind] = {name: _mean(column) for name, column in columns.items()}
+    return found
+
+
+def _mean(values: np.ndarray) -> dict[str, float | None]:
+    return {
+        "mean": float(values.mean()) if len(values) else None,
+        "standard_error": float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None,
+    }
+
+
+def _base(row: Row) -> Outcome:
+    return {"id": row.id, "index": row.index, "prompt": row.prompt, "metadata": dict(row.metadata)}
+
+
+def _success(row: Row, summary: Mapping[str, Any]) -> Outcome:
+    """A line of results from a row and its `SearchResult.summary()`."""
+    timings = summary["timings"]
+    # Prompts that were searched at once share their seconds, and each has its part of them.
+    searching = summary["scored"] / timings["images_per_second"]
+    share = searching / timings["search"]
+    return _base(row) | {
+        "folder": row.folder,
+        **{name: summary[name] for name in SCORES},
+        "components": summary["components"],
+        "scored": summary["scored"],
+        "search_seconds": searching,
+        "seconds": share * (timings["encode"] + timings["search"] + timings["render"]),
+    }
+
+
+def _row_line(row: Row) -> str:
+    return _line(dataclasses.asdict(row)).rstrip("\n")
+
+
+def _line(value: Any) -> str:
+    """A line of JSON; of a user's own objects, their text."""
+    return json.dumps(value, ensure_ascii=False, default=str) + "\n"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are after a way through JSON."""
+    return json.loads(json.dumps(settings))
+
+
+def _json_or_none(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _write_text(path: Path, text: str) -> None:
+    def writer(temporary: Path) -> Any:
+        return temporary.write_text(text, encoding="utf-8")
+
+    write(path, writer)

@@ -1,0 +1,62 @@
+"""Thirty prompts of the soak, with its own assertions; and that these can fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import soak
+
+
+def test_thirty_prompts_grow_nothing_and_compile_nothing(tmp_path):
+    """In a process of its own, whose memory and compilations are the run's alone."""
+    command = [sys.executable, soak.__file__, "--prompts", "30", "--parts", "3", "--warm-up", "4", "--out", tmp_path]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "soak.json").read_text())
+    assert [mark["prompts"] for mark in result["marks"]] == [6, 16, 26, 36]  # two token lengths
+    assert result["compilations"][0] > 10
+    assert "memory" in run.stdout
+    assert "0 afterwards" in run.stdout
+
+
+def numbers(**changed):
+    return {"compilations": [9, 9], "live_array_bytes": [100, 100], "resident_bytes": [10**9, 10**9 + 10**7]} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"compilations": [9, 11]}, "2 compilations after the first prompt of each token length"),
+        ({"live_array_bytes": [100, 104]}, "live arrays grew"),
+        ({"resident_bytes": [10**9, 10**9 + 35 * 10**6]}, "memory grew by 35000000 bytes, more than 34000000"),
+    ],
+)
+def test_growth_is_noticed(changed, message):
+    soak.check(soak.Arguments(), numbers())
+    with pytest.raises(AssertionError, match=message):
+        soak.check(soak.Arguments(), numbers(**changed))
+
+
+def test_compilations_and_live_arrays_are_counted():
+    compilations = soak.count_compilations()
+    function = jax.jit(lambda x: x * 3 + 1)
+    before = soak.mark(0, compilations, 0.0)
+    kept = [function(jnp.ones(1000)), function(jnp.ones(2000))]
+    after = soak.mark(2, compilations, 0.0)
+    assert after["compilations"] - before["compilations"] >= 2
+    assert after["live_array_bytes"] - before["live_array_bytes"] == 4 * 3000
+    function(kept[0])
+    assert soak.mark(3, compilations, 0.0)["compilations"] == after["compilations"]
+    assert 10**7 < after["resident_bytes"] < 10**12
+
+
+def test_prompts_are_different_and_always_the_same():
+    prompts = soak.demo_prompts(1010)
+    assert len(set(prompts)) == 1010
+    assert prompts == soak.demo_prompts(1010)
