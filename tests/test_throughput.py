@@ -86,6 +86,7 @@ def folder(tmp_path_factory):
     sizes = oracle.ZImageSizes(layers=1, refiner_layers=1, text_layers=2, vae_layers=1)
     oracle.z_image_pipeline(sizes).save_pretrained(path)
     oracle.save_clip(path / "clip", oracle.clip())
+    (path / "ses_jax.json").write_text('{"level": 2}')
     return path
 
 
@@ -208,7 +209,7 @@ def test_share_of_the_reward_in_a_generation_of_a_published_model(shapes, folder
         mock.patch.object(random_weights, "clip_h", return_value=scorer),
     ):
         path = reward_share.main(
-            reward_share.Arguments("published/tiny", 32, 32, 1, population=3, chunk=2, repeats=1, out=tmp_path)
+            reward_share.Arguments("published/tiny", 32, 32, 1, population=3, repeats=1, out=tmp_path)
         )
     result = json.loads(path.read_text())
     assert path.name == "reward_share_tiny_cpu.json"
