@@ -103,6 +103,8 @@ def render(source, size, rows):
     [
         ("Tongyi-MAI/Z-Image-Turbo", (1024, 1024), 1),
         ("Tongyi-MAI/Z-Image", (512, 768), 2),
+        ("black-forest-labs/FLUX.1-schnell", (1024, 1024), 1),
+        ("Qwen/Qwen-Image", (512, 512), 1),
     ],
 )
 def test_whole_programs_of_published_size_against_xla(source, size, rows):
