@@ -30,7 +30,7 @@ def original_config(headers: Mapping[str, Header]) -> dict[str, Any]:
     """
     shaped = ("block_out_channels", "down_block_types", "up_block_types", "latent_channels", "layers_per_block")
     sizes = plain.original_config(headers)
-    return {"_class_name": "AutoencoderKLFlux2", **{name: sizes[name] for name in shaped}}
+    return {name: sizes[name] for name in shaped}
 
 
 COMPONENT = Component(

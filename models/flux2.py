@@ -166,7 +166,10 @@ class ConditionEmbedder(nn.Module):
     def __call__(self, sigma, guidance, dtype):
         c = self.config
         guidance = jnp.zeros_like(sigma) if guidance is None else guidance
-        time, guidance = thousandfold(sigma, guidance, dtype if c.timestep_rounding == "reference" else jnp.float32)
+        if c.timestep_rounding == "reference":
+            time, guidance = thousandfold(sigma, guidance, dtype)
+        else:
+            time, guidance = 1000 * sigma, 1000 * guidance
         vector = TimeEmbedder(c.dim, c.dim, use_bias=False, name="timestep_embedder")(time, dtype)
         if c.guidance_embeds:
             vector = vector + TimeEmbedder(c.dim, c.dim, use_bias=False, name="guidance_embedder")(guidance, dtype)

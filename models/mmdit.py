@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
-from ses_jax.models.layers import RMSNorm, layer_norm
+from ses_jax.models.layers import RMSNorm, layer_norm, rounded
 
 NORM_EPS = 1e-6
 # How time and guidance are multiplied by 1000: in float32, or in the dtype of the weights as the references do.
@@ -131,13 +131,13 @@ def thousandfold(
     sigma: Float[Array, " b"], guidance: Float[Array, " b"], dtype: Any
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """Time and guidance times 1000, in float32, rounded on the way as the references' pipelines do in `dtype`."""
-    kind = jnp.finfo(dtype)
+    time = rounded(1000 * pipeline_time(sigma, dtype), dtype)
+    return time, rounded(1000 * rounded(guidance, dtype), dtype)
 
-    def rounded(x):  # compilers may skip a conversion there and back, but not this
-        return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
 
-    time = rounded(1000 * rounded(rounded(1000 * sigma.astype(jnp.float32)) / 1000))
-    return time, rounded(1000 * rounded(guidance.astype(jnp.float32)))
+def pipeline_time(sigma: Float[Array, " b"], dtype: Any) -> Float[Array, " b"]:
+    """Noise levels `[B]` as the references' pipelines hand them over: as times up to 1000 and back, in `dtype`."""
+    return rounded(rounded(1000 * sigma.astype(jnp.float32), dtype) / 1000, dtype)
 
 
 def axes_rope(

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ses_jax.models.layers import RMSNorm, TimeEmbedder, rounded, stack
+from ses_jax.models.layers import RMSNorm, TimeEmbedder, stack
 from ses_jax.models.mmdit import (
     JOINT_PARTITION,
     ROUNDINGS,
@@ -29,6 +29,7 @@ from ses_jax.models.mmdit import (
     axes_rope,
     grid_positions,
     pack,
+    pipeline_time,
     unpack,
 )
 
@@ -160,7 +161,7 @@ def timesteps(config: Config, sigma: Float[Array, " b"], dtype: Any) -> Float[Ar
     """Times `[B]`, 1000 to 0, of noise levels `sigma [B]` in a network whose weights are of `dtype`."""
     if config.timestep_rounding == "exact":
         return 1000 * sigma
-    return 1000 * rounded(rounded(1000 * sigma, dtype) / 1000, dtype)
+    return 1000 * pipeline_time(sigma, dtype)
 
 
 def rope(config: Config, grid: tuple[int, int], length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from ses_jax.rewards import Reward, RewardSpec
 from ses_jax.run_folder import Outcome, Run
 
 # Settings that change how fast a run is and not what comes out, so that they may change when it goes on.
-_FREE = ("chunk",)
+_FREE = ("chunk", "offload_text_encoder", "mesh")
 
 
 class _Work(NamedTuple):
@@ -89,7 +89,8 @@ def search_many(
     report = engine.check_rewards(reward, report)
     place = own_place(process_id, num_processes)
     run = Run(Path(out), rows, place.process_id)
-    described = _described(config) | {"model": _name(model), "reward": _name(reward), "report": _name(report)}
+    described = _described(config.as_json()) | {"load": _described(load or {})}
+    described |= {"model": _name(model), "reward": _name(reward), "report": _name(report)}
     run.check(described)
 
     pending = [row for row in rows[place.process_id :: place.num_processes] if run.finished(row) is None]
@@ -119,8 +120,8 @@ def _config(settings: Mapping[str, Any]) -> SearchConfig:
     return config
 
 
-def _described(config: SearchConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.as_json().items() if name not in _FREE}
+def _described(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in _FREE}
 
 
 def _name(thing: Any) -> Any:

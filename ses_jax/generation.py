@@ -253,6 +253,7 @@ def render(
     return _images(model, chunk, params, prompts, rows, lambda images, owner: images)
 
 
+score = functools.partial(jax.jit, static_argnums=0)(_components)
 update = functools.partial(jax.jit, static_argnums=0)(tell)
 
 

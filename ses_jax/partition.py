@@ -110,12 +110,15 @@ def place(mesh: Mesh | None, rules: Mapping[str, Rules], params: Mapping[str, An
     """
     if mesh is None:
         return jax.device_put(params)
-    return jax.device_put(params, shardings(mesh, rules, params))
+    return jax.tree.map(_put, params, shardings(mesh, rules, params))
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
     """Puts a whole copy of every array on each device of a mesh; None is the default device."""
-    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    if mesh is None:
+        return jax.device_put(tree)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: _put(leaf, everywhere), tree)
 
 
 def bytes_per_device(mesh: AnyMesh, rules: Rules, params: Any) -> int:
@@ -144,6 +147,18 @@ def size(mesh: Mesh | None, *axes: str) -> int:
 def loader(mesh: Mesh | None, rules: Rules) -> Any:
     """`(path, shape) -> Sharding` for reading one network's files straight into their shards; None without a mesh."""
     return None if mesh is None else functools.partial(sharding, mesh, rules)
+
+
+def _put(leaf: Any, target: NamedSharding) -> jax.Array:
+    """A leaf where it belongs, on a mesh of this process or of several that all have the leaf."""
+    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(target, leaf.ndim):
+        return leaf
+    if target.is_fully_addressable:
+        return jax.device_put(leaf, target)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), target))
+    values = np.asarray(leaf)
+    return jax.make_array_from_callback(values.shape, target, lambda index: values[index])
 
 
 def _path(key_path: tuple) -> str:

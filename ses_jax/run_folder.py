@@ -216,7 +216,7 @@ def _line(value: Any) -> str:
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they are after a way through JSON."""
-    return json.loads(json.dumps(settings))
+    return json.loads(_line(settings))
 
 
 def _json_or_none(line: str) -> Any:

@@ -218,7 +218,7 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
     interrupted = False
     for index in range(first, _count(task.config)):
         try:
-            task, state, scored = _roomy_step(task, jnp.int32(index), state)
+            task, state, scored = _roomy_step(task, np.int32(index), state)
         except KeyboardInterrupt:
             if not parts:
                 raise
@@ -277,10 +277,7 @@ def _finals(task: Task, pipeline: Pipeline, state: State) -> Finals:
     noise = jnp.stack([jnp.asarray(np.asarray(winners)), task.noise], axis=1).reshape(-1, *winners.shape[1:])
     owner = jnp.repeat(jnp.arange(len(prompts)), 2)
     images = render(pipeline, task.params[0], Rows(noise, owner), inputs.condition, (task.config, program.chunk))
-    device = np.zeros((len(images), 0), np.float32)
-    if program.score is not None:
-        texts = generation.owned(inputs.text, owner)
-        device = np.asarray(rewards.score(program.score, task.params[1], images, texts))
+    device = np.asarray(generation.score(program, task.params, inputs, images, np.asarray(owner)))
     texts = [prompt for prompt in prompts for _ in range(2)]
     components = rewards.host_components(task.reward, device, images, texts)
     pairs = (np.asarray(x).reshape(len(prompts), 2, *x.shape[1:]) for x in (images, components))

@@ -8,6 +8,11 @@ def products(jaxpr):
     return [equation for equation in _equations(jaxpr) if equation.primitive.name == "dot_general"]
 
 
+def convolutions(jaxpr):
+    """Every convolution of a program."""
+    return [equation for equation in _equations(jaxpr) if equation.primitive.name == "conv_general_dilated"]
+
+
 def _equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation

@@ -169,7 +169,7 @@ def test_a_run_of_bad_rows_alone_loads_no_model(tmp_path):
 def test_a_finished_run_loads_no_model_and_changes_nothing(whole, monkeypatch):
     out, summary = whole
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "results.jsonl"}
-    monkeypatch.setattr(engine, "load", None)
+    monkeypatch.setattr(engine, "load_models", None)
     assert run(PROMPTS, out) == summary
     after = {path: path.stat().st_mtime_ns for path in before}
     assert {path for path in before if before[path] != after[path]} <= {out, out / "summary.json"}
@@ -184,6 +184,7 @@ def test_a_finished_run_loads_no_model_and_changes_nothing(whole, monkeypatch):
         ({"reward": "clip"}, "reward='brightness', now reward='clip'"),
         ({"report": ["clip"]}, "report=None, now report={'clip': 1.0}"),
         ({"model": "demo"}, "model='Toy toy', now model='demo'"),
+        ({"load": {"dtype": np.float16}}, "load={}, now load={'dtype': .*float16"),
         ({"prompts": [*PROMPTS[:7], "new"]}, "row 7 was .*prompt xxxxxxx.*now .*new"),
         ({"prompts": [{"prompt": PROMPTS[0], "seed": 1}, *PROMPTS[1:]]}, "other prompts: row 0 was"),
         ({"prompts": PROMPTS[:7]}, "was started with 8 prompts, now 7"),
@@ -196,6 +197,7 @@ def test_going_on_with_something_else_is_refused(whole, changed, message):
 
 def test_what_changes_no_result_may_change_and_rows_may_be_added(whole, tmp_path):
     run(PROMPTS[:6], tmp_path)
+    run(PROMPTS[:6], tmp_path, load={"offload_text_encoder": True}, mesh="data=1")
     before = finished(tmp_path)
     run(PROMPTS, tmp_path, chunk=1, prompts_at_once=2)
     assert before.items() <= finished(tmp_path).items()
@@ -262,11 +264,11 @@ def test_a_kill_between_any_two_files_loses_and_repeats_nothing(tmp_path, monkey
     assert moment == 2 + 3 * 5 + 2  # the run's own files, five of each prompt, results and summary
 
 
-def test_a_line_that_was_cut_off_does_no_harm(whole, tmp_path):
-    run(["", *PROMPTS[1:3]], tmp_path)
+def test_a_line_that_was_cut_off_does_no_harm(tmp_path):
+    run(PROMPTS[:3], tmp_path)
     journal = tmp_path / "results-0.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20] + "ä".encode()[:1])
-    summary = run(["", *PROMPTS[1:4]], tmp_path)
+    summary = run([*PROMPTS[:3], ""], tmp_path)
     assert (summary["finished"], summary["failed"]) == (3, 1)
     assert journal.read_bytes().endswith(b"}\n")
     assert len(lines(tmp_path / "results.jsonl")) == 4
@@ -438,3 +440,13 @@ def test_shell(tmp_path, capsys):
     }
     assert cli.main(["batch", str(tmp_path / "none.txt"), *FAST, "--out", str(tmp_path / "x")]) == 2
     assert "none.txt" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_the_shell_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **settings):
+        raise KeyboardInterrupt
+
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    monkeypatch.setattr(ses_jax, "search_many", interrupted)
+    assert cli.main(["batch", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import oracle_qwen_image as oracle
 import pytest
@@ -310,27 +311,13 @@ def test_products_and_convolutions_run_in_the_dtype_of_the_weights(published):
     params, latents = published.image_params(published.params), jax.ShapeDtypeStruct((2, 16, 8, 8), jnp.float32)
     condition = jax.eval_shape(published.encode, published.params, published.blank_tokens(2, 40, guidance=4.0))
     sigma = jax.ShapeDtypeStruct((2,), jnp.float32)
-    traced = jax.make_jaxpr(published.velocity)(params, latents, sigma, condition)
-    products = [eqn for eqn in equations(traced.jaxpr) if eqn.primitive.name == "dot_general"]
-    convolutions = [
-        eqn
-        for eqn in equations(jax.make_jaxpr(published.decode)(params, latents).jaxpr)
-        if "conv_general" in str(eqn.primitive)
-    ]
+    products = jaxprs.products(jax.make_jaxpr(published.velocity)(params, latents, sigma, condition).jaxpr)
+    convolutions = jaxprs.convolutions(jax.make_jaxpr(published.decode)(params, latents).jaxpr)
     assert len(products) >= 15
     assert len(convolutions) == 37
     for equation in [*products, *convolutions]:
         assert {operand.aval.dtype for operand in equation.invars} == {jnp.dtype(jnp.bfloat16)}, equation
     assert {equation.invars[1].aval.ndim for equation in convolutions} == {4}
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def test_folder_converts_and_comes_back(root, pipeline, tmp_path):
