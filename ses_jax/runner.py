@@ -97,7 +97,8 @@ def search_prompts(
     """
     times = [time.perf_counter()]
     indices = range(len(prompts)) if indices is None else indices
-    resume.begin(state_folder, _identity(pipeline, reward, config, prompts, indices))
+    if partition.leads(pipeline.mesh):
+        resume.begin(state_folder, _identity(pipeline, reward, config, prompts, indices))
     task = prepare(pipeline, reward, config, prompts, indices)
     times.append(time.perf_counter())
     title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
@@ -214,6 +215,7 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
     """
     population, prompts = task.config.population, len(task.prompts)
     first, state, parts = resume.load(folder, _initial_state(task))
+    state = partition.replicate(task.program.model.mesh, state)
     start = time.perf_counter()
     interrupted = False
     for index in range(first, _count(task.config)):
@@ -225,7 +227,8 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
             interrupted = True
             break
         parts.append(scored)
-        resume.save(folder, index + 1, state, parts)
+        if partition.leads(task.program.model.mesh):
+            resume.save(folder, index + 1, state, parts)
         done = min((index + 1) * population, task.config.budget)
         rate = prompts * (done - first * population) / (time.perf_counter() - start)
         report(prompts * done, index, float(np.max(np.asarray(state.cem.best_score))), rate)
