@@ -34,7 +34,7 @@ def _leaf(seed: jax.Array, shape: tuple[int, ...], dtype: Any, centred: bool) ->
     x = jax.lax.iota(jnp.uint32, math.prod(shape)) + seed * np.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * np.uint32(factor)
-    x = (x ^ (x >> 16)).astype(jnp.float32) / 2**32 - 0.5
+    x = (x ^ (x >> 16)).astype(jnp.float32) * 2.0**-32 - 0.5
     return ((0.0 if centred else 1.0) + 0.02 * 12**0.5 * x).astype(dtype).reshape(shape)
 
 

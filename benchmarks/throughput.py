@@ -66,36 +66,43 @@ def main(args: Arguments) -> Path:
     os.environ.setdefault(*MEMORY_FRACTION)
     fields = {field.name for field in dataclasses.fields(phases.Job)}
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name in fields}
-    result = {"jax": in_own_process("throughput_jax", phases.Job(batches=tuple(sorted(args.batch)), **settings))}
+    result = {"jax": run_side("throughput_jax", phases.Job(batches=tuple(sorted(args.batch)), **settings))}
+    path = in_own_process(store, result, args.out)
     if args.against == "diffusers":
-        # The same sizes: those that our side filled in.
-        job = phases.Job(**result["jax"]["job"])
         missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
         if missing:
             print(f"not installed, so there is nothing to compare with: {', '.join(missing)}")
         else:
-            result["diffusers"] = in_own_process("throughput_torch", job)
+            # The same sizes: those that our side filled in.
+            result["diffusers"] = run_side("throughput_torch", phases.Job(**result["jax"]["job"]))
             result["ratios"] = ratios(result["diffusers"], result["jax"])
-    # Not before: asking for the environment takes the device.
-    environment = common.environment()
-    job = result["jax"]["job"]
-    size = f"{job['height']}x{job['width']}_b{'-'.join(map(str, job['batches']))}"
-    name = "_".join(["throughput", Path(args.model).name, size, environment["device"].replace(" ", "-")])
-    path = common.save(name, result, args.out)
+            path = in_own_process(store, result, args.out)
     print(path)
     return path
 
 
-def in_own_process(module: str, job: phases.Job) -> dict[str, Any]:
-    """A side's result; the device's memory is free again afterwards."""
+def run_side(module: str, job: phases.Job) -> dict[str, Any]:
+    """The result of one side."""
+    return in_own_process(_run, module, job)
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`; the device's memory, which JAX keeps as long as its process lives, is free afterwards."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_call, module, job).result()
+        return pool.submit(function, *args).result()
 
 
-def _call(module: str, job: phases.Job) -> dict[str, Any]:
-    run: Callable[[phases.Job], dict[str, Any]] = importlib.import_module(module).run
-    return run(job)
+def _run(module: str, job: phases.Job) -> dict[str, Any]:
+    return importlib.import_module(module).run(job)
+
+
+def store(result: dict[str, Any], folder: Path) -> Path:
+    """Writes what is known so far, in a file named for model, size, batches and device."""
+    job = result["jax"]["job"]
+    size = f"{job['height']}x{job['width']}_b{'-'.join(map(str, job['batches']))}"
+    device = common.environment()["device"].replace(" ", "-")
+    return common.save("_".join(["throughput", Path(job["model"]).name, size, device]), result, folder)
 
 
 def ratios(theirs: dict[str, Any], ours: dict[str, Any]) -> list[dict[str, Any]]:

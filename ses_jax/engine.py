@@ -131,7 +131,7 @@ def search(
             progress=progress,
             state_folder=state,
         )
-        if folder is not None:
+        if folder is not None and partition.leads(pipeline.mesh):
             _save(found, [folder if isinstance(prompt, str) else folder / f"{i:03d}" for i in chosen], state)
         results += found
         if found[0].interrupted:

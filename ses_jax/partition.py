@@ -144,6 +144,11 @@ def size(mesh: Mesh | None, *axes: str) -> int:
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in axes]))
 
 
+def leads(mesh: Mesh | None) -> bool:
+    """Whether this process writes for all that share a mesh; without one each writes for itself."""
+    return mesh is None or mesh.devices.flat[0].process_index == jax.process_index()
+
+
 def loader(mesh: Mesh | None, rules: Rules) -> Any:
     """`(path, shape) -> Sharding` for reading one network's files straight into their shards; None without a mesh."""
     return None if mesh is None else functools.partial(sharding, mesh, rules)

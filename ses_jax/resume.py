@@ -58,17 +58,17 @@ def load(folder: Path | None, initial: State) -> tuple[int, State, list[Scored]]
 
     Args:
       folder: of the search.
-      initial: the state before the first generation; what is loaded lies where it does.
+      initial: the state before the first generation.
 
     Returns:
-      How many generations are done, the state after them, and what they scored.
+      How many generations are done, the state after them (on the host), and what they scored.
     """
-    saved = [] if folder is None else _saved(folder)
+    saved = [] if folder is None or not folder.is_dir() else _saved(folder)
     if not saved:
         return 0, initial, []
     leaves = jax.tree.leaves(initial)
     tree = checkpoint.restore(saved[-1], checkpoint.metadata(saved[-1]))
-    state = [jax.device_put(np.asarray(x), like.sharding) for x, like in zip(tree["state"], leaves, strict=True)]
+    state = [np.asarray(x) for x, _ in zip(tree["state"], leaves, strict=True)]
     scored = Scored(*map(np.asarray, tree["scored"]))
     return int(saved[-1].name), jax.tree.unflatten(jax.tree.structure(initial), state), [scored]
 

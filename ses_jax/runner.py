@@ -97,7 +97,8 @@ def search_prompts(
     """
     times = [time.perf_counter()]
     indices = range(len(prompts)) if indices is None else indices
-    resume.begin(state_folder, _identity(pipeline, reward, config, prompts, indices))
+    if partition.leads(pipeline.mesh):
+        resume.begin(state_folder, _identity(pipeline, reward, config, prompts, indices))
     task = prepare(pipeline, reward, config, prompts, indices)
     times.append(time.perf_counter())
     title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
@@ -190,7 +191,7 @@ def _fitting_chunk(task: Task) -> int:
     state = _initial_state(task)
 
     def lower(chunk):
-        return compiled.lower(task.program._replace(chunk=chunk), task.params, task.inputs, jnp.int32(0), state)
+        return compiled.lower(task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state)
 
     return memory.fitting_chunk(lower, task.program.chunk, memory.device_limit())
 
@@ -214,6 +215,7 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
     """
     population, prompts = task.config.population, len(task.prompts)
     first, state, parts = resume.load(folder, _initial_state(task))
+    state = partition.replicate(task.program.model.mesh, state)
     start = time.perf_counter()
     interrupted = False
     for index in range(first, _count(task.config)):
@@ -225,7 +227,8 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
             interrupted = True
             break
         parts.append(scored)
-        resume.save(folder, index + 1, state, parts)
+        if partition.leads(task.program.model.mesh):
+            resume.save(folder, index + 1, state, parts)
         done = min((index + 1) * population, task.config.budget)
         rate = prompts * (done - first * population) / (time.perf_counter() - start)
         report(prompts * done, index, float(np.max(np.asarray(state.cem.best_score))), rate)
@@ -233,7 +236,7 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
     return task, Outcome(state, Scored(*columns), interrupted)
 
 
-def _roomy_step(task: Task, index: Array, state: State) -> tuple[Task, State, Scored]:
+def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State, Scored]:
     """One generation, with fewer candidates at a time where they prove too many; draws and state stay the same."""
     while True:
         try:
@@ -245,7 +248,7 @@ def _roomy_step(task: Task, index: Array, state: State) -> tuple[Task, State, Sc
             task = task._replace(program=task.program._replace(chunk=memory.half(task.program.chunk)))
 
 
-def _step(task: Task, index: Array, state: State) -> tuple[State, Scored]:
+def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
     """One generation, as one compiled program, or as two with the parts on the host between them."""
     if not task.reward.on_host:
         return generation.generation_step(task.program, task.params, task.inputs, index, state)

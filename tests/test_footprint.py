@@ -52,6 +52,18 @@ def test_a_residual_connection_is_one_array_to_its_readers():
     assert arrays(twice, square()) == pytest.approx(3, abs=0.01)
 
 
+def test_what_several_read_is_written_where_that_frees_more():
+    def normed(x):
+        p = x @ x
+        q = p @ x
+        r = q @ x
+        total = p + q + r  # read twice, by fusions; the three of them are free then
+        scale = total.sum(axis=-1, keepdims=True)
+        return (total * scale + (x @ x) + (x.T @ x)).sum()
+
+    assert arrays(normed, square()) == pytest.approx(4, abs=0.1)
+
+
 def test_loops():
     def layers(x, stacked):
         return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w["a"]) @ w["b"], None), x, stacked)[0]
@@ -91,6 +103,8 @@ def render(source, size, rows):
     [
         ("Tongyi-MAI/Z-Image-Turbo", (1024, 1024), 1),
         ("Tongyi-MAI/Z-Image", (512, 768), 2),
+        ("black-forest-labs/FLUX.1-schnell", (1024, 1024), 1),
+        ("Qwen/Qwen-Image", (512, 512), 1),
     ],
 )
 def test_whole_programs_of_published_size_against_xla(source, size, rows):

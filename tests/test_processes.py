@@ -1,16 +1,21 @@
 """Many processes on one machine: they meet, share the prompts, and the loss of one costs nobody else anything."""
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
+import numpy as np
+import oracle
 import pytest
 from batch_runs import PROMPTS, finish, finished, lines, run, stable_files, start, wait_for
 
+import ses_jax
 from ses_jax import cli, processes
 
 
@@ -52,6 +57,35 @@ def test_two_processes_of_a_cluster_share_the_prompts(tmp_path, alone):
     assert [row["index"] for row in lines(tmp_path / "results.jsonl")] == list(range(8))
     assert json.loads((tmp_path / "summary.json").read_text())["finished"] == 8
     assert stable_files(tmp_path) == alone
+
+
+@pytest.mark.parametrize("mesh", ["model=2", "data=2"])
+def test_a_mesh_may_span_processes(tmp_path, mesh):
+    """All run the same search and end with the same scores; one of them writes."""
+    folder = tmp_path / "model"
+    oracle.z_image_pipeline(oracle.ZImageSizes(dim=96, heads=8, axes_dims=(4, 4, 4)), seed=3).save_pretrained(folder)
+    oracle.save_clip(folder / "clip", oracle.clip(seed=1))
+    settings = {"model": str(folder), "budget": 5, "population": 3, "elites": 2, "preview_steps": 2, "steps": 2}
+    settings |= {"height": 32, "width": 32, "level": 1, "prompts_at_once": 2, "prompt": ["a cat", "b"]}
+    expected = ses_jax.search(reward="clip", progress=False, **settings)
+    connect = {"coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
+    spanning = settings | {"mesh": mesh, "out": str(tmp_path / "out"), "resume": True}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "mesh_process.py"), json.dumps(arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        )
+        for arguments in (spanning | {"connect": connect | {"process_id": i}} for i in range(2))
+    ]
+    for process in running:
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        for ours, alone in zip(json.loads(out.splitlines()[-1]), expected, strict=True):
+            np.testing.assert_allclose(ours, [row["score"] for row in alone.history], rtol=1e-4, atol=1e-4)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000", "001"]
 
 
 def test_four_processes_lose_two_and_two_others_finish(tmp_path, alone):

@@ -6,6 +6,7 @@ import logging
 import jax
 import numpy as np
 import oracle
+import oracle_flux2
 import pytest
 import toy
 
@@ -72,10 +73,16 @@ def test_bad_settings_are_refused():
 # Memory
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+FAMILIES = {
+    "z_image": lambda: oracle.z_image_pipeline(oracle.ZImageSizes(shift=6.0), seed=3),
+    "flux2": lambda: oracle_flux2.dev_pipeline(oracle_flux2.Sizes(text_layers=8, text_width=32, context=96), seed=3),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
-    oracle.z_image_pipeline(oracle.ZImageSizes(shift=6.0), seed=3).save_pretrained(folder)
+    FAMILIES[request.param]().save_pretrained(folder)
     oracle.save_clip(folder / "clip", oracle.clip(seed=1))
     return folder
 
@@ -109,7 +116,10 @@ def test_text_encoders_and_the_other_networks_are_never_on_the_device_together(f
     monkeypatch.setattr(runner, "_step", watched("image", runner._step))
     found = ses_jax.search(PROMPTS[:2], model=pipeline, **settings)
     assert_same(found, expected)
-    small = 0.15 * min(text, image)  # conditions, noise, states
+    tokens = pipeline.tokenize(PROMPTS[:2], guidance=pipeline.defaults.guidance)
+    conditions = jax.eval_shape(pipeline.encode, pipeline.params, tokens)
+    small = 0.15 * min(text, image) + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(conditions))
+    assert text + small < text + image
     assert text <= max(live["text"]) <= text + small
     assert image <= max(live["image"]) <= image + small
     gc.collect()

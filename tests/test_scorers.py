@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
-from ses_jax import hub, resample, scorers
+from ses_jax import hub, partition, resample, scorers
 from ses_jax.preprocess import Preprocessor
 
 PROMPTS = ["a red cat", "", "\u732b on a CAF\u00c9 &amp;amp; \u201cbar\u201d  \U0001f431", "many Words " * 30]
@@ -185,6 +185,19 @@ def test_scores_follow_their_images_and_prompts(pair):
     one_prompt = scores_of(scorer, images, PROMPTS[:1])
     np.testing.assert_allclose(one_prompt, scores_of(scorer, images, PROMPTS[:1] * 4), rtol=1e-5)
     np.testing.assert_allclose(one_prompt[0], scores[0], rtol=1e-4)
+
+
+def test_images_on_many_devices_score_the_same(pair):
+    scorer, _ = pair
+    mesh = partition.parse_mesh("data=4,model=2")
+    images = np.random.default_rng(0).random((8, 40, 56, 3), np.float32)
+    text = jax.jit(scorer.embed_text)(scorer.params, scorer.tokenize(["a cat"] * 8))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(partition.AXES))
+    spread = jax.jit(scorer.score)(
+        partition.replicate(mesh, scorer.params), *jax.tree.map(lambda x: jax.device_put(x, rows), (images, text))
+    )
+    assert len(spread.sharding.device_set) == 8
+    np.testing.assert_allclose(spread, jax.jit(scorer.score)(scorer.params, images, text), rtol=1e-4, atol=1e-4)
 
 
 def test_score_stays_on_the_device(pair):

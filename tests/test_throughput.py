@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import ses_jax
-from ses_jax.pipelines import abstract_pipeline
+from ses_jax import scorers
+from ses_jax.pipelines import FAMILIES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -85,6 +86,7 @@ def folder(tmp_path_factory):
     sizes = oracle.ZImageSizes(layers=1, refiner_layers=1, text_layers=2, vae_layers=1)
     oracle.z_image_pipeline(sizes).save_pretrained(path)
     oracle.save_clip(path / "clip", oracle.clip())
+    (path / "ses_jax.json").write_text('{"level": 2}')
     return path
 
 
@@ -135,11 +137,13 @@ def test_without_torch_ours_runs_alone(tmp_path, capsys):
     throughput, phases = script("throughput"), script("phases")
     side = {"job": dataclasses.asdict(phases.Job("demo", height=8, width=8)), "batches": []}
     with (
-        mock.patch.object(throughput, "in_own_process", return_value=side) as run,
+        mock.patch.object(throughput, "run_side", return_value=side) as run,
+        mock.patch.object(throughput, "in_own_process", lambda function, *args: function(*args)),
         mock.patch.object(throughput.importlib.util, "find_spec", return_value=None),
     ):
-        throughput.main(throughput.Arguments("demo", against="diffusers", out=tmp_path))
+        path = throughput.main(throughput.Arguments("demo", against="diffusers", out=tmp_path))
     assert run.call_count == 1
+    assert json.loads(path.read_text())["jax"] == json.loads(json.dumps(side))
     assert "not installed" in capsys.readouterr().out
 
 
@@ -197,6 +201,23 @@ def test_random_params():
     assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
+def test_share_of_the_reward_in_a_generation_of_a_published_model(shapes, folder, tmp_path):
+    reward_share, random_weights = script("reward_share"), script("random_weights")
+    scorer = scorers.load_clip("clip", folder / "clip")
+    with (
+        mock.patch.object(reward_share, "abstract_pipeline", return_value=shapes),
+        mock.patch.object(random_weights, "clip_h", return_value=scorer),
+    ):
+        path = reward_share.main(
+            reward_share.Arguments("published/tiny", 32, 32, 1, population=3, repeats=1, out=tmp_path)
+        )
+    result = json.loads(path.read_text())
+    assert path.name == "reward_share_tiny_cpu.json"
+    assert 0 < result["share"] < 1
+    assert result["bytes_to_host"] == 3 * 4 * 2  # a score and a low band's size a candidate
+    assert result["bytes_of_images"] == 3 * 32 * 32 * 3 * 4
+
+
 def test_timing_stops_at_its_limit():
     phases = script("phases")
     calls = []
@@ -247,8 +268,8 @@ def test_the_other_side_compiles(folder):
 
 
 def test_every_published_model_has_another_side():
-    published = script("torch_pipelines").PUBLISHED
-    planner = importlib.import_module("ses_jax.planner")
-    assert set(planner.published()) == set(published) == set(PARAMETERS)
-    for model in planner.published():
-        assert abstract_pipeline(model).family == published[model].pipeline
+    other = script("torch_pipelines").PUBLISHED
+    ours = {p.source: family for family in FAMILIES.values() for p in family.PUBLISHED if p.configs}
+    assert set(ours) == set(other) == set(PARAMETERS)
+    for source, family in ours.items():
+        assert FAMILIES[other[source].pipeline] is family
