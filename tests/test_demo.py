@@ -59,7 +59,7 @@ def test_its_reward_loads_in_transformers():
 
 def test_prompts_fit_the_smallest_token_bucket(pipeline):
     tokens = pipeline.tokenize(PROMPTS)
-    assert tokens.ids.shape[1] == 32
+    assert tokens.positive.ids.shape[1] == 32
 
 
 def test_colours_follow_the_prompt(pipeline):

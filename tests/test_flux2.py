@@ -92,7 +92,7 @@ def test_velocity_equals_the_reference(networks, case):
 
 def test_a_batch_equals_its_members(networks):
     _, config, params = networks("deep")
-    inputs = draw(config, (3, 4), 8, (0.6, 0.2))
+    inputs = draw(config, *CASES["deep"][1])
     together = run(params, config, *inputs)
     for i in (0, 1):
         alone = run(params, config, *(x[i : i + 1] for x in inputs))
@@ -139,7 +139,7 @@ def test_defaults_are_those_of_dev():
 
 def test_bfloat16_stays_close(networks):
     _, config, params = networks("deep")
-    inputs = draw(config, (3, 4), 8, (0.6, 0.2))
+    inputs = draw(config, *CASES["deep"][1])
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     exact, rounded = run(params, config, *inputs), run(half, config, *inputs)
     assert rounded.dtype == jnp.float32

@@ -106,27 +106,30 @@ def small(networks):
 
 def test_longer_buckets_and_their_content_do_not_matter(small):
     _, config, params = small
-    latents, features = draw(config, (8, 6), (5, 12))
-    sigmas = np.float32([0.6, 0.2])
-    expected = our_velocity(params, config, latents, sigmas, features)
-    longer = our_velocity(params, config, latents, sigmas, features, extra=20, fill=3.0)
+    size, lengths, sigmas = RAGGED
+    latents, features = draw(config, size, lengths)
+    expected = our_velocity(params, config, latents, np.float32(sigmas), features)
+    longer = our_velocity(params, config, latents, np.float32(sigmas), features, extra=20, fill=3.0)
     np.testing.assert_allclose(longer, expected, atol=2e-5)
 
 
 def test_a_batch_equals_its_members(small):
     _, config, params = small
-    latents, features = draw(config, (8, 6), (5, 12))
-    sigmas = np.float32([0.6, 0.2])
+    size, lengths, sigmas = RAGGED
+    latents, features = draw(config, size, lengths)
+    sigmas = np.float32(sigmas)
     together = our_velocity(params, config, latents, sigmas, features)
-    for i in (0, 1):
-        alone = our_velocity(params, config, latents[i : i + 1], sigmas[i : i + 1], features[i : i + 1])
-        np.testing.assert_allclose(together[i : i + 1], alone, atol=2e-5)
+    for i, length in enumerate(lengths):
+        one = slice(i, i + 1)
+        padding = max(lengths) - length
+        alone = our_velocity(params, config, latents[one], sigmas[one], features[one], extra=padding)
+        np.testing.assert_allclose(together[one], alone, atol=2e-5)
 
 
 @pytest.mark.parametrize("loudness", [1.0, 0.001])  # faint features bring the epsilon of their norm to light
 def test_loudness_of_the_text(small, loudness):
     reference, config, params = small
-    latents, features = draw(config, (4, 4), (9,))
+    latents, features = draw(config, RAGGED[0], (9,))
     features = [np.float32(loudness) * feature for feature in features]
     expected = reference_velocity(reference, latents, np.float32([0.5]), features)
     ours = our_velocity(params, config, latents, np.float32([0.5]), features)
@@ -164,8 +167,9 @@ def test_unsupported_options_are_refused(change, complaint):
 
 def test_bfloat16_stays_close(small):
     _, config, params = small
-    latents, features = draw(config, (8, 6), (5, 12))
-    sigmas = np.float32([0.6, 0.2])
+    size, lengths, sigmas = RAGGED
+    latents, features = draw(config, size, lengths)
+    sigmas = np.float32(sigmas)
     exact = our_velocity(params, config, latents, sigmas, features)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     rounded = our_velocity(half, config, latents, sigmas, features)

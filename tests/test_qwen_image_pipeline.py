@@ -2,7 +2,6 @@
 
 import functools
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,13 @@ import jaxprs
 import numpy as np
 import oracle_qwen_image as oracle
 import pytest
-import torch
+from parity import (
+    assert_a_search_previews_what_is_generated,
+    assert_rows_are_alone,
+    assert_same_images,
+    bfloat16_image,
+    pair,
+)
 
 import ses_jax
 from ses_jax import partition, pipelines, wavelet
@@ -39,15 +44,8 @@ VARIANTS = {
 @functools.cache
 def tiny(name, root):
     """The oracle and our pipeline, from the same folder; the second variant with a sharded transformer."""
-    reference = oracle.pipeline(VARIANTS[name], seed=1)
-    reference.set_progress_bar_config(disable=True)
-    folder = root / name
-    reference.save_pretrained(folder)
-    if name != "default":
-        shutil.rmtree(folder / "transformer")
-        reference.transformer.save_pretrained(folder / "transformer", max_shard_size="100KB")
-        assert (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
-    return reference, ses_jax.load_pipeline(str(folder))
+    shard_size = None if name == "default" else "100KB"
+    return pair(oracle.pipeline(VARIANTS[name], seed=1), root / name, shard_size=shard_size)
 
 
 @pytest.fixture(scope="module")
@@ -60,50 +58,23 @@ def pipeline(root):
     return tiny("default", root)[1]
 
 
-def render_both(pair, prompts, *, size=(64, 64), steps=3, guidance=4.0, negative=None):
-    reference, pipeline = pair
-    shape = (len(prompts), *pipeline.noise_shape(*size))
-    noise = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
-    with torch.no_grad():
-        expected = reference(
-            prompt=list(prompts),
-            negative_prompt=[" " if negative is None else negative] * len(prompts),
-            true_cfg_scale=guidance,
-            num_inference_steps=steps,
-            height=size[0],
-            width=size[1],
-            latents=reference._pack_latents(torch.tensor(noise), *shape),
-            output_type="pt",
-        ).images.permute(0, 2, 3, 1)
-    images = ses_jax.generate(
-        pipeline,
-        prompts,
-        noise=noise,
-        steps=steps,
-        guidance=guidance,
-        negative_prompt=negative,
-        height=size[0],
-        width=size[1],
-    )
-    return np.asarray(images), expected.numpy()
-
-
-def assert_same_images(images, expected):
-    difference = np.abs(images - expected)
-    assert expected.std() > 0.05
-    assert difference.max() <= 1e-4
-    assert difference.mean() <= 1e-5
+def arguments(reference, noise, guidance, negatives):
+    """The reference's own arguments; its own default negative prompt is none at all."""
+    return {
+        "true_cfg_scale": guidance,
+        "negative_prompt": negatives or [" "] * len(noise),
+        "latents": reference._pack_latents(noise, *noise.shape),
+    }
 
 
 UNICODE = ("\u732b \U0001f431 caf\u00e9 {0}", "a somewhat longer prompt, whose rows are not those of the other")
 # Variant, prompts, size, guidance, negative prompt, steps.
 CASES = {
-    "guided": ("default", ["a cat"], (64, 64), 4.0, None, 8),
-    "empty, off": ("default", [""], (48, 80), 1.0, None, 3),
-    "unicode batch": ("other widths", UNICODE, (80, 48), 4.0, None, 3),
-    "too long": ("default", [LONG], (32, 32), 4.0, "", 3),
-    "negative batch": ("default", ["a cat", "two dogs that play in a park"], (32, 48), 2.5, "ugly, blurry", 3),
-    "even batch, off": ("other widths", ["two cats", "one dogs"], (32, 32), 1.0, None, 2),
+    "guided": ("default", ["a cat"], (32, 48), 4.0, None, 2),
+    "empty, off": ("default", [""], (48, 80), 1.0, None, 8),
+    "unicode batch": ("other widths", UNICODE, (80, 48), 4.0, None, 2),
+    "too long": ("default", [LONG, "two dogs"], (32, 48), 2.5, "ugly, blurry", 2),
+    "even batch, off": ("other widths", ["two cats", "one dogs"], (32, 32), 1.0, None, 3),
 }
 
 
@@ -111,28 +82,24 @@ CASES = {
 def test_prompt_to_image(root, case):
     name, prompts, size, guidance, negative, steps = CASES[case]
     settings = {"size": size, "guidance": guidance, "negative": negative, "steps": steps}
-    assert_same_images(*render_both(tiny(name, root), prompts, **settings))
+    assert_same_images(tiny(name, root), prompts, arguments, **settings)
 
 
 def test_padding_to_a_larger_bucket_changes_nothing(pipeline):
     """A short prompt next to a long one runs in the long one's bucket, with the same image as alone."""
-    noise = np.random.default_rng(0).standard_normal((2, *pipeline.noise_shape(32, 48))).astype(np.float32)
-    settings = {"steps": 2, "height": 32, "width": 48}
-    alone = ses_jax.generate(pipeline, ["a cat"], noise=noise[:1], **settings)
-    together = ses_jax.generate(pipeline, ["a cat", LONG], noise=noise, **settings)
-    np.testing.assert_allclose(together[0], alone[0], atol=2e-5)
+    assert_rows_are_alone(pipeline, ["a cat", LONG], (0,))
 
 
 def test_tokens_are_those_after_the_template_in_buckets(pipeline):
     tokens = pipeline.tokenize(["a cat", "b" * 400, "c" * 2000], guidance=1.0)
-    assert tokens.ids.shape == (3, 34 + 512)
+    assert tokens.positive.ids.shape == (3, 34 + 512)
     template = len(qwen_image.TEMPLATE.format("").encode())
     specials = sum(len(mark) - 1 for mark in ("<|im_start|>",) * 3 + ("<|im_end|>",) * 2)
-    np.testing.assert_array_equal(tokens.lengths, [template - specials - 34 + 5, 512, 512])
-    assert tokens.negative_ids is None
+    np.testing.assert_array_equal(tokens.positive.lengths, [template - specials - 34 + 5, 512, 512])
+    assert tokens.negative is None
     short = pipeline.tokenize(["a cat"], guidance={"scale": 4.0})
-    assert short.ids.shape == short.negative_ids.shape == (1, 34 + 256)
-    assert short.negative_lengths[0] == short.lengths[0] - 4  # a space
+    assert short.positive.ids.shape == short.negative.ids.shape == (1, 34 + 256)
+    assert short.negative.lengths[0] == short.positive.lengths[0] - 4  # a space
 
 
 def test_guidance_options(pipeline):
@@ -145,10 +112,10 @@ def test_guidance_options(pipeline):
     tokens = pipeline.tokenize(["a", "b"], guidance={"scale": 3.0, "rescale": False}, negative_prompt=["c", "d"])
     np.testing.assert_array_equal(tokens.guidance["scale"], [3, 3])
     np.testing.assert_array_equal(tokens.guidance["rescale"], [0, 0])
-    assert not np.array_equal(tokens.negative_ids[0], tokens.negative_ids[1])
+    assert not np.array_equal(*tokens.negative.ids)
     guided, plain = (pipeline.blank_tokens(2, 100, guidance=scale) for scale in (4.0, 1.0))
-    assert guided.ids.shape == guided.negative_ids.shape == (2, 34 + 128)
-    assert plain.negative_ids is None
+    assert guided.positive.ids.shape == guided.negative.ids.shape == (2, 34 + 128)
+    assert plain.negative is None
 
 
 def test_guide_formula():
@@ -210,44 +177,24 @@ def test_low_band_at_the_default_size(pipeline):
     np.testing.assert_allclose(back, noise, atol=1e-5)
 
 
-def test_scheduler_options_are_refused():
-    parts = base.Parts("folder", dict(qwen_image.CONFIGS), {}, {}, {})
-    with pytest.raises(ValueError, match="folder: Qwen-Image with use_dynamic_shifting=false is not supported"):
-        qwen_image.assemble(parts)
-    with pytest.raises(ValueError, match="time_shift_type='linear' is not supported"):
+def test_a_static_schedule_and_an_unknown_one():
+    parts = base.Parts("folder", dict(qwen_image.CONFIGS), {}, {}, {"shift": 2.0})
+    np.testing.assert_allclose(qwen_image.assemble(parts).sigmas(2, 64, 64), [1, 2 / 3, 0], rtol=1e-6)
+    with pytest.raises(ValueError, match="folder: schedules with time_shift_type are not supported"):
         qwen_image.assemble(parts._replace(scheduler=qwen_image.SCHEDULER | {"time_shift_type": "linear"}))
 
 
-def test_bfloat16_weights_run_and_stay_close(root, pipeline):
-    images = [np.asarray(ses_jax.generate(pipeline, "a cat", height=32, width=32, steps=2))]
-    for rounding in ("exact", "reference"):
-        rough = ses_jax.load_pipeline(str(pipeline.folder), dtype=jnp.bfloat16, timestep_rounding=rounding)
-        assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
-        images.append(np.asarray(ses_jax.generate(rough, "a cat", height=32, width=32, steps=2)))
-        assert images[-1].dtype == np.float32
-        assert np.abs(images[0] - images[-1]).mean() < 0.05
-    assert not np.array_equal(images[1], images[2])  # the second step's time is no number of bfloat16
+def test_bfloat16_weights_run_and_stay_close(pipeline):
+    expected = ses_jax.generate(pipeline, "a cat", height=32, width=32, steps=2)[0]
+    images = [bfloat16_image(pipeline, expected, timestep_rounding=rounding) for rounding in ("exact", "reference")]
+    assert not np.array_equal(*images)  # the second step's time is no number of bfloat16
     with pytest.raises(ValueError, match=r"unknown options \['rounding'\]; this family takes: timestep_rounding"):
         ses_jax.load_pipeline(str(pipeline.folder), rounding="exact")
 
 
 def test_a_search_runs_and_its_preview_is_the_generated_one(pipeline):
     """On a grid that the low band does not divide, 4 x 6 at level 2, with guidance on."""
-    seen = []
-
-    def reward(images, prompts):
-        seen.append(np.asarray(images))
-        return np.asarray(images).mean(axis=(1, 2, 3))
-
-    settings = {"height": 32, "width": 48}
-    result = ses_jax.search(
-        "a cat", model=pipeline, reward=reward, budget=7, population=4, elites=2, level=2, preview_steps=2, steps=3,
-        progress=False, **settings,
-    )  # fmt: skip
-    winner = int(np.argmax([row["score"] for row in result.history]))
-    again = ses_jax.generate(pipeline, "a cat", noise=result.noise[None], steps=2, **settings)
-    np.testing.assert_allclose(again[0], np.concatenate(seen[:2])[winner], atol=1e-4)
-    assert result.score >= result.baseline_score
+    result = assert_a_search_previews_what_is_generated(pipeline, size=(32, 48), level=2)
     assert result.config["guidance"] == 4.0
 
 
@@ -333,4 +280,4 @@ def test_folder_converts_and_comes_back(root, pipeline, tmp_path):
             np.testing.assert_array_equal(ours.read(tensor), theirs.read(tensor))
     again = ses_jax.load_pipeline(str(tmp_path / "converted"))
     jax.tree.map(np.testing.assert_array_equal, again.params, pipeline.params)
-    np.testing.assert_array_equal(again.tokenize(["a cat"]).ids, pipeline.tokenize(["a cat"]).ids)
+    np.testing.assert_array_equal(*(p.tokenize(["a cat"]).positive.ids for p in (again, pipeline)))

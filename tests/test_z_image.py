@@ -101,21 +101,27 @@ def small(networks):
 
 def test_longer_buckets_and_their_content_do_not_matter(small):
     _, config, params = small
-    latents, features = draw(config, (8, 6), (5, 40))
-    sigmas = np.float32([0.6, 0.2])
-    expected = our_velocity(params, config, latents, sigmas, features)
-    longer = our_velocity(params, config, latents, sigmas, features, extra=64, fill=3.0)
+    size, lengths, sigmas = PADS
+    latents, features = draw(config, size, lengths)
+    expected = our_velocity(params, config, latents, np.float32(sigmas), features)
+    longer = our_velocity(params, config, latents, np.float32(sigmas), features, extra=64, fill=3.0)
     np.testing.assert_allclose(longer, expected, atol=2e-5)
 
 
 def test_a_batch_equals_its_members(small):
     _, config, params = small
-    latents, features = draw(config, (8, 6), (5, 40))
-    sigmas = np.float32([0.6, 0.2])
+    size, lengths, sigmas = PADS
+    latents, features = draw(config, size, lengths)
+    sigmas = np.float32(sigmas)
     together = our_velocity(params, config, latents, sigmas, features)
-    for i in (0, 1):
-        alone = our_velocity(params, config, latents[i : i + 1], sigmas[i : i + 1], features[i : i + 1])
-        np.testing.assert_allclose(together[i : i + 1], alone, atol=2e-5)
+    for i, length in enumerate(lengths):
+        one = slice(i, i + 1)
+        padding = 0 if length > 32 else 32  # to the bucket of the longest
+        alone = our_velocity(params, config, latents[one], sigmas[one], features[one], extra=padding)
+        np.testing.assert_allclose(together[one], alone, atol=2e-5)
+
+
+refine = jax.jit(z_image.refine_caption, static_argnums=1)
 
 
 @pytest.mark.parametrize("loudness", [1.0, 0.003])  # faint features bring the epsilon of their norm to light
@@ -124,9 +130,7 @@ def test_caption_refiner_equals_the_reference(small, loudness):
     reference, config, params = small
     _, features = draw(config, (4, 4), (9, 33))
     features = [np.float32(loudness) * feature for feature in features]
-    caption = jax.jit(lambda p, f, n: z_image.refine_caption(p, config, f, n))(
-        params, pad(features, 64), np.int32([9, 33])
-    )
+    caption = refine(params, config, pad(features, 64), np.int32([9, 33]))
     np.testing.assert_array_equal(caption.lengths, [32, 64])
     for i, feature in enumerate(features):
         padded = -(-len(feature) // 32) * 32
@@ -165,8 +169,9 @@ def test_unsupported_options_are_refused(change, complaint):
 
 def test_bfloat16_stays_close(small):
     _, config, params = small
-    latents, features = draw(config, (8, 6), (5, 40))
-    sigmas = np.float32([0.6, 0.2])
+    size, lengths, sigmas = PADS
+    latents, features = draw(config, size, lengths)
+    sigmas = np.float32(sigmas)
     exact = our_velocity(params, config, latents, sigmas, features)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     rounded = our_velocity(half, config, latents, sigmas, features)

@@ -1,18 +1,25 @@
 """Z-Image from prompt to image against diffusers, on tiny random checkpoints in the published layout."""
 
-import shutil
+import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-import torch
 import toy
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
+from parity import (
+    assert_a_search_previews_what_is_generated,
+    assert_rows_are_alone,
+    assert_same_images,
+    bfloat16_image,
+    pair,
+)
 
 import ses_jax
 from ses_jax import generation
-from ses_jax.pipelines import z_image
+from ses_jax.pipelines import base, z_image
 
 LONG = "a very detailed painting of " + "many " * 300
 VARIANTS = {
@@ -36,101 +43,66 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def pair(request, tmp_path_factory):
-    """The oracle and our pipeline, from the same folder; the second variant with a sharded transformer."""
-    sizes = VARIANTS[request.param]
-    reference = oracle.z_image_pipeline(sizes, seed=1)
-    reference.set_progress_bar_config(disable=True)
-    folder = tmp_path_factory.mktemp("z_image")
-    reference.save_pretrained(folder)
-    if request.param != "turbo":
-        shutil.rmtree(folder / "transformer")
-        reference.transformer.save_pretrained(folder / "transformer", max_shard_size="500KB")
-        assert (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
-    return reference, ses_jax.load_pipeline(str(folder))
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """By variant: the oracle and our pipeline, from the same folder; the second with a sharded transformer."""
+
+    @functools.cache
+    def build(name):
+        reference = oracle.z_image_pipeline(VARIANTS[name], seed=1)
+        return pair(reference, tmp_path_factory.mktemp("z_image"), shard_size=None if name == "turbo" else "500KB")
+
+    return build
 
 
-def render_both(pair, prompts, *, size=(64, 64), steps=3, guidance=0.0, negative=None):
-    reference, pipeline = pair
-    shape = (len(prompts), *pipeline.noise_shape(*size))
-    noise = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+@pytest.fixture
+def pipeline(pairs):
+    return pairs("turbo")[1]
+
+
+def arguments(reference, noise, guidance, negatives):
+    """The reference's own arguments."""
     options = dict(guidance) if isinstance(guidance, dict) else {"scale": guidance}
-    with torch.no_grad():
-        expected = reference(
-            prompt=list(prompts),
-            negative_prompt=None if negative is None else [negative] * len(prompts),
-            guidance_scale=options["scale"],
-            cfg_normalization=options.get("normalization", False),
-            cfg_truncation=options.get("truncation", 1.0),
-            num_inference_steps=steps,
-            height=size[0],
-            width=size[1],
-            latents=torch.tensor(noise),
-            output_type="pt",
-        ).images.permute(0, 2, 3, 1)
-    images = ses_jax.generate(
-        pipeline,
-        prompts,
-        noise=noise,
-        steps=steps,
-        guidance=guidance,
-        negative_prompt=negative,
-        height=size[0],
-        width=size[1],
-    )
-    return np.asarray(images), expected.numpy()
+    return {
+        "guidance_scale": options["scale"],
+        "cfg_normalization": options.get("normalization", False),
+        "cfg_truncation": options.get("truncation", 1.0),
+        "negative_prompt": negatives,
+        "latents": noise,
+    }
 
 
-def assert_same_images(images, expected):
-    difference = np.abs(images - expected)
-    assert expected.std() > 0.05
-    assert difference.max() <= 1e-4
-    assert difference.mean() <= 1e-5
+UNICODE = ("\u732b \U0001f431 caf\u00e9", "a somewhat longer prompt, of more than thirty-two tokens")
+TRUNCATED = {"scale": 4.0, "truncation": 0.3, "normalization": 0.5}
+# Variant, prompts, size, guidance, negative prompt, steps.
+CASES = {
+    "plain": ("turbo", ["a cat"], (48, 80), 0.0, None, 8),
+    "empty": ("turbo", [""], (48, 80), 0.0, None, 8),
+    "one step": ("turbo", ["a cat"], (32, 32), 0.0, None, 1),
+    "too long": ("turbo", [LONG], (32, 32), 0.0, None, 3),
+    "negative batch": ("turbo", ["a cat", "two dogs that play in the park"], (32, 48), 2.5, "ugly, blurry", 3),
+    "unicode batch": ("base, other widths", UNICODE, (64, 96), 0.0, None, 3),
+    "guided": ("base, other widths", ["a cat"], (96, 64), 4.0, None, 3),
+    "normalized": ("base, other widths", ["a cat"], (96, 64), {"scale": 4.0, "normalization": 1.0}, "", 3),
+    "truncated": ("base, other widths", ["a cat"], (96, 64), TRUNCATED, "dog", 3),
+}
 
 
-@pytest.mark.parametrize(
-    ("prompts", "size", "guidance", "negative"),
-    [
-        (["a cat"], (64, 64), 0.0, None),
-        ([""], (64, 96), 0.0, None),
-        (
-            ["\u732b \U0001f431 caf\u00e9", "a somewhat longer prompt, of more than thirty-two tokens"],
-            (48, 80),
-            0.0,
-            None,
-        ),
-        ([LONG], (32, 32), 0.0, None),
-        (["a cat"], (96, 64), 4.0, None),
-        (["a cat", "two dogs that play in the park next to a lake"], (64, 64), 2.5, "ugly, blurry"),
-        (["a cat"], (64, 64), {"scale": 4.0, "normalization": 1.0}, ""),
-        (["a cat"], (64, 64), {"scale": 4.0, "truncation": 0.3, "normalization": 0.5}, "dog"),
-    ],
-    ids=["plain", "empty", "unicode batch", "too long", "guided", "negative batch", "normalized", "truncated"],
-)
-def test_prompt_to_image(pair, prompts, size, guidance, negative):
-    assert_same_images(*render_both(pair, prompts, size=size, guidance=guidance, negative=negative))
+@pytest.mark.parametrize("case", CASES)
+def test_prompt_to_image(pairs, case):
+    name, prompts, size, guidance, negative, steps = CASES[case]
+    settings = {"size": size, "guidance": guidance, "negative": negative, "steps": steps}
+    assert_same_images(pairs(name), prompts, arguments, **settings)
 
 
-def test_every_schedule_length(pair):
-    for steps in (1, 8):
-        assert_same_images(*render_both(pair, ["a cat"], size=(32, 32), steps=steps))
-
-
-def test_padding_to_a_larger_bucket_changes_nothing(pair):
+def test_padding_to_a_larger_bucket_changes_nothing(pipeline):
     """A short prompt next to a long one runs in the long one's bucket, with the same image as alone."""
-    _, pipeline = pair
-    noise = np.random.default_rng(0).standard_normal((2, *pipeline.noise_shape(32, 48))).astype(np.float32)
-    settings = {"steps": 2, "height": 32, "width": 48}
-    alone = ses_jax.generate(pipeline, ["a cat"], noise=noise[:1], **settings)
-    together = ses_jax.generate(pipeline, ["a cat", LONG], noise=noise, **settings)
-    np.testing.assert_allclose(together[0], alone[0], atol=2e-5)
+    assert_rows_are_alone(pipeline, ["a cat", LONG], (0,))
 
 
-def test_guidance_of_zero_is_off_and_ignores_no_negative_prompt_silently(pair):
-    _, pipeline = pair
+def test_guidance_of_zero_is_off_and_ignores_no_negative_prompt_silently(pipeline):
     tokens = pipeline.tokenize(["a"], guidance=0.0)
-    assert tokens.negative_ids is None
+    assert tokens.negative is None
     with pytest.raises(ValueError, match="negative_prompt has no effect without guidance"):
         pipeline.tokenize(["a"], guidance=0.0, negative_prompt="b")
     with pytest.raises(ValueError, match=r"unknown guidance options \['rescale'\]"):
@@ -158,48 +130,35 @@ def test_guide_formula(sigma):
         np.testing.assert_allclose(guided[i], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_defaults_follow_the_scheduler(pair):
-    reference, pipeline = pair
-    turbo = reference.scheduler.config.shift == 3.0
-    assert (pipeline.defaults.steps, pipeline.defaults.guidance) == ((8, 0.0) if turbo else (50, 4.0))
-    assert pipeline.size_multiple == 16
-    assert pipeline.noise_shape(1024, 512) == (16, 128, 64)
+def test_defaults_follow_the_scheduler(pairs):
+    for name, expected in (("turbo", (8, 0.0)), ("base, other widths", (50, 4.0))):
+        _, pipeline = pairs(name)
+        assert (pipeline.defaults.steps, pipeline.defaults.guidance) == expected
+        assert pipeline.size_multiple == 16
+        assert pipeline.noise_shape(1024, 512) == (16, 128, 64)
 
 
-def test_bfloat16_weights_run_and_stay_close(pair):
-    _, exact = pair
-    rough = ses_jax.load_pipeline(str(exact.folder), dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
-    images = [
-        np.asarray(ses_jax.generate(p, "a cat", height=32, width=32, steps=2, guidance=0.0)) for p in (exact, rough)
-    ]
-    assert images[1].dtype == np.float32
-    assert np.abs(images[0] - images[1]).mean() < 0.05
+def test_a_dynamic_schedule(pairs):
+    """As the reference has it where the checkpoint asks for one; none of the published does."""
+    parts = base.Parts("folder", dict(z_image.CONFIGS), {}, {}, {"use_dynamic_shifting": True, "shift": 3.0})
+    pipeline = z_image.assemble(parts)
+    assert pipeline.defaults.steps == 50
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 4, 4), mu=calculate_shift(48 * 64))
+    np.testing.assert_allclose(pipeline.sigmas(4, 768, 1024), scheduler.sigmas.numpy(), rtol=3e-7)
 
 
-def test_a_search_runs_and_its_preview_is_the_generated_one(pair):
-    _, pipeline = pair
-    seen = []
-
-    def reward(images, prompts):
-        seen.append(np.asarray(images))
-        return np.asarray(images).mean(axis=(1, 2, 3))
-
-    settings = {"height": 32, "width": 48, "guidance": 0.0}
-    result = ses_jax.search(
-        "a cat", model=pipeline, reward=reward, budget=7, population=4, elites=2, level=1, preview_steps=2, steps=3,
-        progress=False, **settings,
-    )  # fmt: skip
-    winner = int(np.argmax([row["score"] for row in result.history]))
-    again = ses_jax.generate(pipeline, "a cat", noise=result.noise[None], steps=2, **settings)
-    np.testing.assert_allclose(again[0], np.concatenate(seen[:2])[winner], atol=1e-4)
-    assert result.score >= result.baseline_score
+def test_bfloat16_weights_run_and_stay_close(pipeline):
+    bfloat16_image(pipeline, ses_jax.generate(pipeline, "a cat", height=32, width=32, steps=2)[0])
 
 
-def test_prompts_of_one_token_bucket_share_one_compilation(pair):
-    _, pipeline = pair
+def test_a_search_runs_and_its_preview_is_the_generated_one(pipeline):
+    assert_a_search_previews_what_is_generated(pipeline, size=(32, 48), level=1)
+
+
+def test_prompts_of_one_token_bucket_share_one_compilation(pipeline):
     prompts = ["a cat", "two dogs", "", LONG]
-    buckets = [pipeline.tokenize([prompt]).ids.shape[1] for prompt in prompts]
+    buckets = [pipeline.tokenize([prompt]).positive.ids.shape[1] for prompt in prompts]
     assert buckets[0] == buckets[1] == buckets[2] < buckets[3]
     before = generation.generation_step._cache_size()
     ses_jax.search(
