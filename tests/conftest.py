@@ -17,3 +17,11 @@ jax.config.update("jax_default_matmul_precision", "float32")
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tiny networks, whose programs take much longer to optimize than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

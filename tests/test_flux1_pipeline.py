@@ -14,6 +14,8 @@ import ses_jax
 from ses_jax import generation
 from ses_jax.pipelines import abstract_pipeline, base, flux1, schedule
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LONG = "a very detailed painting of " + "many " * 300  # more than 77 and more than 512 tokens
 SHORT = 70
 SMALL = {"height": 32, "width": 32, "steps": 2}

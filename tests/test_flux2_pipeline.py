@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ import ses_jax
 from ses_jax import generation, pipelines
 from ses_jax.models import autoencoder_kl_bn
 from ses_jax.pipelines import flux2
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TAPS = (1, 2, 3)  # of 4 layers
 LONG = "a very detailed painting of " + "many " * 300
@@ -130,7 +133,9 @@ def test_a_processors_folder_gives_its_tokenizer(tmp_path, processor):
 
 def sigmas(scheduler, *sizes):
     published = flux2.PUBLISHED[0]
-    return flux2.assemble(pipelines.Parts("", published.configs, {}, {}, scheduler, published.index)).sigmas(*sizes)
+    return flux2.assemble(
+        pipelines.Parts(Path("folder"), published.configs, {}, {}, scheduler, published.index)
+    ).sigmas(*sizes)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 28, 50])

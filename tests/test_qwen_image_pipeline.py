@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from ses_jax import partition, pipelines, wavelet
 from ses_jax.convert import files
 from ses_jax.convert.__main__ import main as convert
 from ses_jax.pipelines import base, qwen_image
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LONG = "a very detailed painting of " + "many " * 300  # more tokens than are kept, and than the reference reads
 VARIANTS = {
@@ -178,7 +181,7 @@ def test_low_band_at_the_default_size(pipeline):
 
 
 def test_a_static_schedule_and_an_unknown_one():
-    parts = base.Parts("folder", dict(qwen_image.CONFIGS), {}, {}, {"shift": 2.0})
+    parts = base.Parts(Path("folder"), dict(qwen_image.CONFIGS), {}, {}, {"shift": 2.0})
     np.testing.assert_allclose(qwen_image.assemble(parts).sigmas(2, 64, 64), [1, 2 / 3, 0], rtol=1e-6)
     with pytest.raises(ValueError, match="folder: schedules with time_shift_type are not supported"):
         qwen_image.assemble(parts._replace(scheduler=qwen_image.SCHEDULER | {"time_shift_type": "linear"}))

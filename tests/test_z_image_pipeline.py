@@ -1,6 +1,7 @@
 """Z-Image from prompt to image against diffusers, on tiny random checkpoints in the published layout."""
 
 import functools
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,8 @@ from parity import (
 import ses_jax
 from ses_jax import generation
 from ses_jax.pipelines import base, z_image
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LONG = "a very detailed painting of " + "many " * 300
 VARIANTS = {
@@ -138,9 +141,9 @@ def test_defaults_follow_the_scheduler(pairs):
         assert pipeline.noise_shape(1024, 512) == (16, 128, 64)
 
 
-def test_a_dynamic_schedule(pairs):
+def test_a_dynamic_schedule():
     """As the reference has it where the checkpoint asks for one; none of the published does."""
-    parts = base.Parts("folder", dict(z_image.CONFIGS), {}, {}, {"use_dynamic_shifting": True, "shift": 3.0})
+    parts = base.Parts(Path("folder"), dict(z_image.CONFIGS), {}, {}, {"use_dynamic_shifting": True, "shift": 3.0})
     pipeline = z_image.assemble(parts)
     assert pipeline.defaults.steps == 50
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
