@@ -1,11 +1,7 @@
 """FLUX.1's two published layouts: one folder a network, and its authors' single files in the checkpoint's root."""
 
-import gzip
 import inspect
-import json
-import re
 import shutil
-from pathlib import Path
 
 import diffusers
 import jax
@@ -17,6 +13,16 @@ import pytest
 import safetensors.numpy
 import torch
 from diffusers.loaders import single_file_utils
+from layouts import (
+    assert_bit_equal,
+    assert_consumed_whole,
+    count,
+    headers,
+    original_shapes,
+    original_tensors,
+    original_vae,
+    published_shapes,
+)
 from oracle_flux1 import Flux1Sizes
 
 import ses_jax
@@ -91,67 +97,6 @@ def original_transformer(names):
     return out
 
 
-def original_vae(names):
-    levels = count(names, "decoder.up_blocks")
-    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-    out = {}
-    for name in names:
-        new = re.sub(r"decoder\.up_blocks\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name)
-        new = re.sub(r"encoder\.down_blocks\.(\d+)", r"encoder.down.\1", new)
-        new = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", new)
-        for ours, theirs in attention.items():
-            new = new.replace(f"mid_block.attentions.0.{ours}.", f"mid.attn_1.{theirs}.")
-        new = re.sub(r"\.(up|down)samplers\.0\.", r".\1sample.", new).replace(".resnets.", ".block.")
-        new = new.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-        convolution = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", new)
-        out[new] = ([name], "1x1" if convolution else None)
-    return out
-
-
-def count(names, prefix):
-    return len({name.removeprefix(f"{prefix}.").split(".")[0] for name in names if name.startswith(f"{prefix}.")})
-
-
-def original_shapes(layout, shapes):
-    def shape(sources, how):
-        first = shapes[sources[0]]
-        return (sum(shapes[s][0] for s in sources), *first[1:], *((1, 1) if how == "1x1" else ()))
-
-    return {name: shape(sources, how) for name, (sources, how) in layout.items()}
-
-
-def original_tensors(layout, tensors):
-    def tensor(sources, how):
-        whole = np.concatenate([tensors[source] for source in sources])
-        if how == "swap":
-            return np.concatenate([whole[len(whole) // 2 :], whole[: len(whole) // 2]])
-        return whole[:, :, None, None] if how == "1x1" else whole
-
-    return {name: tensor(sources, how) for name, (sources, how) in layout.items()}
-
-
-def published_shapes(name):
-    path = Path(__file__).parent / "headers" / f"{name}.json.gz"
-    return {tensor: tuple(shape) for tensor, shape in json.loads(gzip.decompress(path.read_bytes())).items()}
-
-
-def headers(shapes, file="file.safetensors"):
-    return {name: Header(shape, "BF16", file) for name, shape in shapes.items()}
-
-
-def assert_consumed_whole(component, table, config, shapes):
-    abstract = component.abstract(component.from_json(config))
-    plan = engine.plan(table, abstract, headers(shapes))
-    slots = [slot for group in plan.slots.values() for slot in group]
-    used = {slot.name: slot.shape for slot in slots}
-    assert used == shapes  # all of them, and none is left over
-    assert not plan.unused
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == sum(x.size for x in jax.tree.leaves(abstract))
-    first = next(iter(shapes))
-    with pytest.raises(ConversionError, match=f"missing: {re.escape(first)} "):
-        engine.plan(table, abstract, headers({k: v for k, v in shapes.items() if k != first}))
-
-
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_table_covers_a_whole_published_checkpoint(name):
     component, config = DIFFUSERS[name]
@@ -218,13 +163,6 @@ def original(folders, tmp_path):
     return tmp_path / "original"
 
 
-def assert_bit_equal(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 def test_the_layout_is_what_diffusers_converts(reference, folders):
     """The renaming above, checked with the converters that the reference ships."""
     file = safetensors.numpy.load_file(folders / "original" / "flux1-dev.safetensors")
@@ -252,8 +190,8 @@ def test_both_layouts_give_the_same_pipeline(folders):
     one = ses_jax.load_pipeline(str(folders / "diffusers"))
     other = ses_jax.load_pipeline(str(folders / "original"))
     assert_bit_equal(one.params, other.params)
-    images = [ses_jax.generate(p, "a cat", steps=1, height=16, width=16) for p in (one, other)]
-    np.testing.assert_array_equal(*images)
+    assert one.velocity.args == other.velocity.args  # the config of the transformer
+    assert one.decode.args == other.decode.args
 
 
 def test_single_files_need_no_config(folders, original):

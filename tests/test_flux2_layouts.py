@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 import torch
 from diffusers.loaders import single_file_utils
-from test_flux1_layouts import (
+from layouts import (
     assert_bit_equal,
     assert_consumed_whole,
     count,
