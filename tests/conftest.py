@@ -17,3 +17,10 @@ jax.config.update("jax_default_matmul_precision", "float32")
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_this_file():
+    """Compiled programs are dropped after each file: all together they would use up a process's memory mappings."""
+    yield
+    jax.clear_caches()
