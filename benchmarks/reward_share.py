@@ -20,7 +20,7 @@ import random_weights
 import tyro
 
 import ses_jax
-from ses_jax import generation, rewards, runner, sampler
+from ses_jax import generation, rewards, sampler, tasks
 from ses_jax.pipelines import abstract_pipeline
 
 TOKENS = 64
@@ -60,7 +60,7 @@ def main(args: Arguments) -> Path:
         preview_steps=args.preview_steps,
         chunk=args.chunk,
     ).resolve(pipeline)
-    task = runner.prepare(pipeline, reward, config, ["a red circle left of a blue square"], [0])
+    task = tasks.prepare(pipeline, reward, config, ["a red circle left of a blue square"], [0])
     state = generation.init(task.program, task.inputs.low.shape, elites=config.elites, generations=1)
     shape = pipeline.noise_shape(config.height, config.width)
     noise = jax.random.normal(jax.random.key(1), (args.population, *shape))
@@ -92,7 +92,7 @@ def main(args: Arguments) -> Path:
     return path
 
 
-def parts(task: runner.Task) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def parts(task: tasks.Task) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Two programs, `(params, inputs, rows)`: noise to latents, and latents to scores."""
     program = task.program
 

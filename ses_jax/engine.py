@@ -23,7 +23,8 @@ from ses_jax.generation import Rows
 from ses_jax.pipelines import Guidance, Pipeline, load_pipeline
 from ses_jax.result import SearchResult, writable_folder
 from ses_jax.rewards import Reward, RewardSpec
-from ses_jax.runner import base_noise, prompt_keys, search_prompts
+from ses_jax.runner import search_prompts
+from ses_jax.tasks import base_noise, encode, image_params, prompt_keys
 
 __all__ = [
     "base_noise",
@@ -184,9 +185,9 @@ def generate(
         noise = jnp.stack([base_noise(prompt_keys(seed, i)[0], shape[1:]) for i in range(len(prompts))])
     if noise.shape != shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; {len(prompts)} images of {size} need {shape}")
-    condition = runner.encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
+    condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
     rows = Rows(jnp.asarray(noise), jnp.arange(len(prompts)))
-    params = runner.image_params(pipeline)
+    params = image_params(pipeline)
     return runner.render(pipeline, params, rows, condition, (config, config.chunk or len(prompts)))
 
 

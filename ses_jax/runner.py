@@ -1,10 +1,5 @@
-"""Runs a search for one or more prompts at once: encode, generations, final renders, results.
+"""Runs a search for one or more prompts at once: generations, final renders, results."""
 
-The text encoders are put on their devices first and dropped before the other networks come, where a pipeline keeps its
-weights on the host; for any other pipeline these steps move nothing.
-"""
-
-import functools
 import math
 import time
 from collections.abc import Sequence
@@ -18,31 +13,12 @@ from jaxtyping import Array, Float
 
 from ses_jax import generation, memory, mixture, partition, records, resume, rewards
 from ses_jax.config import SearchConfig
-from ses_jax.generation import Inputs, Model, Program, Rows, Scored, State
-from ses_jax.pipelines import Guidance, Pipeline
+from ses_jax.generation import Model, Program, Rows, Scored, State
+from ses_jax.pipelines import Pipeline
 from ses_jax.progress import Report, progress_bar
 from ses_jax.result import SearchResult, to_image
 from ses_jax.rewards import Reward
-
-
-class Task(NamedTuple):
-    """P prompts ready to be searched.
-
-    Attributes:
-      program: what is compiled.
-      reward: its params on their devices.
-      params: the pipeline's and the reward's for the compiled step.
-      inputs: the prompts' arrays.
-      noise: `[P, C, h, w]`, the base noise.
-    """
-
-    program: Program
-    reward: Reward
-    params: tuple[Any, Any]
-    inputs: Inputs
-    noise: Array
-    prompts: tuple[str, ...]
-    config: SearchConfig
+from ses_jax.tasks import Task, generation_count, initial_state, prepare
 
 
 class Outcome(NamedTuple):
@@ -117,96 +93,6 @@ def search_prompts(
     ]
 
 
-def prompt_keys(seed: int, index: int) -> tuple[Array, Array]:
-    """Keys of prompt `index`: of its base noise, and of its search."""
-    noise_key, search_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
-    return noise_key, search_key
-
-
-def base_noise(key: Array, shape: tuple[int, ...]) -> Float[Array, "c h w"]:
-    """The unsearched noise, float32 standard normal."""
-    return jax.random.normal(key, shape, jnp.float32)
-
-
-def encode(
-    pipeline: Pipeline, prompts: Sequence[str], *, guidance: Guidance | None, negative_prompt: str | None
-) -> Any:
-    """The condition of prompts; the text encoders' weights are on their devices no longer than this takes."""
-    tokens = pipeline.tokenize(list(prompts), guidance=guidance, negative_prompt=negative_prompt)
-    params = pipeline.place(pipeline.text_params(pipeline.params))
-    return jax.block_until_ready(generation.encode(pipeline.encode, pipeline.mesh, params, tokens))
-
-
-def image_params(pipeline: Pipeline) -> Any:
-    """The weights that make images, on their devices."""
-    return pipeline.place(pipeline.image_params(pipeline.params))
-
-
-def prepare(
-    pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], indices: Sequence[int]
-) -> Task:
-    """Encodes the prompts, draws and splits their noise, and puts everything where it belongs."""
-    noise_keys, keys = zip(*(prompt_keys(config.seed, index) for index in indices), strict=True)
-    shape = pipeline.noise_shape(config.height, config.width)
-    noise = jnp.stack([base_noise(key, shape) for key in noise_keys])
-    condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
-    reward = rewards.place(reward, functools.partial(partition.replicate, pipeline.mesh))
-    low, high = generation.split(noise, config.wavelet, config.level)
-    inputs = Inputs(
-        key=jnp.stack(keys),
-        low=low,
-        high=high,
-        condition=condition,
-        text=rewards.device_text(reward, prompts),
-        sigmas=jnp.asarray(pipeline.sigmas(config.preview_steps, config.height, config.width)),
-        budget=jnp.int32(config.budget),
-    )
-    params = image_params(pipeline), rewards.device_params(reward)
-    program = _program(pipeline, reward, config, prompts)
-    inputs = partition.replicate(pipeline.mesh, inputs)
-    task = Task(program, reward, params, inputs, noise, tuple(prompts), config)
-    return task if config.chunk else task._replace(program=program._replace(chunk=_fitting_chunk(task)))
-
-
-def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str]) -> Program:
-    evaluated = min(config.population, config.budget)
-    rows = evaluated * len(prompts)
-    return Program(
-        model=Model(pipeline.velocity, pipeline.decode, pipeline.mesh),
-        score=rewards.device_scores(reward, prompts[0]),
-        weights=reward.weights,
-        # Standardising a single part would change its scores and not their order.
-        standardize=config.standardize and np.count_nonzero(reward.weights) > 1,
-        wavelet=config.wavelet,
-        shape=pipeline.noise_shape(config.height, config.width)[1:],
-        population=config.population,
-        evaluated=evaluated,
-        chunk=min(config.chunk or rows, rows),
-    )
-
-
-def _fitting_chunk(task: Task) -> int:
-    """All rows at a time, or as many as fit on a device."""
-    compiled = generation.candidates if task.reward.on_host else generation.generation_step
-    state = _initial_state(task)
-
-    def lower(chunk):
-        return compiled.lower(task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state)
-
-    return memory.fitting_chunk(lower, task.program.chunk, memory.device_limit())
-
-
-def _initial_state(task: Task) -> State:
-    state = generation.init(
-        task.program, task.inputs.low.shape, elites=task.config.elites, generations=_count(task.config)
-    )
-    return partition.replicate(task.program.model.mesh, state)
-
-
-def _count(config: SearchConfig) -> int:
-    return math.ceil(config.budget / config.population)
-
-
 def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task, Outcome]:
     """Runs generations until the budget is spent or the user interrupts.
 
@@ -214,11 +100,11 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
       The task, with the chunk that was found to fit, and the outcome.
     """
     population, prompts = task.config.population, len(task.prompts)
-    first, state, parts = resume.load(folder, _initial_state(task))
+    first, state, parts = resume.load(folder, initial_state(task))
     state = partition.replicate(task.program.model.mesh, state)
     start = time.perf_counter()
     interrupted = False
-    for index in range(first, _count(task.config)):
+    for index in range(first, generation_count(task.config)):
         try:
             task, state, scored = _roomy_step(task, np.int32(index), state)
         except KeyboardInterrupt:

@@ -25,3 +25,10 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_this_file():
+    """Compiled programs are dropped after each file: all together they would use up a process's memory mappings."""
+    yield
+    jax.clear_caches()

@@ -60,6 +60,14 @@ ALLOWED = {
     },
     "ses_jax.records": {"ses_jax.generation"},
     "ses_jax.resume": {"ses_jax.checkpoint", "ses_jax.generation", "ses_jax.result"},
+    "ses_jax.tasks": {
+        "ses_jax.config",
+        "ses_jax.generation",
+        "ses_jax.memory",
+        "ses_jax.partition",
+        "ses_jax.pipelines",
+        "ses_jax.rewards",
+    },
     "ses_jax.runner": {
         "ses_jax.config",
         "ses_jax.generation",
@@ -72,6 +80,7 @@ ALLOWED = {
         "ses_jax.result",
         "ses_jax.resume",
         "ses_jax.rewards",
+        "ses_jax.tasks",
     },
     "ses_jax.prompts": {"ses_jax.config", "ses_jax.pipelines"},
     "ses_jax.run_folder": {"ses_jax.prompts", "ses_jax.result"},
@@ -97,6 +106,7 @@ ALLOWED = {
         "ses_jax.resume",
         "ses_jax.rewards",
         "ses_jax.runner",
+        "ses_jax.tasks",
     },
 }
 TOP = {"ses_jax", "ses_jax.cli", "ses_jax.__main__", "ses_jax.convert.__main__"}  # the doors: they may import anything

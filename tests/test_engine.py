@@ -11,7 +11,7 @@ import toy
 from PIL import Image
 
 import ses_jax
-from ses_jax import cem, engine, generation, runner, wavelet
+from ses_jax import cem, engine, generation, tasks, wavelet
 
 PROMPT = "a bright image"
 
@@ -164,8 +164,8 @@ def test_weights_are_not_baked_into_the_program(pipeline, reward):
 
 def _step_arguments(pipeline, reward):
     config = ses_jax.SearchConfig().resolve(pipeline)
-    task = runner.prepare(pipeline, reward, config, [PROMPT], [0])
-    return task.program, task.params, task.inputs, jnp.int32(0), runner._initial_state(task)
+    task = tasks.prepare(pipeline, reward, config, [PROMPT], [0])
+    return task.program, task.params, task.inputs, jnp.int32(0), tasks.initial_state(task)
 
 
 def test_a_callable_reward_gets_images_in_order(search, reward):

@@ -11,7 +11,7 @@ import toy
 from jax.sharding import Mesh, PartitionSpec
 
 import ses_jax
-from ses_jax import generation, hub, partition, runner
+from ses_jax import generation, hub, partition, tasks
 from ses_jax.convert.__main__ import main
 from ses_jax.pipelines import FAMILIES, abstract_pipeline
 
@@ -182,8 +182,8 @@ def compiled(folder, mesh):
         pipeline
     )
     reward = ses_jax.load_reward("clip", source=folder / "clip")
-    task = runner.prepare(pipeline, reward, config, PROMPTS[:1], [0])
-    arguments = task.program, task.params, task.inputs, jnp.int32(0), runner._initial_state(task)
+    task = tasks.prepare(pipeline, reward, config, PROMPTS[:1], [0])
+    arguments = task.program, task.params, task.inputs, jnp.int32(0), tasks.initial_state(task)
     return generation.generation_step.lower(*arguments).compile().as_text()
 
 

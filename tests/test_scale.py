@@ -11,7 +11,7 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax import checkpoint, engine, generation, memory, rewards, runner
+from ses_jax import checkpoint, engine, generation, memory, rewards, runner, tasks
 
 PROMPTS = ["a cat", "two blue squares", "a red circle on a hill"]
 SETTINGS = {"budget": 23, "population": 10, "elites": 4, "progress": False}
@@ -177,11 +177,11 @@ def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog):
 
     def chunk_under(limit):
         monkeypatch.setattr(memory, "device_limit", lambda: limit)
-        return runner.prepare(pipeline, reward, config, ["a"], [0])
+        return tasks.prepare(pipeline, reward, config, ["a"], [0])
 
     task = chunk_under(None)
     assert task.program.chunk == 8
-    arguments = task.params, task.inputs, np.int32(0), runner._initial_state(task)
+    arguments = task.params, task.inputs, np.int32(0), tasks.initial_state(task)
     needed = {
         chunk: memory.program_bytes(
             generation.generation_step.lower(task.program._replace(chunk=chunk), *arguments).compile()

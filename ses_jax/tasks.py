@@ -1,0 +1,133 @@
+"""A search made ready: prompts encoded, noise drawn and split, weights on their devices, a chunk that fits.
+
+The text encoders are put on their devices first and dropped before the other networks come, where a pipeline keeps its
+weights on the host; for any other pipeline these steps move nothing.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ses_jax import generation, memory, partition, rewards
+from ses_jax.config import SearchConfig
+from ses_jax.generation import Inputs, Model, Program, State
+from ses_jax.pipelines import Guidance, Pipeline
+from ses_jax.rewards import Reward
+
+
+class Task(NamedTuple):
+    """P prompts ready to be searched.
+
+    Attributes:
+      program: what is compiled.
+      reward: its params on their devices.
+      params: the pipeline's and the reward's for the compiled step.
+      inputs: the prompts' arrays.
+      noise: `[P, C, h, w]`, the base noise.
+    """
+
+    program: Program
+    reward: Reward
+    params: tuple[Any, Any]
+    inputs: Inputs
+    noise: Array
+    prompts: tuple[str, ...]
+    config: SearchConfig
+
+
+def prepare(
+    pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], indices: Sequence[int]
+) -> Task:
+    """Encodes the prompts, draws and splits their noise, and puts everything where it belongs."""
+    noise_keys, keys = zip(*(prompt_keys(config.seed, index) for index in indices), strict=True)
+    shape = pipeline.noise_shape(config.height, config.width)
+    noise = jnp.stack([base_noise(key, shape) for key in noise_keys])
+    condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
+    reward = rewards.place(reward, functools.partial(partition.replicate, pipeline.mesh))
+    low, high = generation.split(noise, config.wavelet, config.level)
+    inputs = Inputs(
+        key=jnp.stack(keys),
+        low=low,
+        high=high,
+        condition=condition,
+        text=rewards.device_text(reward, prompts),
+        sigmas=jnp.asarray(pipeline.sigmas(config.preview_steps, config.height, config.width)),
+        budget=jnp.int32(config.budget),
+    )
+    params = image_params(pipeline), rewards.device_params(reward)
+    program = _program(pipeline, reward, config, prompts)
+    inputs = partition.replicate(pipeline.mesh, inputs)
+    task = Task(program, reward, params, inputs, noise, tuple(prompts), config)
+    return task if config.chunk else task._replace(program=program._replace(chunk=_fitting_chunk(task)))
+
+
+def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str]) -> Program:
+    evaluated = min(config.population, config.budget)
+    rows = evaluated * len(prompts)
+    return Program(
+        model=Model(pipeline.velocity, pipeline.decode, pipeline.mesh),
+        score=rewards.device_scores(reward, prompts[0]),
+        weights=reward.weights,
+        # Standardising a single part would change its scores and not their order.
+        standardize=config.standardize and np.count_nonzero(reward.weights) > 1,
+        wavelet=config.wavelet,
+        shape=pipeline.noise_shape(config.height, config.width)[1:],
+        population=config.population,
+        evaluated=evaluated,
+        chunk=min(config.chunk or rows, rows),
+    )
+
+
+def _fitting_chunk(task: Task) -> int:
+    """All rows at a time, or as many as fit on a device."""
+    compiled = generation.candidates if task.reward.on_host else generation.generation_step
+    state = initial_state(task)
+
+    def lower(chunk):
+        return compiled.lower(task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state)
+
+    return memory.fitting_chunk(lower, task.program.chunk, memory.device_limit())
+
+
+def initial_state(task: Task) -> State:
+    """The state before the first generation, where the compiled step leaves it."""
+    state = generation.init(
+        task.program, task.inputs.low.shape, elites=task.config.elites, generations=generation_count(task.config)
+    )
+    return partition.replicate(task.program.model.mesh, state)
+
+
+def generation_count(config: SearchConfig) -> int:
+    """How many generations the budget takes."""
+    return math.ceil(config.budget / config.population)
+
+
+def encode(
+    pipeline: Pipeline, prompts: Sequence[str], *, guidance: Guidance | None, negative_prompt: str | None
+) -> Any:
+    """The condition of prompts; the text encoders' weights are on their devices no longer than this takes."""
+    tokens = pipeline.tokenize(list(prompts), guidance=guidance, negative_prompt=negative_prompt)
+    params = pipeline.place(pipeline.text_params(pipeline.params))
+    return jax.block_until_ready(generation.encode(pipeline.encode, pipeline.mesh, params, tokens))
+
+
+def image_params(pipeline: Pipeline) -> Any:
+    """The weights that make images, on their devices."""
+    return pipeline.place(pipeline.image_params(pipeline.params))
+
+
+def prompt_keys(seed: int, index: int) -> tuple[Array, Array]:
+    """Keys of prompt `index`: of its base noise, and of its search."""
+    noise_key, search_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+    return noise_key, search_key
+
+
+def base_noise(key: Array, shape: tuple[int, ...]) -> Float[Array, "c h w"]:
+    """The unsearched noise, float32 standard normal."""
+    return jax.random.normal(key, shape, jnp.float32)

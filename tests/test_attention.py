@@ -1,0 +1,101 @@
+"""Attention against a formula written out, whole and in blocks of queries."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ses_jax.models import attention as module
+from ses_jax.models.attention import attention
+
+BATCH, QUERIES, KEYS, HEADS, KEY_HEADS, DIM = 3, 13, 11, 6, 2, 8
+
+
+def arrays(queries=QUERIES, keys=KEYS):
+    rng = np.random.default_rng(0)
+    shapes = ((BATCH, queries, HEADS, DIM), (BATCH, keys, KEY_HEADS, DIM), (BATCH, keys, KEY_HEADS, DIM))
+    return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+
+
+def by_hand(q, k, v, seen):
+    """One query, one head at a time; `seen [B, T, S]` says which keys it may look at. None of them gives zeros."""
+    out = np.zeros(q.shape, np.float64)
+    for b, t, n in np.ndindex(*q.shape[:3]):
+        keys = np.flatnonzero(seen[b, t])
+        if len(keys):
+            head = n // (HEADS // KEY_HEADS)
+            scores = k[b, keys, head] @ q[b, t, n] / np.sqrt(DIM)
+            weights = np.exp(scores - scores.max())
+            out[b, t, n] = weights @ v[b, keys, head] / weights.sum()
+    return out.reshape(*q.shape[:2], -1)
+
+
+def mask_of(rows):
+    return np.array([[c == "x" for c in row] for row in rows])
+
+
+LEFT, RIGHT = (
+    mask_of(["...xxxxxxxx", "xxxxxxxxxxx", "..........x"]),
+    mask_of(["xxxxxxxx...", "x..........", "xxxxxxxxxxx"]),
+)
+
+
+@pytest.mark.parametrize("block", [None, 1, 4, 5])
+@pytest.mark.parametrize("lengths", [None, (11, 1, 6)])
+def test_equals_the_formula(monkeypatch, block, lengths):
+    if block:
+        monkeypatch.setattr(module, "SCORE_BYTES", 4 * BATCH * HEADS * KEYS * block)
+    q, k, v = arrays()
+    seen = np.ones((BATCH, QUERIES, KEYS), bool)
+    if lengths:
+        seen &= (np.arange(KEYS) < np.array(lengths)[:, None])[:, None, :]
+    out = jax.jit(lambda q, k, v: attention(q, k, v, key_lengths=lengths and np.array(lengths)))(q, k, v)
+    np.testing.assert_allclose(out, by_hand(q, k, v, seen), atol=2e-6)
+
+
+@pytest.mark.parametrize("mask", [LEFT, RIGHT], ids=["left", "right"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_masked_keys_are_not_seen_and_a_blind_query_gives_zeros(mask, causal):
+    q, k, v = arrays(queries=KEYS)
+    seen = np.broadcast_to(mask[:, None, :], (BATCH, KEYS, KEYS)).copy()
+    if causal:
+        seen &= np.tril(np.ones((KEYS, KEYS), bool))
+    out = jax.jit(lambda q, k, v: attention(q, k, v, key_mask=mask, causal=causal))(q, k, v)
+    np.testing.assert_allclose(out, by_hand(q, k, v, seen), atol=2e-6)
+    assert (~seen.any(axis=2)).any() == (causal and mask is LEFT)
+
+
+def test_nothing_to_see_at_all_gives_zeros():
+    q, k, v = arrays()
+    out = attention(*map(jnp.asarray, (q, k, v)), key_mask=np.zeros((BATCH, KEYS), bool))
+    np.testing.assert_array_equal(out, 0)
+
+
+def test_long_sequences_never_hold_all_scores():
+    """16384 cells of one head: whole, their scores would take a gigabyte."""
+    shape = jax.ShapeDtypeStruct((1, 16384, 1, 64), jnp.float32)
+    compiled = jax.jit(attention).lower(shape, shape, shape).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * module.SCORE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "dtype", "dim", "fits"),
+    [
+        ("gpu", "9.0", jnp.bfloat16, 128, True),
+        ("gpu", "8.0", jnp.float16, 64, True),
+        ("gpu", "10.0", jnp.bfloat16, 64, True),
+        ("gpu", "7.5", jnp.bfloat16, 64, False),
+        ("gpu", "gfx942", jnp.bfloat16, 64, False),
+        ("gpu", "9.0", jnp.float32, 64, False),
+        ("gpu", "9.0", jnp.bfloat16, 512, False),
+        ("gpu", "9.0", jnp.bfloat16, 12, False),
+        ("cpu", "", jnp.bfloat16, 64, False),
+        ("tpu", "", jnp.bfloat16, 128, False),
+    ],
+)
+def test_the_fused_kernel_is_taken_where_there_is_one(monkeypatch, backend, capability, dtype, dim, fits):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(module, "jax", types.SimpleNamespace(default_backend=lambda: backend, devices=lambda: [device]))
+    assert module._fits_cudnn(jnp.zeros((1, 2, 1, dim), dtype)) == fits
