@@ -11,7 +11,7 @@ Options of `load_pipeline`:
 
     max_tokens         T5's tokens, at most 512; default 512, schnell 256
     timestep_rounding  "exact" (default) or "reference": whether bfloat16 weights round time and guidance as well, as in
-                       the reference, see `ses_jax.models.flux1`. Exact, so that a schedule means the same for weights
+                       the reference, see `ses_jax.models.mmdit`. Exact, so that a schedule means the same for weights
                        of any dtype; "reference" comes closer to images that diffusers made in bfloat16.
 """
 

@@ -13,7 +13,7 @@ The text is always 512 tokens long, padding included, and the image sees all of 
            is `[32, H/8, W/8]`, the autoencoder's own grid, by default one level deeper: 512 numbers at level 5.
     timestep_rounding
            "exact" (default) or "reference": whether bfloat16 weights round time and guidance as well, as in the
-           reference, see `ses_jax.models.flux2`.
+           reference, see `ses_jax.models.mmdit`.
 """
 
 import dataclasses

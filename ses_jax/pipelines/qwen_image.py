@@ -91,7 +91,7 @@ PUBLISHED = (
 
 
 def assemble(parts: base.Parts, *, timestep_rounding: str = "exact") -> base.Pipeline:
-    """The pipeline of a checkpoint; see `models.qwen_image` for `timestep_rounding`."""
+    """The pipeline of a checkpoint; see `models.mmdit` for `timestep_rounding`."""
     transformer = dataclasses.replace(parts.configs["transformer"], timestep_rounding=timestep_rounding)
     text_encoder, vae = parts.configs["text_encoder"], parts.configs["vae"]
     multiple = vae.downscale * transformer.patch_size
