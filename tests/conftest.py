@@ -3,7 +3,10 @@
 import os
 import tempfile
 
-import jax
+# Virtual devices that share a few busy cores may wait for each other longer than XLA's 40 s, after which it aborts.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+
+import jax  # reads the flags
 import pytest
 
 CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "ses_jax_test_cache"))
