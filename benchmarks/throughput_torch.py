@@ -173,8 +173,9 @@ def _score(clip: Any, images: torch.Tensor) -> torch.Tensor:
     """Norms of image embeddings: preprocessing on the device, and the vision tower."""
     size = clip.config.vision_config.image_size
     images = (images / 2 + 0.5).clamp(0, 1)
-    pixels = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True)
-    features = clip.visual_projection(clip.vision_model(pixel_values=(pixels - 0.45) / 0.27).pooler_output)
+    pixels = torch.nn.functional.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
+    pixels = ((pixels - 0.45) / 0.27).to(clip.dtype)
+    features = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
     return torch.linalg.vector_norm(features, dim=-1)
 
 
