@@ -175,12 +175,11 @@ def test_a_converted_checkpoint_goes_into_the_same_shards(folder, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def compiled(folder, mesh):
+def compiled(folder, mesh, **settings):
     """The text of a generation's program after partitioning."""
     pipeline = ses_jax.load_pipeline(str(folder), mesh=mesh)
-    config = ses_jax.SearchConfig(budget=8, population=8, height=64, width=64, preview_steps=2, level=1).resolve(
-        pipeline
-    )
+    settings = {"budget": 8, "population": 8, "height": 64, "width": 64, "preview_steps": 2, "level": 1} | settings
+    config = ses_jax.SearchConfig(**settings).resolve(pipeline)
     reward = ses_jax.load_reward("clip", source=folder / "clip")
     task = tasks.prepare(pipeline, reward, config, PROMPTS[:1], [0])
     arguments = task.program, task.params, task.inputs, jnp.int32(0), tasks.initial_state(task)
@@ -193,10 +192,12 @@ def gathered(program):
     return [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
 
 
-def test_candidates_along_data_need_no_sums(folder):
-    program = compiled(folder, "data=8")
-    assert "all-reduce" not in program
-    assert "all-to-all" not in program
+@pytest.mark.parametrize("guidance", [0.0, 4.0])
+def test_candidates_along_data_need_no_sums(folder, guidance):
+    """Nor do the two branches of guidance move rows from device to device."""
+    program = compiled(folder, "data=8", guidance=guidance)
+    for collective in ("all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in program
     # Scores, and nothing the size of an image or a layer.
     assert max(gathered(program)) <= 64
 

@@ -48,11 +48,14 @@ def both_branches(run: Callable[..., Array], condition: Guided, *inputs: Array) 
     """Velocities `run(prompts, *inputs)` of both branches, as one batch; the second is None where there is but one."""
     if condition.negative is None:
         return run(condition.positive, *inputs), None
-    both = jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b]), (condition.positive, *inputs), (condition.negative, *inputs)
-    )
-    positive, negative = jnp.split(run(*both), 2)
-    return positive, negative
+
+    def pairs(positive, negative):
+        # A prompt's branches side by side: rows that a mesh spreads over its devices stay where they are.
+        return jnp.stack([positive, negative], axis=1).reshape(-1, *positive.shape[1:])
+
+    out = run(*jax.tree.map(pairs, (condition.positive, *inputs), (condition.negative, *inputs)))
+    out = out.reshape(-1, 2, *out.shape[1:])
+    return out[:, 0], out[:, 1]
 
 
 def classifier_free(
