@@ -83,7 +83,7 @@ def main(args: Arguments) -> Path:
     print(
         f"decode and reward take {share:.1%}; {result_bytes} bytes go to the host, the images are {image_bytes} bytes"
     )
-    arguments = dataclasses.asdict(args) | {"out": str(args.out)}
+    arguments = {name: value for name, value in dataclasses.asdict(args).items() if name != "out"}
     result = {"arguments": arguments, "config": config.as_json(), "seconds": seconds, "share": share}
     result |= {"bytes_to_host": result_bytes, "bytes_of_images": image_bytes}
     name = f"reward_share_{Path(args.model).name}_{jax.default_backend()}"
