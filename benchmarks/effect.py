@@ -27,8 +27,8 @@ import common
 import scenes
 
 import ses_jax
-from ses_jax.engine import base_noise, prompt_keys, search_prompt
-from ses_jax.result import to_image, write
+from ses_jax.engine.result import to_image, write
+from ses_jax.engine.search import base_noise, prompt_keys, search_prompt
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

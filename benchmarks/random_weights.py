@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ses_jax import scorers
 from ses_jax.models import clip
-from ses_jax.preprocess import Preprocessor
+from ses_jax.rewards import scorers
+from ses_jax.rewards.preprocess import Preprocessor
 
 CLIP_H = clip.Config.from_open_clip({})  # ViT-H/14
 

@@ -20,8 +20,10 @@ import random_weights
 import tyro
 
 import ses_jax
-from ses_jax import generation, rewards, sampler, tasks
-from ses_jax.pipelines import abstract_pipeline
+from ses_jax.engine import generation, tasks
+from ses_jax.pipelines import sampler
+from ses_jax.pipelines.registry import abstract_pipeline
+from ses_jax.rewards import reward as rewards
 
 TOKENS = 64
 

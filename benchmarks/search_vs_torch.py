@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 import ses_jax
-from ses_jax.engine import base_noise, prompt_keys
+from ses_jax.engine.search import base_noise, prompt_keys
 
 
 @dataclasses.dataclass(frozen=True)

@@ -228,6 +228,6 @@ def _faster_attention(meter: Meter, pipe: Any) -> str:
 
 
 def _folder(job: Job) -> Path:
-    from ses_jax import hub
+    from ses_jax.loading import hub
 
     return hub.resolve(job.model)

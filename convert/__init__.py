@@ -2,5 +2,5 @@
 
     published tensors --(table of rules)--> params --(the same table)--> published tensors
 
-`python -m ses_jax.convert` converts whole checkpoint folders, either way.
+`ses-jax convert`, or `python -m ses_jax.convert`, converts whole checkpoint folders, either way.
 """

@@ -12,7 +12,8 @@ import numpy as np
 import scenes
 from demo_models import CLIP_LENGTH, CLIP_MEAN, CLIP_STD, Sizes, load_tokenizers
 
-from ses_jax.convert import autoencoder_kl, clip, decoder_lm, network, z_image
+from ses_jax.convert import autoencoder_kl, clip, decoder_lm, z_image
+from ses_jax.loading import network
 
 SHIFT = 3.0
 SETTINGS = {"steps": 20, "preview_steps": 10, "guidance": 0.5, "height": 64, "width": 64, "level": 1, "reward": "clip"}

@@ -11,13 +11,14 @@ from pathlib import Path
 if not (Path(__file__).parent / "models").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
-from ses_jax.batch import search_many
-from ses_jax.config import SearchConfig
-from ses_jax.engine import generate, search
-from ses_jax.pipelines import Pipeline, load_pipeline
-from ses_jax.planner import Plan, plan
-from ses_jax.result import SearchResult
-from ses_jax.rewards import Reward, load_reward
+from ses_jax.batch.run import search_many
+from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.result import SearchResult
+from ses_jax.engine.search import generate, search
+from ses_jax.pipelines.base import Pipeline
+from ses_jax.pipelines.registry import load_pipeline
+from ses_jax.planner.plan import Plan, plan
+from ses_jax.rewards.reward import Reward, load_reward
 
 __all__ = [
     "Pipeline",

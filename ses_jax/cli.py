@@ -1,4 +1,4 @@
-"""The shell: `ses-jax search`, `batch`, `generate`, `plan` and `models`; the same as the Python API."""
+"""The shell: `ses-jax search`, `batch`, `generate`, `plan`, `convert` and `models`; the same as the Python API."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -138,12 +138,12 @@ def batch(prompts: File, /, settings: Flat[Settings], processes: Flat[Processes]
     """
     place = processes.process_id, processes.num_processes
     if processes.coordinator is not None or processes.distributed:
-        from ses_jax.processes import meet
+        from ses_jax.batch.processes import meet
 
         place = meet(processes.coordinator, *place)
 
     import ses_jax
-    from ses_jax.progress import print_summary
+    from ses_jax.batch.progress import print_summary
 
     arguments = settings.arguments()
     try:
@@ -193,7 +193,7 @@ def generate(
     import numpy as np
 
     import ses_jax
-    from ses_jax.result import to_image, writable_folder, write
+    from ses_jax.engine.result import to_image, writable_folder, write
 
     writable_folder(out)
     for index, pixels in enumerate(np.asarray(ses_jax.generate(model, list(prompts), **settings))):
@@ -247,10 +247,36 @@ def plan(
     return 0 if planned.fits else 1
 
 
+def convert(
+    source: Text,
+    out: File,
+    /,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    drop_unused: bool = False,
+    export: bool = False,
+) -> None:
+    """Write a checkpoint in the converted form (Orbax), or with --export in the published one (safetensors).
+
+    Args:
+        source: "demo", a folder in either form, or a Hugging Face id of a pipeline or a CLIP.
+        out: folder to write; must not exist yet.
+        dtype: of the weights; by default that of the source.
+        drop_unused: leave out the tensors that are never loaded; such a folder can't be exported again.
+        export: write the published form.
+    """
+    from ses_jax.loading import folder, hub
+    from ses_jax.pipelines.registry import FAMILIES
+
+    checkpoint = hub.resolve(source)
+    parts = folder.components(checkpoint, FAMILIES)
+    folder.convert(checkpoint, out, parts, dtype=dtype, drop_unused=drop_unused, export=export)
+    print(f"wrote {out}: {', '.join(name if name != '.' else 'CLIP' for name in parts)}")
+
+
 def models() -> None:
     """List the supported models and rewards, and what each was verified with."""
-    from ses_jax.pipelines import FAMILIES
-    from ses_jax.scorers import KINDS
+    from ses_jax.pipelines.registry import FAMILIES
+    from ses_jax.rewards.scorers import KINDS
 
     rows = [
         (model.source, model.defaults, model.verified)
@@ -265,7 +291,8 @@ def models() -> None:
 def main(args: list[str] | None = None) -> int:
     """Runs the command line; bad input is one line on stderr and exit status 2."""
     _keep_compiled_programs()
-    commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "models": models}
+    commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "convert": convert}
+    commands["models"] = models
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", args=args)
     except (ValueError, OSError) as error:

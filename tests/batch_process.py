@@ -13,7 +13,7 @@ import numpy as np
 import toy
 
 import ses_jax
-from ses_jax import processes
+from ses_jax.batch import processes
 
 SLEEP = 0.0
 

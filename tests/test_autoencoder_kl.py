@@ -7,8 +7,8 @@ import oracle
 import pytest
 import torch
 
-from ses_jax import hub
 from ses_jax.convert.autoencoder_kl import COMPONENT
+from ses_jax.loading import hub
 from ses_jax.models import autoencoder_kl
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import Flux2Pipeline
 
-from ses_jax import hub
 from ses_jax.convert.autoencoder_kl_bn import COMPONENT
+from ses_jax.loading import hub
 from ses_jax.models import autoencoder_kl, autoencoder_kl_bn
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}

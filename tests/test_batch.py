@@ -13,7 +13,11 @@ import toy
 from batch_runs import PIPELINE, PROMPTS, REWARD, SETTINGS, finished, lines, run, stable_files
 
 import ses_jax
-from ses_jax import batch, cli, engine, progress, result, run_folder
+from ses_jax import cli
+from ses_jax.batch import progress, prompts, run_folder
+from ses_jax.batch import run as batch
+from ses_jax.engine import result
+from ses_jax.engine import search as engine
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +376,7 @@ def test_a_failed_search_is_not_continued(tmp_path):
 def test_merging_goes_on_until_what_is_written_is_what_is_there(whole, tmp_path, monkeypatch):
     rows = [*PROMPTS[:1], ""]
     run(rows, tmp_path)
-    folder = run_folder.Run(tmp_path, ses_jax.prompts.read_rows(rows), 0)
+    folder = run_folder.Run(tmp_path, prompts.read_rows(rows), 0)
     stale = [dict(outcome, prompt="stale") for outcome in folder.outcomes()]
     answers = [stale, folder.outcomes(), folder.outcomes()]
     monkeypatch.setattr(run_folder.Run, "outcomes", lambda self: answers.pop(0))

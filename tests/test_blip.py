@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ses_jax.convert import blip as tables
-from ses_jax.convert import engine, network, score_head
+from ses_jax.convert import engine, score_head
 from ses_jax.convert.engine import ConversionError, Header, Weights
+from ses_jax.loading import network
 from ses_jax.models import blip
 from ses_jax.models import score_head as heads
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ses_jax import cem
+from ses_jax.searchers import cem
 
 SHAPE = (2, 3)
 

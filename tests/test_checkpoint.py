@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ses_jax import checkpoint
+from ses_jax.loading import checkpoint
 
 
 @pytest.fixture

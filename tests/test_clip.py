@@ -8,8 +8,8 @@ import oracle_flux1
 import pytest
 import torch
 
-from ses_jax import hub
 from ses_jax.convert.clip import COMPONENT, TEXT_COMPONENT
+from ses_jax.loading import hub
 from ses_jax.models import clip
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}

@@ -14,6 +14,7 @@ import oracle
 import pytest
 import safetensors.numpy
 
+from ses_jax.cli import convert as main
 from ses_jax.convert import (
     autoencoder_kl,
     autoencoder_kl_bn,
@@ -22,17 +23,15 @@ from ses_jax.convert import (
     engine,
     files,
     flux2,
-    folder,
-    network,
     open_clip,
     qwen_image,
     qwen_vae,
     z_image,
 )
-from ses_jax.convert.__main__ import main
 from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.convert.table import CONV, CONV3D, IDENTITY, LINEAR, Component, Rule, Table, fused, joined, linear
-from ses_jax.pipelines import FAMILIES
+from ses_jax.loading import folder, network
+from ses_jax.pipelines.registry import FAMILIES
 
 QWEN3_4B = {
     "model_type": "qwen3",
@@ -648,13 +647,13 @@ def test_command_without_unused_tensors_cannot_export(tiny_folder, tmp_path):
     assert not list((tmp_path / "small").rglob("unused*"))
     params = network.load(tmp_path / "small" / "text_encoder", components()["text_encoder"]).params
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    with pytest.raises(SystemExit, match=r"text_encoder: converted with --drop-unused, which left out layers.3."):
+    with pytest.raises(ValueError, match=r"text_encoder: converted with --drop-unused, which left out layers.3."):
         main(str(tmp_path / "small"), tmp_path / "exported", export=True)
     assert not (tmp_path / "exported").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
     # A second conversion remembers what the first one dropped.
     main(str(tmp_path / "small"), tmp_path / "smaller")
-    with pytest.raises(SystemExit, match="--drop-unused"):
+    with pytest.raises(ValueError, match="--drop-unused"):
         main(str(tmp_path / "smaller"), tmp_path / "exported", export=True)
 
 
@@ -676,12 +675,12 @@ def test_command_reads_a_read_only_folder(tiny_folder, tmp_path):
 
 def test_command_refuses_what_it_does_not_know(tiny_folder, tmp_path):
     files.write_json(tmp_path / "model_index.json", {"_class_name": "OtherPipeline"})
-    with pytest.raises(SystemExit, match=r"pipeline class 'OtherPipeline' is not supported; known: .*ZImagePipeline"):
+    with pytest.raises(ValueError, match=r"pipeline class 'OtherPipeline' is not supported; known: .*ZImagePipeline"):
         main(str(tmp_path), tmp_path / "out")
-    with pytest.raises(SystemExit, match=r"model type 'qwen3' is not supported; expected a pipeline or 'clip'"):
+    with pytest.raises(ValueError, match=r"model type 'qwen3' is not supported; expected a pipeline or 'clip'"):
         main(str(tiny_folder / "text_encoder"), tmp_path / "out")
     (tmp_path / "out").mkdir()
-    with pytest.raises(SystemExit, match="out exists already"):
+    with pytest.raises(FileExistsError, match="out exists already"):
         main(str(tiny_folder), tmp_path / "out")
 
 

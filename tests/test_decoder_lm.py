@@ -7,9 +7,9 @@ import oracle
 import pytest
 import torch
 
-from ses_jax import hub
 from ses_jax.convert import decoder_lm as table
 from ses_jax.convert import engine
+from ses_jax.loading import hub
 from ses_jax.models import decoder_lm
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 import ses_jax
-from ses_jax import hub
+from ses_jax.loading import hub
 
 PROMPTS = [
     "a red circle on a white background",

@@ -11,7 +11,9 @@ import toy
 from PIL import Image
 
 import ses_jax
-from ses_jax import cem, engine, generation, tasks, wavelet
+from ses_jax.engine import generation, tasks
+from ses_jax.engine import search as engine
+from ses_jax.searchers import cem, wavelet
 
 PROMPT = "a bright image"
 
@@ -42,8 +44,8 @@ def scores(result):
 def test_equals_a_search_written_out_by_hand(search, pipeline, reward):
     result = search(budget=23, population=10, elites=4, preview_steps=3, seed=7)
 
-    noise_key, key = engine.prompt_keys(7, 0)
-    noise = engine.base_noise(noise_key, (3, 16, 16))
+    noise_key, key = tasks.prompt_keys(7, 0)
+    noise = tasks.base_noise(noise_key, (3, 16, 16))
     low, high = wavelet.split(noise, level=2)
     state = cem.init(low.shape, elites=4)
     expected = []
@@ -133,7 +135,7 @@ def test_noise_gives_the_scored_preview_and_the_image_again(search, pipeline, re
 
 def test_only_the_low_band_changes(search):
     result = search()
-    base = engine.base_noise(engine.prompt_keys(0, 0)[0], (3, 16, 16))
+    base = tasks.base_noise(tasks.prompt_keys(0, 0)[0], (3, 16, 16))
     difference = np.asarray(result.noise - base).reshape(3, 4, 4, 4, 4)
     np.testing.assert_allclose(difference, difference.mean(axis=(2, 4), keepdims=True) * np.ones((4, 1, 4)), atol=1e-5)
 

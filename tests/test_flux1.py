@@ -11,8 +11,8 @@ import torch
 from diffusers import FluxPipeline
 from oracle_flux1 import Flux1Sizes
 
-from ses_jax import hub
 from ses_jax.convert.flux1 import COMPONENT
+from ses_jax.loading import hub
 from ses_jax.models import flux1
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -26,9 +26,10 @@ from layouts import (
 from oracle_flux1 import Flux1Sizes
 
 import ses_jax
-from ses_jax.convert import autoencoder_kl, clip, engine, files, flux1, network, t5
-from ses_jax.convert.__main__ import main
+from ses_jax.cli import convert as main
+from ses_jax.convert import autoencoder_kl, clip, engine, files, flux1, t5
 from ses_jax.convert.engine import ConversionError, Header
+from ses_jax.loading import network
 
 T5_XXL = {"model_type": "t5", "feed_forward_proj": "gated-gelu"}
 CLIP_L = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}

@@ -11,8 +11,9 @@ from oracle_flux1 import Flux1Sizes
 from parity import assert_rows_are_alone, assert_same_images, bfloat16_image, pair
 
 import ses_jax
-from ses_jax import generation
-from ses_jax.pipelines import abstract_pipeline, base, flux1, schedule
+from ses_jax.engine import generation
+from ses_jax.pipelines import base, flux1, schedule
+from ses_jax.pipelines.registry import abstract_pipeline
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import Flux2Pipeline
 
-from ses_jax import hub
 from ses_jax.convert.flux2 import COMPONENT
+from ses_jax.loading import hub
 from ses_jax.models import flux2
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -21,8 +21,8 @@ from layouts import (
 )
 
 import ses_jax
+from ses_jax.cli import convert as main
 from ses_jax.convert import autoencoder_kl_bn, engine, files, flux2
-from ses_jax.convert.__main__ import main
 from ses_jax.convert.engine import ConversionError, Header
 from ses_jax.models import autoencoder_kl_bn as vae
 from ses_jax.pipelines import flux2 as family

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ses_jax import flops, footprint, generation
-from ses_jax.pipelines import abstract_pipeline
+from ses_jax.engine import generation
+from ses_jax.pipelines.registry import abstract_pipeline
+from ses_jax.planner import flops, footprint
 
 SIDE = 64
 ARRAY = 4 * SIDE * SIDE

@@ -8,12 +8,14 @@ import jaxprs
 import numpy as np
 import pytest
 
-from ses_jax import generation, rewards, scorers
+from ses_jax.engine import generation
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
 from ses_jax.pipelines import base, schedule
 from ses_jax.pipelines import z_image as family
 from ses_jax.pipelines.guidance import Guided
-from ses_jax.preprocess import Preprocessor
+from ses_jax.rewards import reward as rewards
+from ses_jax.rewards import scorers
+from ses_jax.rewards.preprocess import Preprocessor
 
 CLIP_H = clip.Config(
     text=clip.Tower(1024, 4096, 24, 16, "gelu"), vision=clip.Tower(1280, 5120, 32, 16, "gelu"), projection_dim=1024

@@ -10,8 +10,8 @@ import numpy as np
 import oracle
 import pytest
 
-from ses_jax import hub
-from ses_jax.convert import autoencoder_kl, files, network
+from ses_jax.convert import autoencoder_kl, files
+from ses_jax.loading import hub, network
 
 SIZES = oracle.ZImageSizes(vae_widths=(4, 8), vae_layers=1)
 

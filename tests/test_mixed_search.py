@@ -9,7 +9,9 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax import generation, mixture, rewards
+from ses_jax.engine import generation
+from ses_jax.rewards import mixture
+from ses_jax.rewards import reward as rewards
 
 PROMPT = "a bright image"
 SETTINGS = {"budget": 27, "population": 8, "elites": 3, "progress": False}

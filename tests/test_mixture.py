@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ses_jax import mixture
+from ses_jax.rewards import mixture
 
 
 def by_hand(components, weights, population):

@@ -11,9 +11,10 @@ import toy
 from jax.sharding import Mesh, PartitionSpec
 
 import ses_jax
-from ses_jax import generation, hub, partition, tasks
-from ses_jax.convert.__main__ import main
-from ses_jax.pipelines import FAMILIES, abstract_pipeline
+from ses_jax.cli import convert as main
+from ses_jax.engine import generation, tasks
+from ses_jax.loading import hub, partition
+from ses_jax.pipelines.registry import FAMILIES, abstract_pipeline
 
 PROMPTS = ["a cat", "two blue squares above a hill"]
 MESHES = ["data=8", "model=8", "data=4,model=2", "data=2,model=4"]

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 import ses_jax
-from ses_jax import cli, devices, flops, footprint, planner
-from ses_jax.config import SearchConfig
-from ses_jax.pipelines import abstract_pipeline
-from ses_jax.planner import Machine, plan_on
-from ses_jax.workload import Work
+from ses_jax import cli
+from ses_jax.engine.config import SearchConfig
+from ses_jax.pipelines.registry import abstract_pipeline
+from ses_jax.planner import devices, flops, footprint
+from ses_jax.planner import plan as planner
+from ses_jax.planner.plan import Machine, plan_on
+from ses_jax.planner.workload import Work
 
 TURBO = "Tongyi-MAI/Z-Image-Turbo"
 ALONE = "data=1,model=1"

@@ -16,7 +16,8 @@ import pytest
 from batch_runs import PROMPTS, finish, finished, lines, run, stable_files, start, wait_for
 
 import ses_jax
-from ses_jax import cli, processes
+from ses_jax import cli
+from ses_jax.batch import processes
 
 
 def free_port():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ses_jax import prompts
-from ses_jax.prompts import Row, read_rows
+from ses_jax.batch import prompts
+from ses_jax.batch.prompts import Row, read_rows
 
 # The beginnings of the published files.
 GENEVAL = """\

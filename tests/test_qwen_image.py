@@ -9,8 +9,8 @@ import oracle_qwen_image as oracle
 import pytest
 import torch
 
-from ses_jax.convert import network
 from ses_jax.convert.qwen_image import COMPONENT
+from ses_jax.loading import network
 from ses_jax.models import qwen_image
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -19,10 +19,12 @@ from parity import (
 )
 
 import ses_jax
-from ses_jax import partition, pipelines, wavelet
+from ses_jax.cli import convert
 from ses_jax.convert import files
-from ses_jax.convert.__main__ import main as convert
+from ses_jax.loading import partition
 from ses_jax.pipelines import base, qwen_image
+from ses_jax.pipelines import registry as pipelines
+from ses_jax.searchers import wavelet
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

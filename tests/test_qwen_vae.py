@@ -7,8 +7,9 @@ import oracle_qwen_image as oracle
 import pytest
 import torch
 
-from ses_jax.convert import files, network
+from ses_jax.convert import files
 from ses_jax.convert.qwen_vae import COMPONENT
+from ses_jax.loading import network
 from ses_jax.models import qwen_vae
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ses_jax import resample
+from ses_jax.rewards import resample
 
 
 def pillow(pixels, size):

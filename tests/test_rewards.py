@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 import ses_jax
-from ses_jax import rewards
+from ses_jax.rewards import reward as rewards
 
 PROMPTS = ["a cat", "", "\u732b on a caf\u00e9 table \U0001f431", "many words " * 30]
 

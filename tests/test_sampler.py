@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ses_jax import sampler
-from ses_jax.pipelines import schedule
+from ses_jax.pipelines import sampler, schedule
 
 
 def test_equals_a_plain_loop(key):

@@ -11,7 +11,10 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax import checkpoint, engine, generation, memory, rewards, runner, tasks
+from ses_jax.engine import generation, memory, runner, tasks
+from ses_jax.engine import search as engine
+from ses_jax.loading import checkpoint
+from ses_jax.rewards import reward as rewards
 
 PROMPTS = ["a cat", "two blue squares", "a red circle on a hill"]
 SETTINGS = {"budget": 23, "population": 10, "elites": 4, "progress": False}

@@ -14,8 +14,9 @@ from PIL import Image
 from torch.nn import functional
 from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
-from ses_jax import hub, partition, resample, scorers
-from ses_jax.preprocess import Preprocessor
+from ses_jax.loading import hub, partition
+from ses_jax.rewards import resample, scorers
+from ses_jax.rewards.preprocess import Preprocessor
 
 PROMPTS = ["a red cat", "", "\u732b on a CAF\u00c9 &amp;amp; \u201cbar\u201d  \U0001f431", "many Words " * 30]
 # The last one tells apart the two ways to centre an odd margin, at every network's size.

@@ -9,8 +9,8 @@ import torch
 from oracle_flux1 import Flux1Sizes
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from ses_jax import hub
 from ses_jax.convert.t5 import COMPONENT
+from ses_jax.loading import hub
 from ses_jax.models import t5
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import ses_jax
-from ses_jax import scorers
-from ses_jax.pipelines import FAMILIES
+from ses_jax.pipelines.registry import FAMILIES
+from ses_jax.rewards import scorers
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

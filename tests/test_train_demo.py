@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from ses_jax.convert import folder
-from ses_jax.pipelines import FAMILIES
+from ses_jax.loading import folder
+from ses_jax.pipelines.registry import FAMILIES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo_models

@@ -8,7 +8,7 @@ import pywt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ses_jax import wavelet
+from ses_jax.searchers import wavelet
 
 WAVELETS = ["db1", "db2", "sym4", "bior2.2"]
 GRIDS = [(64, 64), (45, 52), (63, 33), (90, 160)]

@@ -9,8 +9,8 @@ import oracle
 import pytest
 import torch
 
-from ses_jax import hub
 from ses_jax.convert.z_image import COMPONENT
+from ses_jax.loading import hub
 from ses_jax.models import z_image
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -19,7 +19,7 @@ from parity import (
 )
 
 import ses_jax
-from ses_jax import generation
+from ses_jax.engine import generation
 from ses_jax.pipelines import base, z_image
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

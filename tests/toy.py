@@ -5,10 +5,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from ses_jax import partition
-from ses_jax.pipelines import Defaults, Pipeline
-from ses_jax.rewards import Part, Reward
-from ses_jax.scorers import Scorer
+from ses_jax.loading import partition
+from ses_jax.pipelines.base import Defaults, Pipeline
+from ses_jax.rewards.reward import Part, Reward
+from ses_jax.rewards.scorers import Scorer
 
 CHANNELS = 3
 

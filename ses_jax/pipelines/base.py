@@ -147,7 +147,7 @@ def override(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
     """
     unknown = settings.keys() - {field.name for field in dataclasses.fields(Defaults)}
     if unknown:
-        raise ValueError(f"ses_jax.json has unknown entries {sorted(unknown)}; see ses_jax.pipelines.Defaults")
+        raise ValueError(f"ses_jax.json has unknown entries {sorted(unknown)}; see ses_jax.pipelines.base.Defaults")
     return dataclasses.replace(defaults, **settings)
 
 

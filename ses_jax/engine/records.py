@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ses_jax.generation import Scored
+from ses_jax.engine.generation import Scored
 
 Row = dict[str, Any]
 

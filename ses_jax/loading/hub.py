@@ -9,11 +9,11 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 
-from ses_jax.convert import network
 from ses_jax.convert.engine import Placement, Weights
 from ses_jax.convert.files import open_named, read_json
-from ses_jax.convert.network import read_config
 from ses_jax.convert.table import Component
+from ses_jax.loading import network
+from ses_jax.loading.network import read_config
 
 __all__ = [
     "default_dtype",
@@ -28,7 +28,7 @@ __all__ = [
     "settings",
 ]
 
-DEMO = Path(__file__).parent / "demo"
+DEMO = Path(__file__).parents[1] / "demo"
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 # A pipeline's own weights lie in subfolders; single files beside them hold the same weights in other layouts.
 PIPELINE_WEIGHTS, NETWORK_WEIGHTS = "*/*.safetensors", "model*.safetensors"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ses_jax.config import SearchConfig
+from ses_jax.engine.config import SearchConfig
 from ses_jax.pipelines.base import Guidance
 
 PROMPT_COLUMNS = ("prompt", "prompts")

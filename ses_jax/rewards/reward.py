@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax import mixture
-from ses_jax.scorers import KINDS, Scorer, load_scorer
+from ses_jax.rewards import mixture
+from ses_jax.rewards.scorers import KINDS, Scorer, load_scorer
 
 Function = Callable[[Array, Sequence[str]], Any]
 RewardSpec = str | Function | Mapping[str | Function, float]

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ses_jax import hub, resample
+from ses_jax.loading import hub
+from ses_jax.rewards import resample
 
 
 @dataclasses.dataclass(frozen=True)

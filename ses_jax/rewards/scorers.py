@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax import hub
 from ses_jax.convert import blip as blip_tables
 from ses_jax.convert import clip as clip_tables
 from ses_jax.convert import open_clip as open_clip_tables
 from ses_jax.convert import score_head as head_tables
+from ses_jax.loading import hub
 from ses_jax.models import blip, clip, score_head
-from ses_jax.preprocess import Preprocessor
+from ses_jax.rewards.preprocess import Preprocessor
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"

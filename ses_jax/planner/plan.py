@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ses_jax import devices as machines
-from ses_jax import footprint, partition
-from ses_jax.config import SearchConfig
-from ses_jax.pipelines import FAMILIES, Guidance, abstract_pipeline
-from ses_jax.workload import Work
+from ses_jax.engine.config import SearchConfig
+from ses_jax.loading import partition
+from ses_jax.pipelines.base import Guidance
+from ses_jax.pipelines.registry import FAMILIES, abstract_pipeline
+from ses_jax.planner import devices as machines
+from ses_jax.planner import footprint
+from ses_jax.planner.workload import Work
 
 # Of a device's memory; the rest is the runtime's and lost between arrays.
 USABLE = 0.92
@@ -113,7 +115,7 @@ def plan(
       model: Hugging Face id of a published model.
       height, width, population, budget, preview_steps, steps, guidance, chunk: as in `search`.
       tokens: length of the prompt.
-      device: a name in `ses_jax.devices`.
+      device: a name in `ses_jax.planner.devices`.
       mesh: sizes of its axes, such as "data=4,model=2".
       offload_text_encoder: as in `load_pipeline`.
       utilization: share of the device's peak that the networks reach, in (0, 1].
@@ -176,7 +178,7 @@ def overview(devices: Sequence[str], models: Sequence[str] | None = None) -> str
     """A Markdown table: every published model with its defaults on one of each device, and what it takes if it must.
 
     Args:
-      devices: names in `ses_jax.devices`.
+      devices: names in `ses_jax.planner.devices`.
       models: Hugging Face ids; None is all published models.
     """
     rows = [["model", *devices], ["---"] * (len(devices) + 1)]

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax import generation, memory, partition, rewards
-from ses_jax.config import SearchConfig
-from ses_jax.generation import Inputs, Model, Program, State
-from ses_jax.pipelines import Guidance, Pipeline
-from ses_jax.rewards import Reward
+from ses_jax.engine import generation, memory
+from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.generation import Inputs, Model, Program, State
+from ses_jax.loading import partition
+from ses_jax.pipelines.base import Guidance, Pipeline
+from ses_jax.rewards import reward as rewards
+from ses_jax.rewards.reward import Reward
 
 
 class Task(NamedTuple):

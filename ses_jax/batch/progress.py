@@ -1,4 +1,4 @@
-"""The progress of a search, or of many, on the terminal."""
+"""The progress of a run over many prompts on the terminal or in a log, and its summary."""
 
 import contextlib
 import datetime
@@ -17,39 +17,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
-Report = Callable[[int, int, float, float], None]
-BatchReport = Callable[[str, bool], None]
+Report = Callable[[str, bool], None]
 
 # Seconds between two lines where there is no terminal to draw a bar on.
 LINE_EVERY = 30.0
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, budget: int, *, enabled: bool = True) -> Iterator[Report]:
-    """A progress bar over `budget` candidates.
-
-    Yields:
-      `report(scored, generation, best_score, images_per_second)`, to be called after each generation.
-    """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, disable=not enabled) as bar:
-        task = bar.add_task(title if len(title) <= 40 else title[:37] + "...", total=budget, status="compiling")
-
-        def report(scored: int, generation: int, best: float, rate: float) -> None:
-            status = f"generation {generation}  best {best:.4f}  {rate:.1f} images/s"
-            bar.update(task, completed=scored, status=status)
-
-        yield report
-
-
-@contextlib.contextmanager
-def batch_progress(total: int, *, enabled: bool = True) -> Iterator[BatchReport]:
+def batch_progress(total: int, *, enabled: bool = True) -> Iterator[Report]:
     """The progress of a run over `total` prompts: a bar with the time that is left, or a line now and then in a log.
 
     Yields:
@@ -80,7 +55,7 @@ def batch_progress(total: int, *, enabled: bool = True) -> Iterator[BatchReport]
         yield report
 
 
-def _batch_lines(total: int) -> BatchReport:
+def _batch_lines(total: int) -> Report:
     """Prints the first and the last prompt, and one every `LINE_EVERY` seconds; failures always."""
     start = printed = time.monotonic()
     done = failures = 0

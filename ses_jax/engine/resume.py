@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ses_jax import checkpoint
-from ses_jax.generation import Scored, State
-from ses_jax.result import write
+from ses_jax.engine.generation import Scored, State
+from ses_jax.engine.result import write
+from ses_jax.loading import checkpoint
 
 IDENTITY = "search.json"
 

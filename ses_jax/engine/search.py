@@ -16,15 +16,18 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ses_jax import partition, rewards, runner
-from ses_jax import resume as saved_search
-from ses_jax.config import SearchConfig, check_size
-from ses_jax.generation import Rows
-from ses_jax.pipelines import Guidance, Pipeline, load_pipeline
-from ses_jax.result import SearchResult, writable_folder
-from ses_jax.rewards import Reward, RewardSpec
-from ses_jax.runner import search_prompts
-from ses_jax.tasks import base_noise, encode, image_params, prompt_keys
+from ses_jax.engine import resume as saved_search
+from ses_jax.engine import runner
+from ses_jax.engine.config import SearchConfig, check_size
+from ses_jax.engine.generation import Rows
+from ses_jax.engine.result import SearchResult, writable_folder
+from ses_jax.engine.runner import search_prompts
+from ses_jax.engine.tasks import base_noise, encode, image_params, prompt_keys
+from ses_jax.loading import partition
+from ses_jax.pipelines.base import Guidance, Pipeline
+from ses_jax.pipelines.registry import load_pipeline
+from ses_jax.rewards import reward as rewards
+from ses_jax.rewards.reward import Reward, RewardSpec
 
 __all__ = [
     "base_noise",

@@ -11,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax import generation, memory, mixture, partition, records, resume, rewards
-from ses_jax.config import SearchConfig
-from ses_jax.generation import Model, Program, Rows, Scored, State
-from ses_jax.pipelines import Pipeline
-from ses_jax.progress import Report, progress_bar
-from ses_jax.result import SearchResult, to_image
-from ses_jax.rewards import Reward
-from ses_jax.tasks import Task, generation_count, initial_state, prepare
+from ses_jax.engine import generation, memory, records, resume
+from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.generation import Model, Program, Rows, Scored, State
+from ses_jax.engine.progress import Report, progress_bar
+from ses_jax.engine.result import SearchResult, to_image
+from ses_jax.engine.tasks import Task, generation_count, initial_state, prepare
+from ses_jax.loading import partition
+from ses_jax.pipelines.base import Pipeline
+from ses_jax.rewards import mixture
+from ses_jax.rewards import reward as rewards
+from ses_jax.rewards.reward import Reward
 
 
 class Outcome(NamedTuple):

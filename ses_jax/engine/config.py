@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ses_jax import wavelet
 from ses_jax.pipelines.base import Guidance, Pipeline
+from ses_jax.searchers import wavelet
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from ses_jax import cem, mixture, partition, sampler, wavelet
+from ses_jax.loading import partition
+from ses_jax.pipelines import sampler
+from ses_jax.rewards import mixture
+from ses_jax.searchers import cem, wavelet
 
 
 class Model(NamedTuple):

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ses_jax import flops, footprint, scorers
-from ses_jax.config import SearchConfig
+from ses_jax.engine.config import SearchConfig
 from ses_jax.models import clip
-from ses_jax.pipelines import Pipeline
-from ses_jax.preprocess import Preprocessor
+from ses_jax.pipelines.base import Pipeline
+from ses_jax.planner import flops, footprint
+from ses_jax.rewards import scorers
+from ses_jax.rewards.preprocess import Preprocessor
 
 
 class Phase(NamedTuple):

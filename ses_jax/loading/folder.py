@@ -9,9 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ses_jax.convert import clip, network
+from ses_jax.convert import clip
 from ses_jax.convert.files import INDEX, read_json
 from ses_jax.convert.table import Component
+from ses_jax.loading import network
 
 # Weights in any layout; what is not a weight is small, and copied.
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf"}

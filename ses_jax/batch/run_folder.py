@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ses_jax.prompts import Row
-from ses_jax.result import SearchResult, writable_folder, write
+from ses_jax.batch.prompts import Row
+from ses_jax.engine.result import SearchResult, writable_folder, write
 
 Outcome = dict[str, Any]
 SCORES = ("baseline_score", "score", "baseline_final_score", "final_score")

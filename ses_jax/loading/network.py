@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ses_jax import checkpoint
 from ses_jax.convert import engine
 from ses_jax.convert.engine import ConversionError, Placement, Weights
 from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
 from ses_jax.convert.table import Component
+from ses_jax.loading import checkpoint
 
 PARAMS, UNUSED, CONVERSION = "params", "unused", "conversion.json"
 

@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from ses_jax import engine, partition
-from ses_jax import resume as saved_search
-from ses_jax.config import SearchConfig
-from ses_jax.pipelines import Pipeline
-from ses_jax.processes import own_place
-from ses_jax.progress import batch_progress
-from ses_jax.prompts import Row, Source, read_rows
-from ses_jax.rewards import Reward, RewardSpec
-from ses_jax.run_folder import Outcome, Run
+from ses_jax.batch.processes import own_place
+from ses_jax.batch.progress import batch_progress
+from ses_jax.batch.prompts import Row, Source, read_rows
+from ses_jax.batch.run_folder import Outcome, Run
+from ses_jax.engine import resume as saved_search
+from ses_jax.engine import search as engine
+from ses_jax.engine.config import SearchConfig
+from ses_jax.loading import partition
+from ses_jax.pipelines.base import Pipeline
+from ses_jax.rewards.reward import Reward, RewardSpec
 
 # Settings that change how fast a run is and not what comes out, so that they may change when it goes on.
 _FREE = ("chunk", "offload_text_encoder", "mesh")

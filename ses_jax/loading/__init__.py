@@ -1,0 +1,8 @@
+"""Weights and where they lie: from the hub or a folder, published or converted, onto devices.
+
+hub          `resolve` a source to a folder; read one network or tokenizer of it
+folder       convert whole checkpoint folders, either way
+network      one network's folder, in either form
+checkpoint   params on disk in our own form (Orbax)
+partition    meshes of devices, and where each leaf of the params lies on them
+"""

@@ -1,0 +1,8 @@
+"""How good an image is for a prompt, as numbers to maximise.
+
+reward       `Reward`, `load_reward`: one or more parts, published scorers or functions of the user
+scorers      the published scorers, `KINDS`
+mixture      parts to one score
+preprocess   images to the pixels that a scorer sees
+resample     the resize of Pillow, on the device
+"""
