@@ -3,9 +3,9 @@
     python benchmarks/throughput.py black-forest-labs/FLUX.1-dev --batch 1 4 10 --steps 4 --against diffusers
 
 A published model runs on random weights, made on the device; "demo" and local folders run on their own. Every side runs
-in a process of its own and tells how long each phase takes. FLOPs are model FLOPs (`ses_jax.planner.flops`); their share is the
-one of the rate of large bfloat16 matrix products, measured in the same run. Encoding is not like for like: diffusers
-runs all layers of its text encoders, on prompts padded as far as its pipelines pad them.
+in a process of its own and tells how long each phase takes. FLOPs are those of the model (`ses_jax.planner.flops`);
+their share is the one of the rate of large bfloat16 matrix products, measured in the same run. Encoding is not like for
+like: diffusers runs all layers of its text encoders, on prompts padded as far as its pipelines pad them.
 """
 
 import concurrent.futures
