@@ -66,13 +66,16 @@ def shapes(make, dtype):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
 
 
+_abstract = functools.cache(abstract_pipeline)  # takes longer than tracing it
+
+
 @functools.cache
 def of_pipeline(source, dtype):
     """`name: (function, arguments, whether its attention fits cuDNN)` of a model, two images at a time."""
-    pipeline = abstract_pipeline(source, dtype=dtype)
+    pipeline = _abstract(source)
     guidance = {"scale": pipeline.defaults.guidance, **MODELS[source]}
     tokens = pipeline.blank_tokens(2, 100, guidance=guidance)
-    params = pipeline.params
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), pipeline.params)
     condition = jax.eval_shape(pipeline.encode, params, tokens)
     latents = jax.ShapeDtypeStruct((2, *pipeline.noise_shape(SIDE, SIDE)), jnp.float32)
     sigma = jax.ShapeDtypeStruct((2,), jnp.float32)

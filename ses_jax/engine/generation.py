@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ses_jax.loading import partition
+from ses_jax.loading.programs import compiled
 from ses_jax.pipelines import sampler
 from ses_jax.rewards import mixture
 from ses_jax.searchers import cem, wavelet
@@ -121,7 +122,7 @@ def init(program: Program, low_shape: tuple[int, ...], *, elites: int, generatio
     return jax.tree.map(lambda x: jnp.repeat(x[None], prompts, axis=0), state)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static=1)
 def generation_step(
     program: Program, params: Any, inputs: Inputs, generation: Array, state: State
 ) -> tuple[State, Scored]:
@@ -140,7 +141,7 @@ def generation_step(
     return tell(program, inputs, generation, state, lows, scores.reshape(*lows.shape[:2], -1))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static=1)
 def candidates(
     program: Program, params: Any, inputs: Inputs, generation: Array, state: State
 ) -> tuple[Array, Array, Array]:
@@ -250,7 +251,7 @@ def _fill(rows: Rows, multiple: int) -> Rows:
     return jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[:1], surplus, axis=0)]), rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def render(
     model: Model,
     chunk: int,
@@ -262,11 +263,11 @@ def render(
     return _images(model, chunk, params, prompts, rows, lambda images, owner: images)
 
 
-score = functools.partial(jax.jit, static_argnums=0)(_components)
-update = functools.partial(jax.jit, static_argnums=0)(tell)
+score = compiled(static=1)(_components)
+update = compiled(static=1)(tell)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def encode(function: Callable[[Any, Any], Any], mesh: Mesh | None, params: Any, tokens: Any) -> Any:
     """`function(params, tokens)`, compiled: the condition of prompts."""
     with partition.compiled_for(mesh):

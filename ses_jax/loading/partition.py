@@ -147,6 +147,13 @@ def compiled_for(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     return attention.compiled_for(None if mesh is None else mesh.devices.flat[0])
 
 
+def device_of(params: Any) -> jax.Device | None:
+    """One of the devices that params lie on; None for params of the host or without arrays."""
+    placed = (leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
+    first = next(placed, None)
+    return None if first is None else min(first.sharding.device_set, key=lambda device: device.id)
+
+
 def size(mesh: Mesh | None, *axes: str) -> int:
     """How many parts a split over mesh axes has."""
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in axes]))
