@@ -99,7 +99,9 @@ def settings() -> list[tuple[str, str, str]]:
 
 
 def _default(value: Any) -> str:
-    return "" if value is None or value == () else f"`{json.dumps(value)}`" if isinstance(value, str) else f"`{value!r}`"
+    if value is None or value == ():
+        return ""
+    return f"`{json.dumps(value) if isinstance(value, str) else value}`"
 
 
 def _meaning(name: str, text: str) -> str:
