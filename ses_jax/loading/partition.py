@@ -8,6 +8,7 @@ A network's rules are ordered pairs of a path pattern and a PartitionSpec; the f
 counts, and a leaf that none matches is an error.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from ses_jax.models import attention
 
 DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)
@@ -137,6 +140,11 @@ def constrain(mesh: Mesh | None, tree: Any, *axes: str) -> Any:
         return tree
     spec = PartitionSpec(axes) if axes else PartitionSpec()
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+
+
+def compiled_for(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
+    """Inside a compiled function: what is traced in it runs on a mesh; None is the default device."""
+    return attention.compiled_for(None if mesh is None else mesh.devices.flat[0])
 
 
 def size(mesh: Mesh | None, *axes: str) -> int:
