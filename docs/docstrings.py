@@ -48,5 +48,5 @@ def _entries(body: str) -> Iterator[tuple[str, str]]:
     for line in filter(None, joined.split("\n")):
         for entry in re.split(rf"; (?={NAMES}: )", line):
             names, _, text = entry.partition(": ")
-            for name in names.split(", "):
+            for name in re.sub(r" \(.*\)$", "", names).split(", "):  # types are in the signature
                 yield name, text if text.endswith(".") else f"{text}."
