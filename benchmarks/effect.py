@@ -28,12 +28,12 @@ import scenes
 
 import ses_jax
 from ses_jax.engine.result import to_image, write
-from ses_jax.engine.search import base_noise, prompt_keys, search_prompt
+from ses_jax.engine.runner import search_prompts
+from ses_jax.engine.tasks import base_noise, prompt_keys
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-PICTURE_BUDGETS = (0, 10, 30, 50)
 PICTURE_PROMPTS = (
     "a red circle left of a blue square on a white background",
     "a small yellow triangle inside a large purple circle on a black background",
@@ -49,6 +49,7 @@ class Arguments:
     Attributes:
       prompts: how many evaluation prompts the curves average over.
       budgets: the budgets of the curves.
+      picture_budgets: those of the picture; 0 is the image without a search.
       prompt_seed: of the evaluation prompts; 2024 are those that the demo's defaults were chosen on.
       seed: of the noise.
       model: the checkpoint; its images must be those that `examples/scenes.py` can judge.
@@ -57,6 +58,7 @@ class Arguments:
 
     prompts: int = 50
     budgets: tuple[int, ...] = (1, 10, 20, 30, 40, 50)
+    picture_budgets: tuple[int, ...] = (0, 10, 30, 50)
     prompt_seed: int = 2024
     seed: int = 0
     model: str = "demo"
@@ -68,8 +70,9 @@ def main(args: Arguments) -> None:
     reward = ses_jax.load_reward("clip", source=pipeline.folder / "clip")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    rows = [list(picture_row(pipeline, reward, prompt, args.seed)) for prompt in PICTURE_PROMPTS]
-    write(args.out / "effect.png", lambda path: contact_sheet(rows).save(path, format="PNG"))
+    rows = [list(picture_row(pipeline, reward, prompt, args)) for prompt in PICTURE_PROMPTS]
+    sheet = contact_sheet(rows, args.picture_budgets)
+    write(args.out / "effect.png", lambda path: sheet.save(path, format="PNG"))
 
     cases = scenes.evaluation_prompts(args.prompts, seed=args.prompt_seed)
     methods = {"search": searched, "best of N": best_of}
@@ -87,10 +90,11 @@ def main(args: Arguments) -> None:
     print(path)
 
 
-def picture_row(pipeline: Any, reward: Any, prompt: str, seed: int) -> Iterator[tuple[Image.Image, float]]:
+def picture_row(pipeline: Any, reward: Any, prompt: str, args: Arguments) -> Iterator[tuple[Image.Image, float]]:
     """Final image and preview reward at each of the picture's budgets; budget 0 is the unsearched image."""
-    for budget in PICTURE_BUDGETS:
-        result = ses_jax.search(prompt, model=pipeline, reward=reward, budget=max(budget, 1), seed=seed, progress=False)
+    settings = {"model": pipeline, "reward": reward, "seed": args.seed, "progress": False}
+    for budget in args.picture_budgets:
+        result = ses_jax.search(prompt, budget=max(budget, 1), **settings)
         yield result.image, result.score
 
 
@@ -99,7 +103,7 @@ def searched(pipeline: Any, reward: Any, case: tuple, index: int, args: Argument
     scene, prompt = case
     for budget in args.budgets:
         config = ses_jax.SearchConfig(budget=budget, seed=args.seed).resolve(pipeline)
-        result = search_prompt(pipeline, reward, config, prompt, index=index)
+        (result,) = search_prompts(pipeline, reward, config, [prompt], indices=[index])
         yield measures(scene, np.asarray(result.image), result.score, result.final_score)
 
 
@@ -152,7 +156,7 @@ def curve(rows: Sequence[Sequence[dict[str, float]]], budgets: Sequence[int]) ->
     return result
 
 
-def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, float]]]) -> Image.Image:
+def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, float]]], budgets: Sequence[int]) -> Image.Image:
     """Prompts down, budgets across, each image with its budget and score."""
     width, height = (side * SCALE for side in rows[0][0][0].size)
     sheet = Image.new("RGB", (len(rows[0]) * (width + 8) + 8, len(rows) * (height + TEXT + 8) + 8), BACKGROUND)
@@ -160,7 +164,7 @@ def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, float]]]) -> Image.
     for i, (row, prompt) in enumerate(zip(rows, PICTURE_PROMPTS, strict=True)):
         top = 8 + i * (height + TEXT + 8)
         pen.text((8, top), prompt, fill=INK, font_size=14)
-        for j, ((image, score), budget) in enumerate(zip(row, PICTURE_BUDGETS, strict=True)):
+        for j, ((image, score), budget) in enumerate(zip(row, budgets, strict=True)):
             left = 8 + j * (width + 8)
             pen.text((left, top + 17), f"budget {budget}    reward {score:.2f}", fill=INK, font_size=12)
             sheet.paste(image.resize((width, height), Image.LANCZOS), (left, top + TEXT))

@@ -7,6 +7,7 @@ their scores must agree; what is compared is the time. Prints the ratio; `python
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 import common
@@ -20,7 +21,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 import ses_jax
-from ses_jax.engine.search import base_noise, prompt_keys
+from ses_jax.engine.tasks import base_noise, prompt_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Arguments:
       seed: of all draws.
       threads: of torch; 0 leaves its default, one a core.
       repeats: timed runs of each side, alternating; the median counts.
+      out: folder of the JSON.
     """
 
     prompt: str = "a red circle left of a blue square on a white background"
@@ -40,6 +42,7 @@ class Arguments:
     seed: int = 0
     threads: int = 0
     repeats: int = 3
+    out: Path = common.RESULTS
 
 
 def main(args: Arguments) -> None:
@@ -68,7 +71,7 @@ def main(args: Arguments) -> None:
     print(f"torch {medians['torch']:.2f} s, jax {medians['jax']:.2f} s warm ({cold:.2f} s cold): {ratio:.2f} x as fast")
     print(f"largest difference of the {len(scores)} scores: {difference:.2e}")
     result = {
-        "arguments": dataclasses.asdict(args),
+        "arguments": dataclasses.asdict(args) | {"out": None},
         "seconds": seconds,
         "median_seconds": medians,
         "jax_cold_seconds": cold,
@@ -76,7 +79,7 @@ def main(args: Arguments) -> None:
         "largest_score_difference": difference,
         "torch_threads": torch.get_num_threads(),
     }
-    print(common.save("search_vs_torch", result))
+    print(common.save("search_vs_torch", result, args.out))
 
 
 def timed(function: Any) -> tuple[float, Any]:

@@ -6,32 +6,23 @@ pictures   those in `benchmarks/results/` become files of the site
 """
 
 import ast
-import inspect
 import json
 import re
-import sys
 import textwrap
-import types
+from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
-from docstrings import entries
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-import ses_jax
-
-# Inspecting them would run the shell.
-for _name in ("ses_jax.__main__", "ses_jax.convert.__main__"):
-    sys.modules[_name] = types.ModuleType(_name)
+from ses_jax.engine.config import Placement, RunConfig, SearchConfig
+from ses_jax.engine.settings import fields
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "benchmarks" / "results"
 # From the top; one that is not named here comes last.
 ROOMS = ["batch", "planner", "engine", "searchers", "pipelines", "rewards", "loading", "convert", "models"]
-# What the reference implementation calls them.
-REFERENCE = {"budget": "ses_eval_budget", "preview_steps": "ses_inference_steps", "reward": "ses_reward_model"}
-SEE = "see `SearchConfig`"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -82,19 +73,10 @@ def settings_table() -> str:
 
 
 def settings() -> list[tuple[str, str, str]]:
-    """Name, default and meaning of each setting, as `search` itself documents it; the only place that gathers them.
-
-    Raises:
-      KeyError: for a setting that is described nowhere.
-    """
-    described = entries(ses_jax.SearchConfig.__doc__)
-    own = entries(ses_jax.search.__doc__)
-    described |= {name: text for name, text in own.items() if not text.startswith(SEE)}
-    parameters = inspect.signature(ses_jax.search).parameters.values()
+    """Name, default and meaning of each setting, from the fields that define them."""
     return [
-        (p.name, _default(p.default), _meaning(p.name, described[p.name]))
-        for p in parameters
-        if p.kind is inspect.Parameter.KEYWORD_ONLY
+        (name, _default(field.default), _meaning(field))
+        for name, field in fields(RunConfig, SearchConfig, Placement).items()
     ]
 
 
@@ -104,6 +86,7 @@ def _default(value: Any) -> str:
     return f"`{json.dumps(value) if isinstance(value, str) else value}`"
 
 
-def _meaning(name: str, text: str) -> str:
-    text = text[0].upper() + text[1:].replace("|", "\\|")
-    return f"{text} The reference's `{REFERENCE[name]}`." if name in REFERENCE else text
+def _meaning(field: Field) -> str:
+    text, reference = field.metadata["doc"].replace("|", "\\|"), field.metadata["reference"]
+    text = text[0].upper() + text[1:] + "."
+    return f"{text} The reference's `{reference}`." if reference else text

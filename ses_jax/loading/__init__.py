@@ -5,5 +5,5 @@ folder       convert whole checkpoint folders, either way
 network      one network's folder, in either form
 checkpoint   params on disk in our own form (Orbax)
 partition    meshes of devices, and where each leaf of the params lies on them
-    programs     what is compiled, and kept for later calls
+programs     what is compiled, and kept for later calls
 """

@@ -3,6 +3,7 @@
 reward       `Reward`, `load_reward`: one or more parts, published scorers or functions of the user
 scorers      the published scorers, `KINDS`
 mixture      parts to one score
+images       what people hand over as images, as arrays
 preprocess   images to the pixels that a scorer sees
 resample     the resize of Pillow, on the device
 """

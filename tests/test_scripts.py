@@ -1,0 +1,58 @@
+"""Every script of `benchmarks/` and `examples/` starts, on its smallest settings."""
+
+import importlib
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "benchmarks/effect.py": ["--prompts", "2", "--budgets", "1", "2", "--picture-budgets", "0", "2"],
+    "benchmarks/loops.py": ["--calls", "3", "--forms", "on the host", "--growth", "1e9", "--maps", "10000"],
+    "benchmarks/reward_share.py": ["--population", "2", "--repeats", "1", "--preview-steps", "1"],
+    "benchmarks/search_vs_torch.py": ["--budget", "10", "--repeats", "1"],
+    "examples/measure_demo.py": ["--prompts", "2", "--steps", "1"],
+}
+WRITES_NOTHING = {"examples/measure_demo.py"}
+# These are run by tests of their own.
+ELSEWHERE = {
+    "benchmarks/soak.py": "test_soak",
+    "benchmarks/throughput.py": "test_throughput",
+    "examples/flux1_dev.py": "test_examples",
+    "examples/flux2.py": "test_examples",
+    "examples/qwen_image.py": "test_examples",
+    "examples/train_demo.py": "test_train_demo",
+    "examples/z_image_turbo.py": "test_examples",
+}
+
+
+def test_no_script_is_forgotten():
+    found = {
+        str(path.relative_to(ROOT))
+        for folder in ("benchmarks", "examples")
+        for path in (ROOT / folder).glob("*.py")
+        if '__name__ == "__main__"' in path.read_text()
+    }
+    assert found == SCRIPTS.keys() | ELSEWHERE.keys()
+    for script, test in ELSEWHERE.items():
+        assert Path(script).stem.removesuffix("_dev") in (ROOT / "tests" / f"{test}.py").read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_starts(script, tmp_path, monkeypatch, capsys):
+    path = ROOT / script
+    out = [] if script in WRITES_NOTHING else ["--out", str(tmp_path)]
+    monkeypatch.syspath_prepend(str(path.parent))
+    monkeypatch.setattr(sys, "argv", [str(path), *SCRIPTS[script], *out])
+    if script == "benchmarks/loops.py":  # its processes import it by name
+        loops = importlib.import_module("loops")
+        loops.main(loops.tyro.cli(loops.Arguments))
+    else:
+        runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
+    for file in tmp_path.glob("*.json"):
+        assert json.loads(file.read_text())["environment"]["platform"] == "cpu"
+    assert bool(out) == any(tmp_path.glob("*.json"))
