@@ -74,10 +74,8 @@ def settings_table() -> str:
 
 def settings() -> list[tuple[str, str, str]]:
     """Name, default and meaning of each setting, from the fields that define them."""
-    return [
-        (name, _default(field.default), _meaning(field))
-        for name, field in fields(RunConfig, SearchConfig, Placement).items()
-    ]
+    known = fields(RunConfig, SearchConfig, Placement)
+    return [(name, _default(field.default), _meaning(field)) for name, field in known.items()]
 
 
 def _default(value: Any) -> str:

@@ -19,6 +19,8 @@ import tyro
 
 import ses_jax
 from ses_jax import cli
+from ses_jax.engine.config import Placement, RunConfig, SearchConfig
+from ses_jax.engine.settings import fields
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,7 +88,7 @@ def test_every_public_name_and_argument_is_in_the_reference(site):
 
 def test_every_setting_is_in_the_table(site):
     text = (site[0] / "searching.html").read_text(encoding="utf-8")
-    for name in list(inspect.signature(ses_jax.search).parameters)[1:]:
+    for name in fields(RunConfig, SearchConfig, Placement):
         assert f"<td><code>{name}</code></td>" in text
 
 
