@@ -15,8 +15,6 @@ from ses_jax.convert.flux1 import COMPONENT
 from ses_jax.loading import hub
 from ses_jax.models import flux1
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = {"atol": 5e-5, "rtol": 5e-5}
 SIZES = {
     "dev": Flux1Sizes(),

@@ -15,8 +15,6 @@ from ses_jax.engine import generation
 from ses_jax.pipelines import base, flux1, schedule
 from ses_jax.pipelines.registry import abstract_pipeline
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LONG = "a very detailed painting of " + "many " * 300  # more than 77 and more than 512 tokens
 SHORT = 70
 SMALL = {"height": 32, "width": 32, "steps": 2}

@@ -16,8 +16,6 @@ from ses_jax.convert.flux2 import COMPONENT
 from ses_jax.loading import hub
 from ses_jax.models import flux2
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = {"atol": 5e-5, "rtol": 5e-5}
 SIZES = {
     "dev": oracle_flux2.Sizes(),

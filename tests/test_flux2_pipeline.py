@@ -29,8 +29,6 @@ from ses_jax.models import autoencoder_kl_bn
 from ses_jax.pipelines import flux2
 from ses_jax.pipelines import registry as pipelines
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TAPS = (1, 2, 3)  # of 4 layers
 LONG = "a very detailed painting of " + "many " * 300
 KLEIN_SIZES = oracle_flux2.Sizes(

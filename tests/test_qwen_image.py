@@ -13,8 +13,6 @@ from ses_jax.convert.qwen_image import COMPONENT
 from ses_jax.loading import network
 from ses_jax.models import qwen_image
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = {"atol": 5e-5, "rtol": 5e-5}
 SIZES = {
     "default": oracle.Sizes(),

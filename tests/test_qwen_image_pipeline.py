@@ -26,8 +26,6 @@ from ses_jax.pipelines import base, qwen_image
 from ses_jax.pipelines import registry as pipelines
 from ses_jax.searchers import wavelet
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LONG = "a very detailed painting of " + "many " * 300  # more tokens than are kept, and than the reference reads
 VARIANTS = {
     "default": oracle.Sizes(),

@@ -13,8 +13,6 @@ from ses_jax.convert.z_image import COMPONENT
 from ses_jax.loading import hub
 from ses_jax.models import z_image
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TOLERANCE = {"atol": 5e-5, "rtol": 5e-5}
 SIZES = {
     "default": oracle.ZImageSizes(),

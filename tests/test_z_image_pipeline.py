@@ -22,8 +22,6 @@ import ses_jax
 from ses_jax.engine import generation
 from ses_jax.pipelines import base, z_image
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LONG = "a very detailed painting of " + "many " * 300
 VARIANTS = {
     "turbo": oracle.ZImageSizes(),
