@@ -11,16 +11,25 @@ import tempfile
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ses_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ |= {
-    # Virtual devices that share a few busy cores may wait for each other longer than XLA's 40 s, then it aborts.
-    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=1200",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    # The programs of tiny networks take much longer to optimize than to run.
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+os.environ.update(
+    XLA_FLAGS=" ".join(
+        (
+            os.environ.get("XLA_FLAGS", ""),
+            # Virtual devices that share a few busy cores may wait for each other longer than XLA does before it aborts.
+            "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+            # The programs of tiny networks take much longer to compile than to run: the quicker generator of kernels,
+            # and, as workers share the cores, no threads.
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+            "--xla_cpu_multi_thread_eigen=false",
+        )
+    ),
+    JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
 
 import hypothesis
 import jax  # reads the variables

@@ -96,8 +96,10 @@ def test_dev_with_few_tokens(short, prompts, size, guidance, negative):
 
 @pytest.mark.parametrize(
     ("prompts", "size", "steps", "guidance", "negative"),
-    [([*RAGGED, LONG], (48, 80), 4, None, None), (["a cat"], (32, 64), 1, {"true_cfg": 2.0}, "")],
-    ids=["ragged batch", "true cfg"],
+    [
+        pytest.param([*RAGGED, LONG], (48, 80), 4, None, None, id="ragged batch"),
+        pytest.param(["a cat"], (32, 64), 1, {"true_cfg": 2.0}, "", id="true cfg", marks=pytest.mark.quick),
+    ],
 )
 def test_schnell_from_prompt_to_image(schnell, prompts, size, steps, guidance, negative):
     options = {"size": size, "steps": steps, "guidance": guidance, "negative": negative}

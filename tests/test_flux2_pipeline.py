@@ -86,6 +86,7 @@ def test_guidance(pairs, kind, guidance, negative):
     assert_same_images(pairs(kind), ["a cat"], arguments, size=(64, 32), guidance=guidance, negative=negative)
 
 
+@pytest.mark.quick
 def test_klein(pairs):
     assert_same_images(pairs("klein"), ["a cat"], arguments, size=(64, 32), steps=7)
 

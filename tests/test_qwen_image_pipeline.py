@@ -16,6 +16,7 @@ from parity import (
     assert_same_images,
     bfloat16_image,
     pair,
+    with_quick,
 )
 
 import ses_jax
@@ -81,7 +82,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", with_quick(CASES, "even batch, off"))
 def test_prompt_to_image(root, case):
     name, prompts, size, guidance, negative, steps = CASES[case]
     settings = {"size": size, "guidance": guidance, "negative": negative, "steps": steps}
