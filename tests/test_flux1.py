@@ -118,7 +118,7 @@ def test_bfloat16_stays_close(small):
     latents, prompt, guidance = draw(config, size, length, len(sigmas))
     arguments = (latents, np.float32(sigmas), prompt, guidance)
     exact = run(params, config, *arguments)
-    rounded = run(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), config, *arguments)
+    rounded = run(jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params), config, *arguments)
     assert rounded.dtype == np.float32
     assert np.linalg.norm(rounded - exact) < 0.1 * np.linalg.norm(exact)
 

@@ -140,7 +140,7 @@ def test_defaults_are_those_of_dev():
 def test_bfloat16_stays_close(networks):
     _, config, params = networks("deep")
     inputs = draw(config, *CASES["deep"][1])
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    half = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params)
     exact, rounded = run(params, config, *inputs), run(half, config, *inputs)
     assert rounded.dtype == jnp.float32
     assert np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)

@@ -88,7 +88,7 @@ def test_rules_cover_every_published_network_and_split_its_bulk(source):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Sizes that divide over eight devices; faint norms would hide in a sum over shards."""
-    sizes = oracle.ZImageSizes(dim=96, heads=8, axes_dims=(4, 4, 4), text_width=32, text_heads=8, text_kv_heads=8)
+    sizes = oracle.ZImageSizes(dim=96, heads=8, axes_dims=(4, 4, 4), text_heads=8, text_kv_heads=8, vae_layers=1)
     folder = tmp_path_factory.mktemp("partition")
     oracle.z_image_pipeline(sizes, seed=3).save_pretrained(folder)
     oracle.save_clip(folder / "clip", oracle.clip(seed=1))
@@ -103,7 +103,7 @@ def load(folder):
 
 def run(pipeline, **settings):
     settings |= {"budget": 7, "population": 5, "elites": 2, "preview_steps": 2, "steps": 2, "level": 1}
-    settings |= {"height": 64, "width": 64, "reward": "clip", "progress": False}
+    settings |= {"height": 32, "width": 64, "reward": "clip", "progress": False}
     return ses_jax.search(PROMPTS, model=pipeline, **settings)
 
 

@@ -101,7 +101,7 @@ def test_channel_norm_has_a_lower_bound_for_its_divisor(loudness):
 def test_bfloat16_stays_close(networks):
     _, ours, _ = networks
     latents = np.random.default_rng(4).standard_normal((1, 16, 4, 4), np.float32)
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), ours.params)
+    half = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), ours.params)
     exact, rounded = (np.asarray(decode(p, ours.config, latents), np.float32) for p in (ours.params, half))
     assert np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
 

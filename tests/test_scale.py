@@ -77,8 +77,10 @@ def test_bad_settings_are_refused():
 
 
 FAMILIES = {
-    "z_image": lambda: oracle.z_image_pipeline(oracle.ZImageSizes(shift=6.0), seed=3),
-    "flux2": lambda: oracle_flux2.dev_pipeline(oracle_flux2.Sizes(text_layers=8, text_width=32, context=96), seed=3),
+    "z_image": lambda: oracle.z_image_pipeline(oracle.ZImageSizes(shift=6.0, vae_layers=1), seed=3),
+    "flux2": lambda: oracle_flux2.dev_pipeline(
+        oracle_flux2.Sizes(text_layers=8, text_width=32, context=96, vae_layers=1), seed=3
+    ),
 }
 
 
