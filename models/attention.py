@@ -1,4 +1,13 @@
-"""Scaled dot-product attention and the two rotary position embeddings in use (interleaved pairs, rotated halves)."""
+"""Scaled dot-product attention and the two rotary position embeddings in use (interleaved pairs, rotated halves).
+
+The kernel follows the devices that a program is for. They can't be seen while it is traced, so whoever compiles for
+others than the default one traces inside `compiled_for`.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +19,22 @@ Angles = jax.Array | np.ndarray
 # Scores are held for as many queries at a time as need no more than this.
 SCORE_BYTES = 2**28
 CUDNN_HEAD_DIM = 128
+
+_TARGET: contextvars.ContextVar[Any] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(device: Any) -> Iterator[None]:
+    """What is traced inside is for programs that run on such a device, real or of a topology; None is the default one.
+
+    To be entered inside a jitted function, with a device that follows from its static arguments: what a cached
+    compilation holds then follows from them too.
+    """
+    token = _TARGET.set(device)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
 
 
 def attention(
@@ -34,7 +59,10 @@ def attention(
     Returns:
       `[B, T, N * D]`, heads merged.
     """
+    fused = _fits_cudnn(q)
     mask = None if key_mask is None else jnp.asarray(key_mask)[:, None, None, :]
+    if fused and mask is not None:
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], mask.shape[3]))  # cuDNN wants a row a query
     lengths = None if key_lengths is None else jnp.asarray(key_lengths, jnp.int32)
 
     def attend(queries):
@@ -45,11 +73,11 @@ def attention(
             mask=mask,
             key_value_seq_lengths=lengths,
             is_causal=causal,
-            implementation="cudnn" if _fits_cudnn(q) else "xla",
+            implementation="cudnn" if fused else "xla",
         )
 
     block = _block(q, k)
-    out = attend(q) if causal or block >= q.shape[1] or _fits_cudnn(q) else _in_blocks(attend, q, block)
+    out = attend(q) if causal or block >= q.shape[1] or fused else _in_blocks(attend, q, block)
     if key_mask is not None:
         seen = jnp.cumsum(key_mask, axis=1) > 0 if causal else jnp.any(key_mask, axis=1, keepdims=True)
         out = jnp.where(seen[:, :, None, None], out, 0)
@@ -91,10 +119,16 @@ def _in_blocks(attend, q: jax.Array, block: int) -> jax.Array:
 
 
 def _fits_cudnn(q: jax.Array) -> bool:
-    """Whether cuDNN has a fused kernel for these queries on the device that programs are compiled for."""
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if not half or q.shape[-1] > CUDNN_HEAD_DIM or q.shape[-1] % 8 or jax.default_backend() != "gpu":
+    """Whether cuDNN has a fused kernel for these queries on the device that the program is for."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] > CUDNN_HEAD_DIM or q.shape[-1] % 8:
         return False
-    # AMD's devices are "gpu" too; Ampere is the first generation with the kernel.
-    capability = getattr(jax.devices()[0], "compute_capability", "")
-    return capability.replace(".", "").isdigit() and float(capability) >= 8.0
+    # AMD's devices are "gpu" too, with capabilities such as "gfx942"; Ampere is the first generation with the kernel.
+    device = _target()
+    capability = getattr(device, "compute_capability", "").split(".")
+    return device.platform in ("gpu", "cuda") and all(map(str.isdecimal, capability)) and int(capability[0]) >= 8
+
+
+def _target() -> Any:
+    """The device that was said, or JAX's default one, which may be said by its platform's name."""
+    device = _TARGET.get() or jax.config.jax_default_device
+    return device if hasattr(device, "platform") else jax.devices(device)[0]

@@ -12,13 +12,22 @@ if not (Path(__file__).parent / "models").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
 from ses_jax.batch.run import search_many
+from ses_jax.engine import models as _models
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.result import SearchResult
 from ses_jax.engine.search import generate, search
+from ses_jax.loading import programs as _programs
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.registry import load_pipeline
 from ses_jax.planner.plan import Plan, plan
 from ses_jax.rewards.reward import Reward, load_reward
+
+
+def clear_caches() -> None:
+    """Lets go of the models and compiled programs that earlier calls left behind for later ones."""
+    _models.forget()
+    _programs.clear()
+
 
 __all__ = [
     "Pipeline",
@@ -26,6 +35,7 @@ __all__ = [
     "Reward",
     "SearchConfig",
     "SearchResult",
+    "clear_caches",
     "generate",
     "load_pipeline",
     "load_reward",

@@ -25,18 +25,33 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.engine": (
         {"ses_jax.searchers", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading"},
-        ["search", "runner", "tasks", "resume", "records", "generation", "config", "result", "progress", "memory"],
+        [
+            "search",
+            "models",
+            "runner",
+            "tasks",
+            "resume",
+            "records",
+            "generation",
+            "config",
+            "result",
+            "progress",
+            "memory",
+        ],
     ),
     "ses_jax.searchers": (set(), ["cem", "wavelet"]),
     "ses_jax.rewards": (
         {"ses_jax.loading", "ses_jax.convert", "ses_jax.models"},
-        ["reward", "scorers", "preprocess", "resample", "mixture"],
+        ["reward", "scorers", "preprocess", "resample", "mixture", "images"],
     ),
     "ses_jax.pipelines": (
         {"ses_jax.loading", "ses_jax.convert", "ses_jax.models"},
         ["registry", "flux1", "flux2", "qwen_image", "z_image", "schedule", "guidance", "sampler", "base"],
     ),
-    "ses_jax.loading": ({"ses_jax.convert"}, ["hub", "folder", "network", "checkpoint", "partition"]),
+    "ses_jax.loading": (
+        {"ses_jax.convert", "ses_jax.models"},
+        ["hub", "folder", "network", "checkpoint", "partition", "programs"],
+    ),
     "ses_jax.convert": (
         {"ses_jax.models"},
         [

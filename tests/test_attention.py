@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ses_jax.models import attention as module
-from ses_jax.models.attention import attention
+from ses_jax.models.attention import attention, compiled_for
 
 pytestmark = pytest.mark.quick
 
@@ -97,7 +97,16 @@ def test_long_sequences_never_hold_all_scores():
         ("tpu", "", jnp.bfloat16, 128, False),
     ],
 )
-def test_the_fused_kernel_is_taken_where_there_is_one(monkeypatch, backend, capability, dtype, dim, fits):
-    device = types.SimpleNamespace(compute_capability=capability)
-    monkeypatch.setattr(module, "jax", types.SimpleNamespace(default_backend=lambda: backend, devices=lambda: [device]))
-    assert module._fits_cudnn(jnp.zeros((1, 2, 1, dim), dtype)) == fits
+def test_the_fused_kernel_is_taken_where_there_is_one(backend, capability, dtype, dim, fits):
+    with compiled_for(types.SimpleNamespace(platform=backend, compute_capability=capability)):
+        assert module._fits_cudnn(jnp.zeros((1, 2, 1, dim), dtype)) == fits
+    assert not module._fits_cudnn(jnp.zeros((1, 2, 1, dim), dtype))
+
+
+def test_the_default_device_counts_where_none_is_said():
+    with jax.default_device("cpu"):
+        assert module._target().platform == "cpu"
+    with jax.default_device(jax.devices()[3]):
+        assert module._target() == jax.devices()[3]
+    with compiled_for(None):
+        assert module._target() == jax.devices()[0]

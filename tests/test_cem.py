@@ -101,8 +101,11 @@ def test_on_ties_the_earlier_sample_stays():
     np.testing.assert_array_equal(state.best_sample, [1.0])
 
 
+# XLA takes subnormal numbers for zero.
 scores_lists = st.lists(
-    st.one_of(st.floats(-100, 100, width=32), st.sampled_from([np.nan, np.inf, -np.inf])), min_size=4, max_size=4
+    st.one_of(st.floats(-100, 100, width=32, allow_subnormal=False), st.sampled_from([np.nan, np.inf, -np.inf])),
+    min_size=4,
+    max_size=4,
 )
 
 

@@ -149,19 +149,19 @@ def test_other_wavelets_search_too(search, name):
 
 def test_one_compilation_for_all_generations_and_prompts(pipeline, reward):
     pipeline, reward = toy.pipeline(), toy.brightness()
-    before = generation.generation_step._cache_size()
+    before = generation.generation_step.cache_size()
     ses_jax.search(["a", "bb", "ccc"], model=pipeline, reward=reward, budget=25, progress=False)
     ses_jax.search("dddd", model=pipeline, reward=reward, budget=33, seed=5, progress=False)
-    assert generation.generation_step._cache_size() - before == 1
+    assert generation.generation_step.cache_size() - before == 1
 
 
 def test_weights_are_not_baked_into_the_program(pipeline, reward):
     program, params, *rest = _step_arguments(pipeline, reward)
     first = generation.generation_step(program, params, *rest)[1].components
-    compilations = generation.generation_step._cache_size()
+    compilations = generation.generation_step.cache_size()
     changed = ({"gain": jnp.float32(0.0)}, params[1])
     second = generation.generation_step(program, changed, *rest)[1].components
-    assert generation.generation_step._cache_size() == compilations
+    assert generation.generation_step.cache_size() == compilations
     assert not np.allclose(first, second)
 
 

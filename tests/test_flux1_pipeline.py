@@ -211,7 +211,7 @@ def test_a_search_runs_with_a_clip_reward(short, tmp_path):
     _, pipeline = short
     oracle.save_clip(tmp_path, oracle.clip())
     settings = {"guidance": {"true_cfg": 2.0}, "negative_prompt": "a dog", "height": 32, "width": 32, "steps": 2}
-    before = generation.generation_step._cache_size()
+    before = generation.generation_step.cache_size()
     results = ses_jax.search(
         ["a cat", "", LONG], model=pipeline, reward=ses_jax.load_reward("clip", source=str(tmp_path)), budget=5,
         population=4, elites=2, level=1, preview_steps=2, progress=False, **settings,
@@ -222,7 +222,7 @@ def test_a_search_runs_with_a_clip_reward(short, tmp_path):
         assert result.score == max(scores) > min(scores)
         assert result.image.size == (32, 32)
     # Five candidates in generations of four: the last generation is a program of its own at most.
-    assert generation.generation_step._cache_size() - before <= 2
+    assert generation.generation_step.cache_size() - before <= 2
     again = ses_jax.generate(pipeline, LONG, noise=results[2].noise[None], **settings)
     np.testing.assert_allclose(np.asarray(results[2].image) / 255, again[0], atol=0.5 / 255 + 1e-4)
 

@@ -173,9 +173,9 @@ def test_scorers_and_host_code_mix(pipeline):
 
 def test_one_compilation_for_all_prompts_of_a_mixture(pipeline):
     reward = toy.mixture(red=1.0, green=1.0, blue=0.0)
-    before = generation.generation_step._cache_size()
+    before = generation.generation_step.cache_size()
     ses_jax.search(["a", "bb", "ccc"], model=pipeline, reward=reward, **SETTINGS)
-    assert generation.generation_step._cache_size() - before == 1
+    assert generation.generation_step.cache_size() - before == 1
 
 
 def test_bad_reports_are_refused(pipeline):

@@ -61,9 +61,9 @@ def test_a_traceable_function_keeps_its_prompt():
 
 def test_one_compilation_for_all_batches_of_prompts():
     pipeline, reward = toy.pipeline(), toy.brightness()
-    before = generation.generation_step._cache_size()
+    before = generation.generation_step.cache_size()
     ses_jax.search(PROMPTS[:2] * 3, model=pipeline, reward=reward, prompts_at_once=2, **SETTINGS)
-    assert generation.generation_step._cache_size() - before == 1
+    assert generation.generation_step.cache_size() - before == 1
 
 
 def test_bad_settings_are_refused():
@@ -178,7 +178,7 @@ def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog):
     pipeline = ses_jax.load_pipeline(str(folder))
     reward = ses_jax.load_reward("clip", source=folder / "clip")
     config = ses_jax.SearchConfig(population=8, height=128, width=128, level=1, preview_steps=2).resolve(pipeline)
-    compilations = generation.generation_step._cache_size()
+    compilations = generation.generation_step.cache_size()
 
     def chunk_under(limit):
         monkeypatch.setattr(memory, "device_limit", lambda: limit)
@@ -200,7 +200,7 @@ def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog):
     assert 2 <= found <= 4
     assert f"denoising {found} of 8 candidates at a time" in caplog.text
     assert chunk_under(1).program.chunk == 1
-    assert generation.generation_step._cache_size() == compilations
+    assert generation.generation_step.cache_size() == compilations
 
 
 # Saved searches

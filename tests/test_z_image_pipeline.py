@@ -162,9 +162,9 @@ def test_prompts_of_one_token_bucket_share_one_compilation(pipeline):
     prompts = ["a cat", "two dogs", "", LONG]
     buckets = [pipeline.tokenize([prompt]).positive.ids.shape[1] for prompt in prompts]
     assert buckets[0] == buckets[1] == buckets[2] < buckets[3]
-    before = generation.generation_step._cache_size()
+    before = generation.generation_step.cache_size()
     ses_jax.search(
         prompts, model=pipeline, reward=toy.brightness(), budget=4, population=2, elites=1, level=1, preview_steps=1,
         steps=1, height=32, width=32, guidance=0.0, progress=False,
     )  # fmt: skip
-    assert generation.generation_step._cache_size() - before == 2
+    assert generation.generation_step.cache_size() - before == 2

@@ -21,9 +21,11 @@ from ses_jax.batch.processes import own_place
 from ses_jax.batch.progress import batch_progress
 from ses_jax.batch.prompts import Row, Source, read_rows
 from ses_jax.batch.run_folder import Outcome, Run
+from ses_jax.engine import models
 from ses_jax.engine import resume as saved_search
 from ses_jax.engine import search as engine
 from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.runner import search_prompts
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards.reward import Reward, RewardSpec
@@ -48,7 +50,7 @@ def search_many(
     out: str | os.PathLike[str],
     model: str | Pipeline = "demo",
     reward: RewardSpec | Reward | None = None,
-    report: engine.Report = None,
+    report: models.Report = None,
     prompts_at_once: int = 1,
     mesh: str | Mesh | None = None,
     load: Mapping[str, Any] | None = None,
@@ -87,7 +89,7 @@ def search_many(
     config = _config(settings)
     rows = read_rows(prompts)
     engine.check_running(prompts_at_once, resume, out)
-    report = engine.check_rewards(reward, report)
+    report = models.check_rewards(reward, report)
     place = own_place(process_id, num_processes)
     run = Run(Path(out), rows, place.process_id)
     described = _described(config.as_json()) | {"load": _described(load or {})}
@@ -100,7 +102,7 @@ def search_many(
     work = None
     if any(row.error is None for row in pending):
         mesh = partition.parse_mesh(mesh, jax.local_devices())
-        pipeline, reward = engine.load_models(model, reward, report, {"mesh": mesh, **(load or {})})
+        pipeline, reward = models.load_models(model, reward, report, {"mesh": mesh, **(load or {})})
         config.resolve(pipeline)
         prompts_at_once = 1 if reward.one_prompt_at_a_time else prompts_at_once
         work = _Work(run, pipeline, reward, config, resume)
@@ -167,7 +169,7 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
     """Searches rows at once; where that fails, one by one, so that each fails for itself only."""
     state = _state_folder(work, rows)
     try:
-        results = engine.search_prompts(
+        results = search_prompts(
             work.pipeline,
             work.reward,
             config,

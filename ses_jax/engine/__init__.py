@@ -2,6 +2,7 @@
 
 search       `search`, `generate`: the public calls
 runner       generations, final renders, results of one or more prompts at once
+models       the pipeline and the reward of a search, loaded and kept for the next one
 tasks        a search made ready: prompts encoded, noise split, weights placed
 generation   the compiled part
 config       `SearchConfig`

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ses_jax.loading import partition
+from ses_jax.loading.programs import compiled
 from ses_jax.pipelines import sampler
 from ses_jax.rewards import mixture
 from ses_jax.searchers import cem, wavelet
@@ -115,12 +116,13 @@ def init(program: Program, low_shape: tuple[int, ...], *, elites: int, generatio
     archive = None
     if program.standardize:
         rows = generations * program.evaluated
-        archive = Archive(jnp.zeros((rows, *shape)), jnp.full((rows, len(program.weights)), jnp.nan, jnp.float32))
+        unknown = jnp.full((rows, len(program.weights)), jnp.nan, jnp.float32)
+        archive = Archive(jnp.zeros((rows, *shape), jnp.float32), unknown)
     state = State(cem.init(tuple(shape), elites=elites), archive)
     return jax.tree.map(lambda x: jnp.repeat(x[None], prompts, axis=0), state)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static=1)
 def generation_step(
     program: Program, params: Any, inputs: Inputs, generation: Array, state: State
 ) -> tuple[State, Scored]:
@@ -139,7 +141,7 @@ def generation_step(
     return tell(program, inputs, generation, state, lows, scores.reshape(*lows.shape[:2], -1))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@compiled(static=1)
 def candidates(
     program: Program, params: Any, inputs: Inputs, generation: Array, state: State
 ) -> tuple[Array, Array, Array]:
@@ -180,8 +182,9 @@ def _preview(program: Program, params: Any, inputs: Inputs, lows: Array, finish:
 def _components(program: Program, params: Any, inputs: Inputs, images: Array, owner: Array) -> Float[Array, "n parts"]:
     """The device parts' scores; no columns if there are none."""
     if program.score is None:
-        return jnp.zeros((len(images), 0))
-    return program.score(params[1], images, owned(inputs.text, owner))
+        return jnp.zeros((len(images), 0), jnp.float32)
+    with partition.compiled_for(program.model.mesh):
+        return program.score(params[1], images, owned(inputs.text, owner))
 
 
 def tell(
@@ -224,13 +227,17 @@ def _images(
         def velocity(latents, sigma):
             # Said again and again: where the rows go afterwards would spread into the loop.
             latents = partition.constrain(model.mesh, latents, partition.DATA)
-            return partition.constrain(model.mesh, model.velocity(params, latents, sigma, texts), partition.DATA)
+            with partition.compiled_for(model.mesh):
+                out = model.velocity(params, latents, sigma, texts)
+            return partition.constrain(model.mesh, out, partition.DATA)
 
         latents = sampler.denoise(velocity, part.noise, sigmas)
         latents = partition.constrain(model.mesh, latents, partition.DATA)
         spread = _fill(Rows(latents, part.owner), partition.size(model.mesh, *partition.AXES))
         latents, owner = partition.constrain(model.mesh, spread, *partition.AXES)
-        finished = partition.constrain(model.mesh, finish(model.decode(params, latents), owner))
+        with partition.compiled_for(model.mesh):
+            images = model.decode(params, latents)
+        finished = partition.constrain(model.mesh, finish(images, owner))
         return jax.tree.map(lambda x: x[: len(part.owner)], finished)
 
     count, data = len(rows.owner), partition.size(model.mesh, partition.DATA)
@@ -244,7 +251,7 @@ def _fill(rows: Rows, multiple: int) -> Rows:
     return jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[:1], surplus, axis=0)]), rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def render(
     model: Model,
     chunk: int,
@@ -256,14 +263,15 @@ def render(
     return _images(model, chunk, params, prompts, rows, lambda images, owner: images)
 
 
-score = functools.partial(jax.jit, static_argnums=0)(_components)
-update = functools.partial(jax.jit, static_argnums=0)(tell)
+score = compiled(static=1)(_components)
+update = compiled(static=1)(tell)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@compiled(static=2)
 def encode(function: Callable[[Any, Any], Any], mesh: Mesh | None, params: Any, tokens: Any) -> Any:
     """`function(params, tokens)`, compiled: the condition of prompts."""
-    return partition.constrain(mesh, function(params, tokens))
+    with partition.compiled_for(mesh):
+        return partition.constrain(mesh, function(params, tokens))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -295,7 +303,8 @@ def in_chunks(function: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
         return function(rows)
     whole = count - count % chunk
     stacked = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), rows)
-    out = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(function, stacked))
+    # Not -1: an array may have no columns.
+    out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), jax.lax.map(function, stacked))
     if whole == count:
         return out
     rest = function(jax.tree.map(lambda x: x[whole:], rows))

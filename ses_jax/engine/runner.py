@@ -18,6 +18,7 @@ from ses_jax.engine.progress import Report, progress_bar
 from ses_jax.engine.result import SearchResult, to_image
 from ses_jax.engine.tasks import Task, generation_count, initial_state, prepare
 from ses_jax.loading import partition
+from ses_jax.loading.programs import comparable
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards import mixture
 from ses_jax.rewards import reward as rewards
@@ -181,7 +182,7 @@ def render(
 ) -> Float[Array, "r H W 3"]:
     """Images of rows with all steps, `how` being the config and how many rows to take at a time."""
     config, chunk = how
-    model = Model(pipeline.velocity, pipeline.decode, pipeline.mesh)
+    model = Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh)
     sigmas = jnp.asarray(pipeline.sigmas(config.steps, config.height, config.width))
     arrays = partition.replicate(pipeline.mesh, ((sigmas, condition), rows))
     while True:

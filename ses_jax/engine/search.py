@@ -20,29 +20,15 @@ from ses_jax.engine import resume as saved_search
 from ses_jax.engine import runner
 from ses_jax.engine.config import SearchConfig, check_size
 from ses_jax.engine.generation import Rows
+from ses_jax.engine.models import Report, check_rewards, find_pipeline, load_models
 from ses_jax.engine.result import SearchResult, writable_folder
 from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.tasks import base_noise, encode, image_params, prompt_keys
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Guidance, Pipeline
-from ses_jax.pipelines.registry import load_pipeline
-from ses_jax.rewards import reward as rewards
 from ses_jax.rewards.reward import Reward, RewardSpec
 
-__all__ = [
-    "base_noise",
-    "check_rewards",
-    "check_running",
-    "generate",
-    "load_models",
-    "prompt_keys",
-    "resolve_reward",
-    "search",
-    "search_prompts",
-]
-
 STATE = ".search"
-Report = RewardSpec | Reward | Sequence[str] | None
 
 
 def search(
@@ -179,7 +165,7 @@ def generate(
         steps=steps, guidance=guidance, negative_prompt=negative_prompt, height=height, width=width, chunk=chunk
     )
     config.check()
-    pipeline = _pipeline(pipeline, mesh, **(load or {}))
+    pipeline = find_pipeline(pipeline, mesh, **(load or {}))
     config = config.with_defaults(pipeline)
     size = config.height, config.width
     check_size(pipeline, *size)
@@ -192,54 +178,6 @@ def generate(
     rows = Rows(jnp.asarray(noise), jnp.arange(len(prompts)))
     params = image_params(pipeline)
     return runner.render(pipeline, params, rows, condition, (config, config.chunk or len(prompts)))
-
-
-def check_rewards(reward: RewardSpec | Reward | None, report: Report) -> RewardSpec | Reward | None:
-    """The report as something to load, after both have been checked as far as that goes without loading them."""
-    report = dict.fromkeys(report, 1.0) if isinstance(report, Sequence) and not isinstance(report, str) else report
-    for spec in (reward, report):
-        if spec is not None:
-            rewards.check(spec)
-    return report
-
-
-def load_models(
-    model: str | Pipeline,
-    reward: RewardSpec | Reward | None,
-    report: RewardSpec | Reward | None,
-    options: Mapping[str, Any],
-) -> tuple[Pipeline, Reward]:
-    """The loaded pipeline and the reward with its reported parts, from arguments of `search` that were checked.
-
-    Raises:
-      ValueError: for a broken checkpoint, and for options that a pipeline which is loaded already can't have.
-    """
-    pipeline = _pipeline(model, **options)
-    reward = resolve_reward(pipeline.defaults.reward if reward is None else reward, pipeline)
-    if report is not None:
-        reward = rewards.with_report(reward, resolve_reward(report, pipeline))
-    return pipeline, reward
-
-
-def resolve_reward(reward: RewardSpec | Reward, pipeline: Pipeline) -> Reward:
-    """The loaded reward; a checkpoint that ships its own scorer in `clip/` is scored by that one."""
-    if isinstance(reward, Reward):
-        return reward
-    own = Path(pipeline.folder) / "clip"
-    return rewards.load_reward(reward, source={"clip": own} if own.exists() else None)
-
-
-def _pipeline(model: str | Pipeline, mesh: str | Mesh | None = None, **options: Any) -> Pipeline:
-    """The loaded pipeline; raises ValueError for one on other devices than those asked for, or with options."""
-    if not isinstance(model, Pipeline):
-        return load_pipeline(model, mesh=mesh, **options)
-    if options:
-        raise ValueError(f"load={options} has no effect on a loaded pipeline; pass it to load_pipeline")
-    if mesh is not None and partition.parse_mesh(mesh) != model.mesh:
-        raise ValueError(
-            f"the pipeline lies on {model.mesh}, not on mesh {mesh!r}; load it with load_pipeline(mesh=...)"
-        )
-    return model
 
 
 def check_running(prompts_at_once: int, resume: bool, out: Any) -> None:

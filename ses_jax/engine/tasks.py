@@ -18,6 +18,7 @@ from ses_jax.engine import generation, memory
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.generation import Inputs, Model, Program, State
 from ses_jax.loading import partition
+from ses_jax.loading.programs import comparable
 from ses_jax.pipelines.base import Guidance, Pipeline
 from ses_jax.rewards import reward as rewards
 from ses_jax.rewards.reward import Reward
@@ -73,7 +74,7 @@ def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
     evaluated = min(config.population, config.budget)
     rows = evaluated * len(prompts)
     return Program(
-        model=Model(pipeline.velocity, pipeline.decode, pipeline.mesh),
+        model=Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh),
         score=rewards.device_scores(reward, prompts[0]),
         weights=reward.weights,
         # Standardising a single part would change its scores and not their order.

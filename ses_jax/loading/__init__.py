@@ -1,8 +1,9 @@
-"""Weights and where they lie: from the hub or a folder, published or converted, onto devices.
+"""Weights and where they lie: from the hub or a folder, published or converted, onto devices that programs run on.
 
 hub          `resolve` a source to a folder; read one network or tokenizer of it
 folder       convert whole checkpoint folders, either way
 network      one network's folder, in either form
 checkpoint   params on disk in our own form (Orbax)
 partition    meshes of devices, and where each leaf of the params lies on them
+    programs     what is compiled, and kept for later calls
 """

@@ -1,7 +1,8 @@
 """Where weights come from: the packaged demo, a folder on disk (published or converted), or the Hugging Face hub."""
 
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ses_jax.convert.engine import Placement, Weights
-from ses_jax.convert.files import open_named, read_json
+from ses_jax.convert.files import open_files, open_named, read_json
+from ses_jax.convert.pickles import open_pickle
 from ses_jax.convert.table import Component
 from ses_jax.loading import network
 from ses_jax.loading.network import read_config
@@ -22,9 +24,12 @@ __all__ = [
     "load_weights",
     "on_host",
     "open_named",
+    "open_source",
+    "params_dtype",
     "read_config",
     "read_json",
     "resolve",
+    "resolve_weights",
     "settings",
 ]
 
@@ -32,16 +37,21 @@ DEMO = Path(__file__).parents[1] / "demo"
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 # A pipeline's own weights lie in subfolders; single files beside them hold the same weights in other layouts.
 PIPELINE_WEIGHTS, NETWORK_WEIGHTS = "*/*.safetensors", "model*.safetensors"
+DTYPES = ("bfloat16", "float16", "float32")
 VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")  # the same weights again, at another precision
 
 
-def resolve(source: str | Path, *, weights: str | None = None) -> Path:
+_importing = threading.Lock()
+
+
+def resolve(source: str | Path, *, weights: str | tuple[str, ...] | None = None) -> Path:
     """The local folder of a checkpoint, downloaded first where it has to be.
 
     Args:
-      source: "demo", a folder, or a Hugging Face id such as "Tongyi-MAI/Z-Image-Turbo" of a
-        pipeline or of a single network.
-      weights: pattern of the weights to download; None is those of a pipeline or a network in safetensors, "" none.
+      source: "demo", a folder, or a Hugging Face id such as "Tongyi-MAI/Z-Image-Turbo" of a pipeline or of a single
+        network; or a file beside a `model_index.json` or `config.json`, which stands for its folder.
+      weights: pattern or patterns of the weights to download; None is those of a pipeline or a network in
+        safetensors, "" none.
 
     Raises:
       FileNotFoundError: if a folder, or the demo, is not there.
@@ -53,7 +63,7 @@ def resolve(source: str | Path, *, weights: str | None = None) -> Path:
     if source and folder.is_dir():  # an empty string would be the current folder
         return folder
     if folder.is_file():
-        raise ValueError(f"{folder} is a file; expected the checkpoint's folder")
+        return _folder_of(folder)
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or "\\" in str(source):
         return _existing(folder, "no such checkpoint folder")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -61,6 +71,19 @@ def resolve(source: str | Path, *, weights: str | None = None) -> Path:
             f"unknown model {source!r}: expected 'demo', an existing folder, or a Hugging Face id 'organisation/name'"
         )
     return _download(source, weights)
+
+
+def resolve_weights(source: str | Path, *, weights: str | tuple[str, ...]) -> Path:
+    """As `resolve`, for networks that are published as one file: a file in such a layout is taken as it is."""
+    file = Path(source).expanduser()
+    return file if file.is_file() and source != "demo" else resolve(source, weights=weights)
+
+
+def open_source(path: Path, stems: Sequence[str]) -> Weights:
+    """The tensors of a file, or of the one in a folder that has one of some names (see `open_named`)."""
+    if path.is_file():
+        return open_files([path]) if path.suffix == ".safetensors" else open_pickle(path)
+    return open_named(path, stems)
 
 
 def load_component(
@@ -83,7 +106,7 @@ def load_component(
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
-    loaded = network.load(folder, component, dtype=jnp.dtype(dtype or default_dtype()), sharding=sharding)
+    loaded = network.load(folder, component, dtype=params_dtype(dtype), sharding=sharding)
     return loaded.config, loaded.params
 
 
@@ -99,7 +122,7 @@ def load_weights(weights: Weights, component: Component, json: Mapping[str, Any]
     Raises:
       ValueError: naming the tensors that do not fit.
     """
-    return network.read(weights, component, json, dtype=jnp.dtype(dtype or default_dtype())).params
+    return network.read(weights, component, json, dtype=params_dtype(dtype)).params
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -109,14 +132,21 @@ def load_tokenizer(folder: Path) -> Any:
       FileNotFoundError: if there is none.
       ValueError: naming the folder, if its files can't be read.
     """
-    import transformers  # takes two seconds
-
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer_config.json")
+    tokenizers = _auto_tokenizer()
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return tokenizers.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises anything from OSError to KeyError for damaged files
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+
+def _auto_tokenizer() -> Any:
+    """transformers' loader. The import takes two seconds, and threads that first do it at once see half a module."""
+    with _importing:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -129,9 +159,32 @@ def on_host(path: str, shape: tuple[int, ...]) -> None:
     """A placement for `load_component` that leaves every leaf in host memory."""
 
 
+def params_dtype(dtype: Any = None) -> Any:
+    """A dtype that was asked for; None is the machine's own.
+
+    Raises:
+      ValueError: for one that params can't have.
+    """
+    try:
+        found = jnp.dtype(default_dtype() if dtype is None else dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is no dtype of weights; choose {', '.join(DTYPES)}")
+    return found
+
+
 def default_dtype() -> Any:
     """The dtype of params where none is asked for: bfloat16 where the hardware is made for it, float32 on CPU."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _folder_of(file: Path) -> Path:
+    if any((file.parent / name).is_file() for name in ("model_index.json", "config.json")):
+        return file.parent
+    raise ValueError(
+        f"{file} is a file without a model_index.json or config.json beside it; expected the checkpoint's folder"
+    )
 
 
 def _existing(folder: Path, complaint: str) -> Path:
@@ -140,7 +193,7 @@ def _existing(folder: Path, complaint: str) -> Path:
     return folder
 
 
-def _download(source: str, weights: str | None) -> Path:
+def _download(source: str, weights: str | tuple[str, ...] | None) -> Path:
     try:
         folder = Path(_snapshot(source, SMALL_FILES))
         if weights is None:

@@ -8,6 +8,7 @@ A network's rules are ordered pairs of a path pattern and a PartitionSpec; the f
 counts, and a leaf that none matches is an error.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from ses_jax.models import attention
 
 DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)
@@ -137,6 +140,18 @@ def constrain(mesh: Mesh | None, tree: Any, *axes: str) -> Any:
         return tree
     spec = PartitionSpec(axes) if axes else PartitionSpec()
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+
+
+def compiled_for(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
+    """Inside a compiled function: what is traced in it runs on a mesh; None is the default device."""
+    return attention.compiled_for(None if mesh is None else mesh.devices.flat[0])
+
+
+def device_of(params: Any) -> jax.Device | None:
+    """One of the devices that params lie on; None for params of the host or without arrays."""
+    placed = (leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
+    first = next(placed, None)
+    return None if first is None else min(first.sharding.device_set, key=lambda device: device.id)
 
 
 def size(mesh: Mesh | None, *axes: str) -> int:

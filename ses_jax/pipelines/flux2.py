@@ -111,22 +111,37 @@ def unpacked(pipeline: base.Pipeline, patch: tuple[int, int]) -> base.Pipeline:
 
     Packing only moves numbers, so the same noise in either order gives the same image.
     """
-    pack = functools.partial(autoencoder_kl_bn.pack, patch=patch)
 
     def noise_shape(height, width):
         channels, rows, columns = pipeline.noise_shape(height, width)
         return channels // (patch[0] * patch[1]), rows * patch[0], columns * patch[1]
 
-    def velocity(params, latents, sigma, condition):
-        return autoencoder_kl_bn.unpack(pipeline.velocity(params, pack(latents), sigma, condition), patch)
-
     return dataclasses.replace(
         pipeline,
         defaults=dataclasses.replace(pipeline.defaults, level=pipeline.defaults.level + 1),
-        velocity=velocity,
-        decode=lambda params, latents: pipeline.decode(params, pack(latents)),
+        velocity=functools.partial(unpacked_velocity, pipeline.velocity, patch),
+        decode=functools.partial(unpacked_decode, pipeline.decode, patch),
         noise_shape=noise_shape,
     )
+
+
+def unpacked_velocity(
+    velocity: Callable[..., Any],
+    patch: tuple[int, int],
+    params: Any,
+    latents: Float[Array, "b c h w"],
+    *sigma_and_condition: Any,
+) -> Float[Array, "b c h w"]:
+    """`velocity`, which takes packed latents, of those on the autoencoder's own grid."""
+    packed = velocity(params, autoencoder_kl_bn.pack(latents, patch), *sigma_and_condition)
+    return autoencoder_kl_bn.unpack(packed, patch)
+
+
+def unpacked_decode(
+    decode: Callable[..., Any], patch: tuple[int, int], params: Any, latents: Float[Array, "b c h w"]
+) -> Float[Array, "b H W 3"]:
+    """`decode`, which takes packed latents, of those on the autoencoder's own grid."""
+    return decode(params, autoencoder_kl_bn.pack(latents, patch))
 
 
 def tokenize(

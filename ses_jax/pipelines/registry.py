@@ -37,7 +37,7 @@ def load_pipeline(
     Args:
       source: "demo" (the small checkpoint inside this package), a local folder in diffusers layout, a folder written by
         `ses-jax convert`, or a Hugging Face id such as "Tongyi-MAI/Z-Image-Turbo".
-      dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
+      dtype: of the weights, bfloat16, float16 or float32; None is bfloat16 on GPU and TPU, float32 on CPU.
       mesh: devices to spread the weights and candidates over, such as "data=4,model=2" (see `partition.parse_mesh`);
         weights go from the files straight into their shards. None is the default device.
       offload_text_encoder: keep the weights in host memory. A search or render then puts the text encoders on the
@@ -52,6 +52,7 @@ def load_pipeline(
       ValueError: for an unknown source, model family or option, a mesh that does not fit, or a broken checkpoint; the
         message names file and tensor.
     """
+    dtype = hub.params_dtype(dtype)
     folder = hub.resolve(source)
     index = hub.read_json(folder / "model_index.json")
     family = _family(source, index.get("_class_name"))

@@ -1,7 +1,7 @@
 """Pillow's bicubic resize on the device: two matrix products, rounded to 8 bits after each as Pillow does.
 
-Reference: `src/libImaging/Resample.c` of Pillow (8 bits per channel, horizontal pass first, a = -0.5). Pillow 13 takes
-the vertical pass first for some images more than twice as tall as wide, where values can then differ by a few steps.
+Reference: `src/libImaging/Resample.c` of Pillow (8 bits per channel, a = -0.5). The vertical pass comes first where an
+image loses more than twice as many rows as columns, as in Pillow 13; otherwise the horizontal one does.
 """
 
 import functools
@@ -27,11 +27,13 @@ def resize(pixels: Float[Array, "b h w c"], size: tuple[int, int], *, rounded: b
         torch's `interpolate(mode="bicubic", antialias=True)`.
     """
     height, width = pixels.shape[1:3]
-    finish = _round if rounded else lambda x: x
-    if width != size[1]:
-        pixels = finish(jnp.einsum("bhwc,Ww->bhWc", pixels, coefficients(width, size[1]), precision="highest"))
-    if height != size[0]:
-        pixels = finish(jnp.einsum("bhwc,Hh->bHwc", pixels, coefficients(height, size[0]), precision="highest"))
+    passes = [("bhwc,Ww->bhWc", width, size[1]), ("bhwc,Hh->bHwc", height, size[0])]
+    if size[0] < height and height - size[0] > 2 * (width - size[1]):
+        passes.reverse()
+    for product, source, target in passes:
+        if source != target:
+            pixels = jnp.einsum(product, pixels, coefficients(source, target), precision="highest")
+            pixels = _round(pixels) if rounded else pixels
     return pixels
 
 

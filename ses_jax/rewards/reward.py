@@ -6,7 +6,6 @@ weight zero is only reported: it scores every image and drives nothing.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ses_jax.loading import partition
+from ses_jax.loading.programs import comparable, compiled
+from ses_jax.models import attention
 from ses_jax.rewards import mixture
+from ses_jax.rewards.images import Images, batches
 from ses_jax.rewards.scorers import KINDS, Scorer, load_scorer
 
 Function = Callable[[Array, Sequence[str]], Any]
 RewardSpec = str | Function | Mapping[str | Function, float]
-Images = Float[Array | np.ndarray, "b h w 3"]
+Batch = Float[Array | np.ndarray, "b h w 3"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +37,7 @@ class Part:
       scorer: a published network; None for a function.
       function: `(images [B, H, W, 3] in [0, 1], prompts) -> [B]`; None for a scorer.
       traceable: whether JAX can trace the function.
+      reads_prompt: whether a traceable function looks at its prompts; one that does is compiled for each of them.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Part:
     scorer: Scorer | None = None
     function: Function | None = None
     traceable: bool = False
+    reads_prompt: bool = True
 
     @property
     def on_host(self) -> bool:
@@ -70,22 +75,32 @@ class Reward:
     @property
     def one_prompt_at_a_time(self) -> bool:
         """Whether a function is compiled with its prompt, and so can't score several prompts' images at once."""
-        return any(part.traceable for part in self.parts)
+        return any(part.traceable and part.reads_prompt for part in self.parts)
 
-    def __call__(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
-        """The weighted sum `[B]`, float32, of images in [0, 1], each for its own prompt.
+    def __call__(self, images: Images, prompts: str | Sequence[str]) -> np.ndarray:
+        """The weighted sum of the parts' scores, float32 `[B]`.
+
+        Args:
+          images: `[B, H, W, 3]` floats in [0, 1] or bytes; or a sequence of PIL images or arrays of any sizes.
+          prompts: one an image, or a single one for all.
 
         Raises:
-          ValueError: unless there is one prompt and one score an image.
+          ValueError: for images of other shapes or scales, and unless there is one prompt and one score an image.
         """
         return mixture.plain_sum(self.components(images, prompts), self.weights)
 
-    def components(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
-        """The parts' own scores, float32 `[B, parts]`; raises as `__call__`."""
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images need as many prompts, got {len(prompts)}")
-        columns = [_column(part, images, prompts) for part in self.parts]
-        return np.stack(columns, axis=1)
+    def components(self, images: Images, prompts: str | Sequence[str]) -> np.ndarray:
+        """The parts' own scores, float32 `[B, parts]`; takes and raises what `__call__` does."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        count = len(images)
+        if len(prompts) not in (1, count):
+            raise ValueError(f"{count} images need as many prompts or a single one, got {len(prompts)}")
+        prompts = prompts * count if len(prompts) == 1 else prompts
+        scores = np.empty((count, len(self.parts)), np.float32)
+        for places, batch in batches(images):
+            columns = [_column(part, batch, [prompts[i] for i in places]) for part in self.parts]
+            scores[places] = np.stack(columns, axis=1)
+        return scores
 
 
 def load_reward(
@@ -100,7 +115,7 @@ def load_reward(
     Args:
       kind: a name of `scorers.KINDS` ("pick", "hps", "clip", "aesthetic", "imagereward"); a function
         `(images [B, H, W, 3] in [0, 1], prompts) -> [B]`; or a mapping of these to weights.
-      source: a local folder or Hugging Face id with the weights, by kind where there are several; None is the
+      source: a local folder, file or Hugging Face id with the weights, by kind where there are several; None is the
         published ones.
       dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
       traceable: whether JAX can trace the functions in `kind`; None finds out by trying.
@@ -114,7 +129,18 @@ def load_reward(
         if len(weights) > 1:
             raise ValueError("several rewards need a source each: pass source={kind: source, ...}")
         source = dict.fromkeys(weights, source)
-    return Reward(tuple(_load_part(name, weight, source or {}, dtype, traceable) for name, weight in weights.items()))
+    known = {
+        name: load_scorer(name, source=(source or {}).get(name), dtype=dtype) for name in weights if not callable(name)
+    }
+    return assemble(weights, known, traceable=traceable)
+
+
+def assemble(spec: RewardSpec | Reward, known: Mapping[str, Scorer], *, traceable: bool | None = None) -> Reward:
+    """The reward of a specification that was checked, from loaded scorers by their names."""
+    if isinstance(spec, Reward):
+        return spec
+    weights = spec if isinstance(spec, Mapping) else {spec: 1.0}
+    return Reward(tuple(_part(name, weight, known, traceable) for name, weight in weights.items()))
 
 
 def check(kind: RewardSpec | Reward) -> None:
@@ -152,19 +178,38 @@ class DeviceScores:
 
 @dataclasses.dataclass(frozen=True)
 class TracedFunction:
-    """A user's traceable function as a device part; it sees the prompt itself, so each prompt compiles anew."""
+    """A user's traceable function as a device part; one that reads its prompt is compiled anew for each.
+
+    Attributes:
+      prompt: None where the function does not look at it.
+    """
 
     function: Function
-    prompt: str
+    prompt: str | None
 
     def __call__(self, params: None, images: Array, text: None) -> Array:
-        return self.function(images, [self.prompt] * len(images))
+        prompts = UnreadPrompts(len(images)) if self.prompt is None else [self.prompt] * len(images)
+        return self.function(images, prompts)
+
+
+class UnreadPrompts(Sequence):
+    """Stands for prompts that a function is not expected to look at; whatever it tries, it can't help being noticed."""
+
+    def __init__(self, count: int):
+        self.count, self.read = count, False
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read = True
+        raise TypeError("a reward that did not look at its prompts does so now; load it with traceable=False")
 
 
 def device_scores(reward: Reward, prompt: str) -> DeviceScores | None:
     """The device parts for one prompt; None if there are none."""
     parts = [part for part in reward.parts if not part.on_host]
-    scores = tuple(p.scorer.score if p.scorer else TracedFunction(p.function, prompt) for p in parts)
+    scores = tuple(comparable(p.scorer.score) if p.scorer else _traced(p, prompt) for p in parts)
     return DeviceScores(scores) if scores else None
 
 
@@ -189,7 +234,7 @@ def device_text(reward: Reward, prompts: Sequence[str]) -> tuple[Any, ...]:
     return tuple(_embedded(part, prompts) for part in reward.parts if not part.on_host)
 
 
-def host_components(reward: Reward, device: np.ndarray, images: Images, prompts: Sequence[str]) -> np.ndarray:
+def host_components(reward: Reward, device: np.ndarray, images: Batch, prompts: Sequence[str]) -> np.ndarray:
     """All components `[B, parts]`: the device parts' columns as given, the host parts' computed."""
     columns = iter(device.T)
     return np.stack(
@@ -197,18 +242,29 @@ def host_components(reward: Reward, device: np.ndarray, images: Images, prompts:
     )
 
 
-def _load_part(name: str | Function, weight: float, sources: Mapping, dtype: Any, traceable: bool | None) -> Part:
-    if callable(name):
-        traced = _is_traceable(name) if traceable is None else traceable
-        return Part(getattr(name, "__name__", "custom"), weight, function=name, traceable=traced)
-    return Part(name, weight, scorer=load_scorer(name, source=sources.get(name), dtype=dtype))
+def _part(name: str | Function, weight: float, known: Mapping[str, Scorer], traceable: bool | None) -> Part:
+    if not callable(name):
+        return Part(name, weight, scorer=known[name])
+    found, reads_prompt = (False, True) if traceable is False else _probe(name)
+    title = getattr(name, "__name__", "custom")
+    return Part(title, weight, function=name, traceable=found or bool(traceable), reads_prompt=reads_prompt)
 
 
-def _is_traceable(function: Function) -> bool:
-    """Whether a function turns abstract images into an abstract score each."""
+def _traced(part: Part, prompt: str) -> TracedFunction:
+    return TracedFunction(part.function, prompt if part.reads_prompt else None)
 
+
+def _probe(function: Function) -> tuple[bool, bool]:
+    """Whether a function turns abstract images into an abstract score each, and whether it looks at its prompts."""
+    unread = UnreadPrompts(2)
+    if _is_traceable(function, unread) and not unread.read:
+        return True, False
+    return _is_traceable(function, ["", ""]), True
+
+
+def _is_traceable(function: Function, prompts: Any) -> bool:
     def probe(images):
-        scores = function(images, ["", ""])
+        scores = function(images, prompts)
         if not isinstance(scores, jax.core.Tracer):
             raise TypeError("its scores do not come from the images by JAX operations")
         return scores
@@ -219,10 +275,11 @@ def _is_traceable(function: Function) -> bool:
         return False
 
 
-def _column(part: Part, images: Images, prompts: Sequence[str]) -> np.ndarray:
+def _column(part: Part, images: Batch, prompts: Sequence[str]) -> np.ndarray:
     """Scores `[B]` of one part, computed on their own."""
     if part.scorer is not None:
-        return np.asarray(score(part.scorer.score, part.scorer.params, images, _embedded(part, prompts)), np.float32)
+        device, params = partition.device_of(part.scorer.params), part.scorer.params
+        return np.asarray(score(part.scorer.score, device, params, images, _embedded(part, prompts)), np.float32)
     scores = np.asarray(part.function(images, list(prompts)), np.float32)
     if scores.shape != (len(prompts),):
         raise ValueError(
@@ -232,15 +289,20 @@ def _column(part: Part, images: Images, prompts: Sequence[str]) -> np.ndarray:
 
 
 def _embedded(part: Part, prompts: Sequence[str]) -> Any:
-    return part.scorer and _embed(part.scorer.embed_text, part.scorer.params, part.scorer.tokenize(prompts))
+    if part.scorer is None:
+        return None
+    params = part.scorer.params
+    return _embed(part.scorer.embed_text, partition.device_of(params), params, part.scorer.tokenize(prompts))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(embed_text: Callable, params: Any, tokens: Any) -> Any:
-    return embed_text(params, tokens)
+@compiled(static=2)
+def _embed(embed_text: Callable, device: Any, params: Any, tokens: Any) -> Any:
+    with attention.compiled_for(device):
+        return embed_text(params, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def score(function: Callable, params: Any, images: Images, text: Any) -> Array:
-    """`function(params, images, text)`, compiled."""
-    return function(params, images, text)
+@compiled(static=2)
+def score(function: Callable, device: Any, params: Any, images: Batch, text: Any) -> Array:
+    """`function(params, images, text)`, compiled for the devices that the params lie on."""
+    with attention.compiled_for(device):
+        return function(params, images, text)

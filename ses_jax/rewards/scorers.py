@@ -63,7 +63,7 @@ class Kind(NamedTuple):
     Attributes:
       source: Hugging Face id of the published weights.
       verified: what was checked.
-      load: `(name, folder, dtype) -> Scorer`.
+      load: `(name, folder or file, dtype) -> Scorer`.
       weights: pattern of the weights' files; None is a network in safetensors.
     """
 
@@ -78,8 +78,8 @@ def load_scorer(kind: str, *, source: str | Path | None = None, dtype: Any = Non
 
     Args:
       kind: one of `KINDS`.
-      source: a local folder or Hugging Face id with the weights; None is the published one. What a folder of "hps",
-        "aesthetic" or "imagereward" lacks (tokenizer, CLIP) comes from the published id of that part.
+      source: a local folder, a file or a Hugging Face id with the weights; None is the published one. What the folder
+        of "hps", "aesthetic" or "imagereward" lacks (tokenizer, CLIP) comes from the published id of that part.
       dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
 
     Raises:
@@ -89,7 +89,11 @@ def load_scorer(kind: str, *, source: str | Path | None = None, dtype: Any = Non
     if kind not in KINDS:
         raise ValueError(f"unknown scorer {kind!r}; known: {', '.join(KINDS)}")
     chosen = KINDS[kind]
-    return chosen.load(kind, hub.resolve(source or chosen.source, weights=chosen.weights), dtype)
+    dtype = hub.params_dtype(dtype)
+    if chosen.weights is None:
+        return chosen.load(kind, hub.resolve(source or chosen.source), dtype)
+    weights = chosen.weights if source is None else (chosen.weights, hub.NETWORK_WEIGHTS)
+    return chosen.load(kind, hub.resolve_weights(source or chosen.source, weights=weights), dtype)
 
 
 # CLIP score and PickScore: exp(logit_scale) * cosine.
@@ -133,23 +137,27 @@ def _embed_clip(config: clip.Config, params: Any, tokens: Any) -> Array:
 # HPSv2: cosine, of an image that is resized as a float tensor.
 
 
-def load_hps(name: str, folder: Path, dtype: Any = None) -> Scorer:
-    """HPSv2 or v2.1, in open_clip's layout.
+def load_hps(name: str, path: Path, dtype: Any = None) -> Scorer:
+    """HPSv2 or v2.1, in open_clip's layout or in that of transformers.
 
     Args:
-      folder: holds `HPS_v2.1_compressed` or `HPS_v2_compressed`, `.safetensors` or `.pt`; optionally
-        `open_clip_config.json` (default ViT-H/14) and the tokenizer (default that of LAION's ViT-H/14).
+      path: a folder with `HPS_v2.1_compressed` or `HPS_v2_compressed`, `.safetensors` or `.pt`, or such a file;
+        optionally with `open_clip_config.json` (default ViT-H/14) and the tokenizer (default that of LAION's ViT-H/14)
+        beside it. Or a folder with a CLIP as transformers saves it.
     """
-    own_config = folder / "open_clip_config.json"
-    component = open_clip_tables.COMPONENT
-    json, config = hub.read_config(own_config, component) if own_config.is_file() else ({}, component.from_json({}))
-    weights = hub.open_named(folder, HPS_FILES)
+    folder = path.parent if path.is_file() else path
+    if path.is_dir() and (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+        config, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype)
+    else:
+        own_config, component = folder / "open_clip_config.json", open_clip_tables.COMPONENT
+        json, config = hub.read_config(own_config, component) if own_config.is_file() else ({}, component.from_json({}))
+        params = hub.load_weights(hub.open_source(path, HPS_FILES), component, json, dtype=dtype)
     # The authors leave `antialias` to torchvision, whose releases differ; this is what it does since 0.17.
     preprocess = Preprocessor(config.image_size, resize_floats=True, half_to_even=True)
     tokenizer = _load_tokenizer(folder, CLIP_H, [], config.vocab_size)
     return Scorer(
         name=name,
-        params=hub.load_weights(weights, component, json, dtype=dtype),
+        params=params,
         tokenize=lambda prompts: _tokenize_clip(tokenizer, config.max_length, [clean(prompt) for prompt in prompts]),
         embed_text=functools.partial(_embed_clip, config),
         score=functools.partial(cosine, config, preprocess),
@@ -168,21 +176,22 @@ def clean(prompt: str) -> str:
 # LAION aesthetics: a head on CLIP's image embedding; the prompt is not looked at.
 
 
-def load_aesthetic(name: str, folder: Path, dtype: Any = None) -> Scorer:
+def load_aesthetic(name: str, path: Path, dtype: Any = None) -> Scorer:
     """LAION's improved aesthetic predictor on CLIP ViT-L/14.
 
     Args:
-      folder: holds `sac+logos+ava1-l14-linearMSE`, `.safetensors` or `.pth`; and the CLIP checkpoint of transformers in
-        its subfolder `clip`, or beside the head, or nowhere (default OpenAI's).
+      path: a folder with `sac+logos+ava1-l14-linearMSE`, `.safetensors` or `.pth`, or such a file; and the CLIP
+        checkpoint of transformers in the subfolder `clip`, or beside the head, or nowhere (default OpenAI's).
     """
+    folder = path.parent if path.is_file() else path
     config, params = hub.load_component(_clip_beside(folder), clip_tables.COMPONENT, dtype=dtype)
-    head = _load_head(hub.open_named(folder, AESTHETIC_FILES), config.projection_dim)
+    head = _load_head(hub.open_source(path, AESTHETIC_FILES), config.projection_dim)
     preprocess = Preprocessor(config.image_size, half_to_even=True)
     return Scorer(
         name=name,
         params={"clip": {part: leaf for part, leaf in params.items() if not part.startswith("text")}, "head": head},
         tokenize=lambda prompts: np.zeros((len(prompts), 0), np.int32),
-        embed_text=lambda params, tokens: tokens,
+        embed_text=_as_tokens,
         score=functools.partial(aesthetic_score, config, preprocess),
     )
 
@@ -203,15 +212,16 @@ def _clip_beside(folder: Path) -> Path:
 # ImageReward: a text encoder that looks at the image, and a head.
 
 
-def load_image_reward(name: str, folder: Path, dtype: Any = None) -> Scorer:
+def load_image_reward(name: str, path: Path, dtype: Any = None) -> Scorer:
     """ImageReward, in its authors' layout.
 
     Args:
-      folder: holds `ImageReward`, `.safetensors` or `.pt`, and `med_config.json`; optionally the tokenizer (default
-        that of BERT base uncased).
+      path: a folder with `ImageReward`, `.safetensors` or `.pt`, or such a file; `med_config.json` beside it, and
+        optionally the tokenizer (default that of BERT base uncased).
     """
+    folder = path.parent if path.is_file() else path
     json, config = hub.read_config(folder / "med_config.json", blip_tables.COMPONENT)
-    weights = hub.open_named(folder, IMAGE_REWARD_FILES)
+    weights = hub.open_source(path, IMAGE_REWARD_FILES)
     tokenizer = _load_tokenizer(folder, BERT, ["[DEC]", "[ENC]"], config.text.vocab_size)
     return Scorer(
         name=name,
@@ -220,7 +230,7 @@ def load_image_reward(name: str, folder: Path, dtype: Any = None) -> Scorer:
             "head": _load_head(weights, config.text.hidden_size),
         },
         tokenize=functools.partial(_tokenize_bert, tokenizer),
-        embed_text=lambda params, tokens: tokens,
+        embed_text=_as_tokens,
         score=functools.partial(image_reward, config, Preprocessor(config.image_size, half_to_even=True)),
     )
 
@@ -236,6 +246,11 @@ def image_reward(
 def _tokenize_bert(tokenizer: Any, prompts: Sequence[str]) -> blip.Tokens:
     encoded = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=IMAGE_REWARD_TOKENS)
     return blip.Tokens(np.array(encoded["input_ids"], np.int32), np.array(encoded["attention_mask"], bool))
+
+
+def _as_tokens(params: Any, tokens: Any) -> Any:
+    """The text of scorers that read it together with the image, or not at all."""
+    return tokens
 
 
 def _load_head(weights: Any, input_size: int) -> Any:

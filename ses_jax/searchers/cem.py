@@ -40,11 +40,11 @@ class State(NamedTuple):
 def init(shape: tuple[int, ...], *, elites: int = 5) -> State:
     """A search over arrays of `shape` from the standard normal distribution, keeping `elites` samples."""
     return State(
-        mean=jnp.zeros(shape),
-        variance=jnp.ones(shape),
-        elite_samples=jnp.zeros((elites, *shape)),
+        mean=jnp.zeros(shape, jnp.float32),
+        variance=jnp.ones(shape, jnp.float32),
+        elite_samples=jnp.zeros((elites, *shape), jnp.float32),
         elite_scores=jnp.full(elites, -jnp.inf, jnp.float32),
-        best_sample=jnp.zeros(shape),
+        best_sample=jnp.zeros(shape, jnp.float32),
         best_score=jnp.float32(-jnp.inf),
         count=jnp.int32(0),
     )
@@ -52,7 +52,7 @@ def init(shape: tuple[int, ...], *, elites: int = 5) -> State:
 
 def ask(key: PRNGKeyArray, state: State, population: int) -> Float[Array, "population *shape"]:
     """Draws `population` samples from the state's distribution."""
-    normal = jax.random.normal(key, (population, *state.mean.shape))
+    normal = jax.random.normal(key, (population, *state.mean.shape), state.mean.dtype)
     return state.mean + normal * jnp.sqrt(jnp.maximum(state.variance, MIN_VARIANCE))
 
 

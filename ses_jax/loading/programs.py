@@ -1,0 +1,97 @@
+"""Programs that are compiled once for what they depend on and kept for later calls, the most recent of them.
+
+XLA's programs take megabytes and hundreds of memory mappings each, of which a process has 65530. JAX keeps them as long
+as the jitted function lives, so here every set of static arguments has a jitted function of its own, and the least
+recently used ones go.
+"""
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# As many as a mixed batch run switches between; each has a program for every token-length bucket.
+KEPT = 16
+
+_EVERY: "weakref.WeakSet[Compiled]" = weakref.WeakSet()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A `functools.partial` that equals any other of the same function and arguments."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's value at its own arguments and these."""
+        return self.function(*self.args, *args, **dict(self.keywords))
+
+
+def comparable(function: Any) -> Any:
+    """A partial as one that compares by value, so that models loaded twice share programs; all else as it is."""
+    if not isinstance(function, functools.partial):
+        return function
+    bound = Bound(function.func, tuple(map(comparable, function.args)), tuple(sorted(function.keywords.items())))
+    try:
+        hash(bound)
+    except TypeError:
+        return function
+    return bound
+
+
+class Compiled:
+    """A function jitted apart for each of its leading, static arguments; the most recent ones are kept."""
+
+    def __init__(self, function: Callable[..., Any], static: int, keep: int):
+        functools.update_wrapper(self, function)
+        self._static = static
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+        @functools.lru_cache(maxsize=keep)
+        def jitted(*args):
+            found = jax.jit(functools.partial(function, *args))
+            self._alive.add(found)
+            return found
+
+        self._jitted = jitted
+        _EVERY.add(self)
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's value."""
+        return self._of(args)(*args[self._static :])
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """As `jax.jit(...).lower`; what is compiled from it is not compiled again by a call."""
+        return self._of(args).lower(*args[self._static :])
+
+    def cache_size(self) -> int:
+        """How many programs are kept."""
+        return sum(jitted._cache_size() for jitted in self._alive)
+
+    def clear(self) -> None:
+        """Drops every program."""
+        self._jitted.cache_clear()
+
+    def _of(self, args: tuple[Any, ...]) -> Any:
+        return self._jitted(*map(comparable, args[: self._static]))
+
+
+def compiled(*, static: int, keep: int = KEPT) -> Callable[[Callable[..., Any]], Compiled]:
+    """Decorates a function to be compiled.
+
+    Args:
+      static: how many of its leading arguments are static, and hashable.
+      keep: for how many different ones its programs are kept.
+    """
+    return lambda function: Compiled(function, static, keep)
+
+
+def clear() -> None:
+    """Drops all programs that are kept."""
+    for each in _EVERY:
+        each.clear()

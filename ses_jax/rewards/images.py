@@ -1,0 +1,70 @@
+"""What people hand to a reward as images, as the arrays that it scores."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+
+Images = Float[Array | np.ndarray, "b h w 3"] | UInt8[Array | np.ndarray, "b h w 3"] | Sequence[Any]
+
+# A resize overshoots a little at edges; what lies further out is on another scale.
+OVERSHOOT = 0.1
+
+
+def batches(images: Images) -> list[tuple[np.ndarray, Any]]:
+    """Images as float arrays, those of one size together.
+
+    Args:
+      images: `[B, H, W, 3]` floats in [0, 1] or bytes; or a sequence of PIL images and `[H, W, 3]` arrays, of any
+        sizes. Transparent PIL images are laid on white; other modes become RGB.
+
+    Returns:
+      Pairs of places `[n]` and images `[n, H, W, 3]` in [0, 1].
+
+    Raises:
+      ValueError: for other shapes, and for floats that lie on another scale, such as 0 to 255 or -1 to 1.
+    """
+    if isinstance(images, Image.Image):
+        raise ValueError("images must be a sequence, got one image; pass [image]")
+    if isinstance(images, np.ndarray | jax.Array):
+        _check_shape(images, 4)
+        return [(np.arange(len(images)), _floats(images))] if len(images) else []
+    arrays = [_floats(_check_shape(_pixels(image), 3)) for image in images]
+    sizes: dict[tuple[int, ...], list[int]] = {}
+    for place, array in enumerate(arrays):
+        sizes.setdefault(array.shape, []).append(place)
+    return [(np.array(places), np.stack([arrays[i] for i in places])) for places in sizes.values()]
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """One image of a sequence as an array."""
+    if not isinstance(image, Image.Image):
+        return np.asarray(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _check_shape(array: Any, dimensions: int) -> Any:
+    if array.ndim != dimensions or array.shape[-1] != 3 or 0 in array.shape[1:]:
+        expected = "[B, H, W, 3]" if dimensions == 4 else "[H, W, 3]"
+        raise ValueError(f"images must have shape {expected}, got {list(array.shape)}")
+    return array
+
+
+def _floats(array: Any) -> Any:
+    """Bytes as floats in [0, 1]; floats as they are, once their scale is known to be that."""
+    if array.dtype == np.uint8:
+        return array.astype(np.float32) / np.float32(255)
+    if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
+        raise ValueError(f"images must be floats in [0, 1] or uint8, got {array.dtype}")
+    low, high = float(array.min()), float(array.max())
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        raise ValueError(
+            f"images must be floats in [0, 1] or uint8, got values from {low:.3g} to {high:.3g}; rescale them"
+        )
+    return array.astype(np.float32)

@@ -1,0 +1,136 @@
+"""Every network and reward at its published width, traced and lowered for the devices that it is meant for.
+
+A CPU never sees what other devices' kernels refuse. Here programs are made for NVIDIA GPUs with cuDNN's own checks of
+layouts and masks, which need neither the device nor its libraries, and for TPUs.
+"""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jaxprs import equations
+
+from ses_jax.models import blip, clip, score_head
+from ses_jax.models.attention import compiled_for
+from ses_jax.pipelines.registry import abstract_pipeline
+from ses_jax.rewards import scorers
+from ses_jax.rewards.preprocess import Preprocessor
+
+KERNEL = "dot_product_attention_fwd"  # of cuDNN, in the names of its operations
+GPU = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+TPU = types.SimpleNamespace(platform="tpu")
+# For each device, the platforms that its programs are lowered for: what has no fused kernel is the same on all of them.
+DEVICES = {"gpu": (GPU, ("cuda",)), "tpu, cpu": (TPU, ("tpu", "cpu"))}
+DTYPES = (jnp.bfloat16, jnp.float32)
+# One checkpoint of every network. The encoders of the others differ in sizes only.
+MODELS = {
+    "Tongyi-MAI/Z-Image": {},
+    "black-forest-labs/FLUX.1-dev": {"true_cfg": 2.0},
+    "black-forest-labs/FLUX.2-dev": {},
+    "black-forest-labs/FLUX.2-klein-base-4B": {},
+    "Qwen/Qwen-Image": {},
+}
+CLIP_L = {
+    "projection_dim": 768,
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "vision_config": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+}
+BERT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "vocab_size": 30524,
+    "max_position_embeddings": 512,
+}
+SIDE = 256  # of images, in pixels: kernels do not depend on it, constants in the program do
+
+
+@pytest.fixture(autouse=True)
+def _as_if_cudnn_were_here(monkeypatch):
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+
+
+def shapes(make, dtype):
+    tree = jax.eval_shape(make)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+
+
+_abstract = functools.cache(abstract_pipeline)  # takes longer than tracing it
+
+
+@functools.cache
+def of_pipeline(source, dtype):
+    """`name: (function, arguments, whether its attention fits cuDNN)` of a model, two images at a time."""
+    pipeline = _abstract(source)
+    guidance = {"scale": pipeline.defaults.guidance, **MODELS[source]}
+    tokens = pipeline.blank_tokens(2, 100, guidance=guidance)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), pipeline.params)
+    condition = jax.eval_shape(pipeline.encode, params, tokens)
+    latents = jax.ShapeDtypeStruct((2, *pipeline.noise_shape(SIDE, SIDE)), jnp.float32)
+    sigma = jax.ShapeDtypeStruct((2,), jnp.float32)
+    return {
+        "encode": (pipeline.encode, (params, tokens), True),
+        "velocity": (pipeline.velocity, (params, latents, sigma, condition), True),
+        "decode": (pipeline.decode, (params, latents), False),  # one wide head
+    }
+
+
+@functools.cache
+def of_rewards(dtype):
+    images = jax.ShapeDtypeStruct((2, SIDE, SIDE, 3), jnp.float32)
+    key = jax.random.key(0)
+    programs = {}
+    for name, config in (("H", clip.Config.from_open_clip({})), ("L", clip.Config.from_json(CLIP_L))):
+        params = shapes(functools.partial(clip.init, key, config), dtype)
+        text = jax.ShapeDtypeStruct((2, config.projection_dim), jnp.float32)
+        ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
+        score = functools.partial(scorers.clip_score, config, Preprocessor())
+        programs[f"CLIP {name} text"] = (lambda p, i, c=config: clip.embed_text(p, c, i)), (params, ids), True
+        programs[f"CLIP {name} score"] = score, (params, images, text), True
+    config = blip.Config.from_json(BERT)
+    params = {
+        "blip": shapes(functools.partial(blip.init, key, config), dtype),
+        "head": shapes(functools.partial(score_head.init, key, score_head.Config(768)), jnp.float32),
+    }
+    tokens = blip.Tokens(jax.ShapeDtypeStruct((2, 35), jnp.int32), jax.ShapeDtypeStruct((2, 35), bool))
+    score = functools.partial(scorers.image_reward, config, Preprocessor(half_to_even=True))
+    programs["ImageReward"] = score, (params, images, tokens), True
+    return programs
+
+
+def check(programs, device, dtype):
+    target, platforms = DEVICES[device]
+    for name, (function, arguments, fits) in programs.items():
+
+        def compiled(*arguments, function=function):
+            with compiled_for(target):
+                return function(*arguments)
+
+        traced = jax.jit(compiled).trace(*arguments)
+        fused = any(KERNEL in equation.primitive.name for equation in equations(traced.jaxpr))
+        assert fused == (fits and device == "gpu" and dtype == jnp.bfloat16), name
+        traced.lower(lowering_platforms=platforms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("source", MODELS)
+def test_networks(source, device, dtype):
+    check(of_pipeline(source, dtype), device, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("device", DEVICES)
+def test_rewards(device, dtype):
+    check(of_rewards(dtype), device, dtype)
