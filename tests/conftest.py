@@ -41,14 +41,31 @@ hypothesis.settings.register_profile("same", derandomize=True, database=None, de
 hypothesis.settings.load_profile("same")
 
 
+# Files of more than a minute, which start first so that no worker waits for the other one at the end.
+LONG = (
+    "partition",
+    "throughput",
+    "flux2_pipeline",
+    "flux1_pipeline",
+    "qwen_image_pipeline",
+    "cli",
+    "batch",
+    "processes",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def optimized_programs():
-    """For tests of what XLA makes of a program."""
+    """For tests whose tolerance is that of optimized programs, or that look into one."""
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield
