@@ -12,82 +12,79 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig
+from ses_jax.engine.settings import fields, read
+from ses_jax.planner.plan import PLANNED
+
 Text = Annotated[str, tyro.conf.Positional]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
 File = Annotated[Path, tyro.conf.Positional]
 Flat = tyro.conf.OmitArgPrefixes  # its fields are options as they are
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a search is to do.
-
-    Attributes:
-        model: "demo", a folder, or a Hugging Face id.
-        reward: a name such as "pick" (see `ses-jax models`), your own function "module:function", or a mixture of both
-            such as "pick=1,hps=0.5"; the model's own by default.
-        report: rewards that score every image without driving the search.
-        budget: candidates to score.
-        preview_steps: denoising steps of a candidate.
-        steps: denoising steps of the final image.
-        guidance: guidance scale, in the model's own convention, or its own options such as "scale=3.5,true_cfg=4".
-        negative_prompt: what to steer away from, where guidance is on.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        seed: of all random draws.
-        population: candidates per generation.
-        elites: best candidates that shape the next generation.
-        wavelet: name in PyWavelets.
-        level: how deep the searched low band lies.
-        chunk: candidates denoised at a time; by default as many as fit into memory.
-        standardize: give the parts of a mixture the same spread before they are summed.
-        prompts_at_once: prompts searched in one compiled call.
-        mesh: devices to spread over, such as "data=4,model=2".
-        offload_text_encoder: keep weights in host memory, and the text encoders off the device while it makes images.
-        option: the model family's own options for loading, such as "band=unpacked".
-        resume: save the search after every generation, and go on from there.
-        progress: show a progress bar.
-    """
-
-    model: str = "demo"
-    reward: str | None = None
-    report: tuple[str, ...] = ()
-    budget: int = 50
-    preview_steps: int | None = None
-    steps: int | None = None
-    guidance: str | None = None
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
-    population: int = 10
-    elites: int = 5
-    wavelet: str = "db1"
-    level: int | None = None
-    chunk: int | None = None
-    standardize: bool = True
-    prompts_at_once: int = 1
-    mesh: str | None = None
-    offload_text_encoder: bool = False
-    option: tuple[str, ...] = ()
-    resume: bool = False
-    progress: bool = True
-
-    def arguments(self) -> dict[str, Any]:
-        """The same as arguments of `ses_jax.search`."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        load = _parse_options(fields.pop("option"))
-        if fields.pop("offload_text_encoder"):
-            load["offload_text_encoder"] = True
-        return fields | {
-            "reward": None if self.reward is None else _parse_reward(self.reward),
-            "report": {_parse_part(name): 1.0 for name in self.report} or None,
-            "guidance": _parse_guidance(self.guidance),
-            "load": load,
-        }
+# How the shell says what Python says with values that are no text or number.
+IN_THE_SHELL: dict[str, tuple[Any, Any, str]] = {
+    "model": (str, "demo", '"demo", a folder, or a Hugging Face id'),
+    "reward": (
+        str | None,
+        None,
+        'a name such as "pick" (see `ses-jax models`), your own function "module:function", or a mixture of both such '
+        'as "pick=1,hps=0.5"; the model\'s own by default',
+    ),
+    "report": (tuple[str, ...], (), "rewards that score every image without driving the search"),
+    "guidance": (
+        str | None,
+        None,
+        'guidance scale, in the model\'s own convention, or its own options such as "scale=3.5,true_cfg=4"',
+    ),
+    "mesh": (str | None, None, 'devices to spread over, such as "data=4,model=2"'),
+}
+LOADING = {
+    "offload_text_encoder": (
+        bool,
+        False,
+        "keep weights in host memory, and the text encoders off the device while it makes images",
+    ),
+    "option": (tuple[str, ...], (), 'the model family\'s own options for loading, such as "band=unpacked"'),
+}
 
 
-def search(prompts: Texts, /, settings: Flat[Settings], out: Path = Path("ses_out")) -> None:
+def options(name: str, *groups: type, only: Sequence[str] | None = None) -> Any:
+    """The options of a command, as a dataclass for tyro: those of settings, and what `load` stands for."""
+    known = {
+        field.name: IN_THE_SHELL.get(field.name, (field.type, field.default, field.metadata["doc"]))
+        for field in fields(*groups).values()
+        if only is None or field.name in only
+    }
+    known |= LOADING if known.pop("load", None) else {}
+    described = (
+        (field, Annotated[kind, tyro.conf.arg(help=f"{doc}.")], dataclasses.field(default=default))
+        for field, (kind, default, doc) in known.items()
+    )
+    return dataclasses.make_dataclass(name, described, frozen=True)
+
+
+SearchOptions = options("SearchOptions", RunConfig, SearchConfig, Placement)
+RenderOptions = options("RenderOptions", RenderConfig, Placement)
+PlanOptions = options("PlanOptions", SearchConfig, only=PLANNED)
+
+
+def arguments(chosen: Any) -> dict[str, Any]:
+    """The options of a command as arguments of the call that it stands for."""
+    given = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)}
+    if given["guidance"] is not None:
+        given["guidance"] = read(fields(SearchConfig)["guidance"], given["guidance"])
+    if "option" in given:
+        given["load"] = _parse_options(given.pop("option"))
+        given["load"] |= {"offload_text_encoder": True} if given.pop("offload_text_encoder") else {}
+    if given.get("reward") is not None:
+        given["reward"] = _parse_reward(given["reward"])
+    if "report" in given:
+        given["report"] = {_parse_part(name): 1.0 for name in given["report"]} or None
+    return given
+
+
+def search(prompts: Texts, /, settings: Flat[SearchOptions], out: Path = Path("ses_out")) -> None:
     """Search the initial noise for the image that the reward likes best.
 
     Args:
@@ -98,7 +95,7 @@ def search(prompts: Texts, /, settings: Flat[Settings], out: Path = Path("ses_ou
     import ses_jax
 
     many = len(prompts) != 1
-    found = ses_jax.search(list(prompts) if many else prompts[0], out=out, **settings.arguments())
+    found = ses_jax.search(list(prompts) if many else prompts[0], out=out, **arguments(settings))
     for index, result in enumerate(found if many else [found]):
         folder = out / f"{index:03d}" if many else out
         print(
@@ -125,7 +122,7 @@ class Processes:
     distributed: bool = False
 
 
-def batch(prompts: File, /, settings: Flat[Settings], processes: Flat[Processes], out: Path) -> int:
+def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Processes], out: Path) -> int:
     """Search every prompt of a file, each into its own folder; the same command goes on after a stop.
 
     Exit status: 0 if all prompts are fine, 1 if some failed, 2 for bad input.
@@ -145,9 +142,9 @@ def batch(prompts: File, /, settings: Flat[Settings], processes: Flat[Processes]
     import ses_jax
     from ses_jax.batch.progress import print_summary
 
-    arguments = settings.arguments()
+    named = arguments(settings)
     try:
-        summary = ses_jax.search_many(prompts, out=out, process_id=place[0], num_processes=place[1], **arguments)
+        summary = ses_jax.search_many(prompts, out=out, process_id=place[0], num_processes=place[1], **named)
     except KeyboardInterrupt:
         print("ses-jax: stopped; the same command goes on with what is left", file=sys.stderr)
         raise
@@ -156,47 +153,23 @@ def batch(prompts: File, /, settings: Flat[Settings], processes: Flat[Processes]
 
 
 def generate(
-    prompts: Texts,
-    /,
-    model: str = "demo",
-    steps: int | None = None,
-    guidance: str | None = None,
-    negative_prompt: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    seed: int = 0,
-    mesh: str | None = None,
-    offload_text_encoder: bool = False,
-    option: tuple[str, ...] = (),
-    out: Path = Path("ses_out"),
+    prompts: Texts, /, settings: Flat[RenderOptions], model: str = "demo", out: Path = Path("ses_out")
 ) -> None:
     """Render one image a prompt, without a search.
 
     Args:
         prompts: one or more prompts.
+        settings: of the images.
         model: "demo", a folder, or a Hugging Face id.
-        steps: denoising steps.
-        guidance: guidance scale, in the model's own convention, or its own options such as "scale=3.5,true_cfg=4".
-        negative_prompt: what to steer away from, where guidance is on.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        seed: of all random draws.
-        mesh: devices to spread over, such as "data=4,model=2".
-        offload_text_encoder: keep weights in host memory, and the text encoders off the device while it makes images.
-        option: the model family's own options for loading, such as "band=unpacked".
         out: folder for the images 000.png, 001.png, ...
     """
-    own = ("prompts", "model", "out", "option", "offload_text_encoder")
-    settings = {name: value for name, value in locals().items() if name not in (*own, "own")}
-    load = _parse_options(option) | ({"offload_text_encoder": True} if offload_text_encoder else {})
-    settings |= {"guidance": _parse_guidance(guidance), "load": load}
     import numpy as np
 
     import ses_jax
     from ses_jax.engine.result import to_image, writable_folder, write
 
     writable_folder(out)
-    for index, pixels in enumerate(np.asarray(ses_jax.generate(model, list(prompts), **settings))):
+    for index, pixels in enumerate(np.asarray(ses_jax.generate(model, list(prompts), **arguments(settings)))):
         path = out / f"{index:03d}.png"
         write(path, functools.partial(to_image(pixels).save, format="PNG"))
         print(path)
@@ -205,15 +178,8 @@ def generate(
 def plan(
     model: Text,
     /,
-    height: int | None = None,
-    width: int | None = None,
-    population: int = 10,
-    budget: int = 50,
-    preview_steps: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
+    settings: Flat[PlanOptions],
     tokens: int = 128,
-    chunk: int | None = None,
     device: str = "h200",
     mesh: str = "data=1,model=1",
     offload_text_encoder: bool = False,
@@ -224,25 +190,25 @@ def plan(
 
     Args:
         model: Hugging Face id of a published model.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        population: candidates per generation.
-        budget: candidates to score.
-        preview_steps: denoising steps of a candidate.
-        steps: denoising steps of the final image.
-        guidance: guidance scale, in the model's own convention.
+        settings: of the search.
         tokens: length of the prompt.
-        chunk: candidates denoised at a time; as many as fit by default.
         device: h200, h100, b200, a100-80, a100-40, 4090, 5090, v4, v5e, v5p or v6e.
         mesh: how many devices share the candidates and how many the weights, such as data=1,model=8.
         offload_text_encoder: text encoders leave the device before the other networks come.
         utilization: share of the device's peak that the networks reach.
         json: print JSON instead of a table.
     """
-    settings = {name: value for name, value in locals().items() if name not in ("model", "json")}
     import ses_jax
 
-    planned = ses_jax.plan(model, **settings)
+    planned = ses_jax.plan(
+        model,
+        tokens=tokens,
+        device=device,
+        mesh=mesh,
+        offload_text_encoder=offload_text_encoder,
+        utilization=utilization,
+        **arguments(settings),
+    )
     print(dumps(planned.as_json(), indent=2) if json else planned)
     return 0 if planned.fits else 1
 
@@ -322,16 +288,6 @@ def _parse_reward(text: str) -> Any:
     except ValueError:
         raise ValueError(f"--reward {text}: expected a name, or weights such as pick=1,hps=0.5") from None
     return {_parse_part(name): weight for name, weight in weights}
-
-
-def _parse_guidance(text: str | None) -> Any:
-    """`"4"` as a number, `"scale=3.5,true_cfg=4"` as a mapping."""
-    try:
-        if text is None or "=" not in text:
-            return None if text is None else float(text)
-        return {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise ValueError(f"--guidance {text}: expected a number, or options such as scale=3.5,true_cfg=4") from None
 
 
 def _parse_options(options: Sequence[str]) -> dict[str, Any]:

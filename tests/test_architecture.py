@@ -34,6 +34,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "records",
             "generation",
             "config",
+            "settings",
             "result",
             "progress",
             "memory",

@@ -86,13 +86,22 @@ def test_rewards_are_parsed(tmp_path, monkeypatch):
 
 
 def test_guidance_and_options_are_read():
-    assert cli._parse_guidance(None) is None
-    assert cli._parse_guidance("3.5") == 3.5
-    assert cli._parse_guidance("scale=3.5, true_cfg=4") == {"scale": 3.5, "true_cfg": 4.0}
+    def guidance(text):
+        return cli.arguments(cli.RenderOptions(guidance=text))["guidance"]
+
+    assert guidance(None) is None
+    assert guidance("3.5") == 3.5
+    assert (
+        guidance("scale=3.5, true_cfg=4")
+        == guidance('{"scale": 3.5, "true_cfg": 4}')
+        == {"scale": 3.5, "true_cfg": 4.0}
+    )
     assert cli._parse_options(["band=unpacked", "max_tokens=256"]) == {"band": "unpacked", "max_tokens": 256}
-    for call, text in ((cli._parse_guidance, "high"), (cli._parse_guidance, "scale=x"), (cli._parse_options, ["band"])):
-        with pytest.raises(ValueError, match="expected"):
-            call(text)
+    for text in ("high", "scale=x", "scale=1=2", "nan"):
+        with pytest.raises(ValueError, match=f"guidance='?{text}'? is not a number, or options such as scale=3.5"):
+            guidance(text)
+    with pytest.raises(ValueError, match="expected NAME=VALUE"):
+        cli._parse_options(["band"])
 
 
 def test_a_bad_option_is_one_line(tmp_path, capsys):

@@ -123,6 +123,30 @@ def test_same_seed_repeats_bit_for_bit(search):
     assert scores(first) != scores(other)
 
 
+def test_all_bits_of_a_seed_count(search):
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
+    found = [scores(search(seed=seed, budget=4)) for seed in seeds]
+    assert len({tuple(each) for each in found}) == len(seeds)
+    assert scores(search(seed=np.int64(1), budget=4)) == scores(search(seed=1.0, budget=4)) == found[1]
+
+
+def test_small_seeds_are_jaxs_own_keys():
+    for seed in (0, 7, 2**32 - 1):
+        expected = jax.random.split(jax.random.fold_in(jax.random.key(np.uint32(seed)), 3))
+        np.testing.assert_array_equal(
+            jax.random.key_data(jnp.stack(tasks.prompt_keys(seed, 3))), jax.random.key_data(expected)
+        )
+
+
+def test_x64_changes_nothing(search):
+    expected = search()
+    with jax.enable_x64():
+        found = search(seed=0)
+        noise = ses_jax.generate(toy.pipeline(), PROMPT).dtype
+    assert found.noise.dtype == noise == np.float32
+    np.testing.assert_allclose(scores(found), scores(expected), atol=1e-6)
+
+
 def test_noise_gives_the_scored_preview_and_the_image_again(search, pipeline, reward):
     result = search(preview_steps=2, steps=5)
     preview = ses_jax.generate(pipeline, PROMPT, noise=result.noise[None], steps=2)
@@ -183,6 +207,16 @@ def test_a_callable_reward_gets_images_in_order(search, reward):
     assert seen[0] == ((5, 16, 16, 3), [PROMPT] * 5)
     assert len(seen) == 4  # three generations, then the two final renders
     assert result.config["reward"] == "host"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_a_function_on_the_host_may_come_in_chunks(search, reward, chunk):
+    def host(images, prompts):
+        return reward(np.asarray(images), prompts)
+
+    settings = {"budget": 15, "population": 5, "elites": 2}
+    found = search(reward=host, chunk=chunk, **settings)
+    np.testing.assert_allclose(scores(found), scores(search(**settings)), atol=1e-6)
 
 
 def test_non_finite_scores_are_counted_and_never_win(search):
@@ -273,6 +307,13 @@ def test_saved_folder(search, tmp_path):
     ("settings", "message"),
     [
         ({"budget": 0}, "budget=0 must be at least 1"),
+        ({"budget": 2.5}, "budget=2.5 is not a whole number"),
+        ({"steps": "20"}, "steps='20' is not a whole number"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be less than"),
+        ({"guidance": float("nan")}, "guidance=nan is not a number"),
+        ({"standardize": "no"}, "standardize='no' is not true or false"),
+        ({"prompts_at_once": 0}, "prompts_at_once=0 must be at least 1"),
         ({"population": 1}, "population=1 must be at least 2"),
         ({"elites": 10}, "elites=10 must be at least 1 and less than population=10"),
         ({"elites": 0}, "elites=0"),
@@ -296,6 +337,13 @@ def test_bad_input_is_refused_before_any_work(search, monkeypatch, settings, mes
     monkeypatch.setattr(engine, "search_prompts", work)
     with pytest.raises(ValueError, match=message):
         search(**settings)
+
+
+def test_an_unknown_setting_is_named(search, pipeline):
+    with pytest.raises(TypeError, match=r"search\(\) got an unexpected argument 'bugdet'; settings are .*budget"):
+        search(bugdet=3)
+    with pytest.raises(TypeError, match=r"generate\(\) got an unexpected argument 'budget'"):
+        ses_jax.generate(pipeline, "a", budget=3)
 
 
 def test_prompts_that_are_no_strings_are_named():

@@ -1,6 +1,8 @@
 """Where weights come from, and what is said when they don't come."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -10,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 
+import ses_jax
 from ses_jax.convert import autoencoder_kl, files
 from ses_jax.loading import hub, network
 
@@ -58,10 +61,46 @@ def test_source_that_is_nothing_of_the_three(source, monkeypatch, tmp_path):
         hub.resolve(source)
 
 
-def test_file_is_not_a_folder(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="is a file; expected the checkpoint's folder"):
-        hub.resolve(tmp_path / "model.safetensors")
+def test_a_file_stands_for_the_folder_of_its_checkpoint(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(ValueError, match=r"is a file without a model_index.json or config.json beside it"):
+        hub.resolve(file)
+    (tmp_path / "config.json").write_text("{}")
+    assert hub.resolve(str(file)) == tmp_path
+    assert hub.resolve(tmp_path / "config.json") == tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["float12", "int8", 3.5, jnp.float64])
+def test_a_dtype_that_weights_cant_have_is_named(dtype):
+    for load in (
+        ses_jax.load_pipeline,
+        lambda dtype: ses_jax.load_reward("clip", source=hub.DEMO / "clip", dtype=dtype),
+    ):
+        with pytest.raises(ValueError, match="is no dtype of weights; choose bfloat16, float16, float32"):
+            load(dtype=dtype)
+
+
+THREADS = """
+import threading
+import ses_jax
+failures = []
+
+def load():
+    try:
+        ses_jax.load_pipeline("demo")
+    except BaseException as error:
+        failures.append(error)
+
+threads = [threading.Thread(target=load) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not failures, failures
+"""
+
+
+def test_threads_of_a_fresh_process_may_load_at_once(tmp_path):
+    subprocess.run([sys.executable, "-c", THREADS], check=True, cwd=tmp_path)
 
 
 def remote(tmp_path, *names):

@@ -220,5 +220,5 @@ def test_two_rows_of_the_same_id_are_named(pair):
 
 
 def test_known_columns_are_the_settings_of_a_search():
-    assert set(prompts._HINTS) >= {"budget", "seed", "height", "guidance", "negative_prompt"}
-    assert not set(prompts._HINTS) & {"prompt", "prompts", "id"}
+    assert set(prompts._SETTINGS) >= {"budget", "seed", "height", "guidance", "negative_prompt"}
+    assert not set(prompts._SETTINGS) & {"prompt", "prompts", "id"}

@@ -252,6 +252,37 @@ def test_hps_as_safetensors_is_the_same(tmp_path, prefix):
     np.testing.assert_array_equal(scores_of(scorers.load_scorer("hps", source=tmp_path), images, PROMPTS), expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("hps", "HPS_v2.1_compressed.pt"),
+        ("imagereward", "ImageReward.pt"),
+        ("aesthetic", None),
+        ("clip", "model.safetensors"),
+    ],
+)
+def test_a_file_is_a_source(kind, file, tmp_path):
+    MAKERS[kind](tmp_path)
+    images = np.stack(list(draw_images((64, 64))))
+    expected = scores_of(scorers.load_scorer(kind, source=tmp_path), images, PROMPTS)
+    file = tmp_path / file if file else next(p for p in tmp_path.iterdir() if p.is_file() and "logos" in p.name)
+    got = scores_of(scorers.load_scorer(kind, source=str(file)), images, PROMPTS)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_hps_in_transformers_layout(tmp_path):
+    """The same network as CLIP's, with HPSv2's own preprocessing and without the logit scale."""
+    oracle.save_clip(tmp_path, oracle.clip(act="gelu"))
+    hps, clip = (scorers.load_scorer(kind, source=tmp_path) for kind in ("hps", "clip"))
+    size = clip.score.args[1].size
+    images = np.round(np.stack(list(draw_images((size, size)))) * 255) / 255  # no resize, and nothing to round
+    prompts = ["a cat", "", "two dogs", "a red circle"]  # nothing for HPSv2 to clean
+    cosines = scores_of(hps, images.astype(np.float32), prompts)
+    scale = np.exp(float(clip.params["logit_scale"]))
+    np.testing.assert_allclose(scale * cosines, scores_of(clip, images.astype(np.float32), prompts), rtol=1e-4)
+    assert hps.score.args[1].resize_floats
+
+
 def test_aesthetic_head_may_lie_beside_its_clip(tmp_path):
     original = make_aesthetic(tmp_path)
     for file in (tmp_path / "clip").iterdir():

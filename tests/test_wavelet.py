@@ -108,3 +108,11 @@ def test_level_that_does_not_fit_names_the_deepest(name, level):
     deepest = pywt.dwtn_max_level((32, 32), name)
     with pytest.raises(ValueError, match=f"choose a level from 1 to {deepest}"):
         wavelet.split(jnp.zeros((1, 32, 32)), wavelet=name, level=level)
+
+
+@pytest.mark.parametrize(("name", "level"), [("db1", 2), ("db2", 1)])
+def test_numpy_arrays_come_back_too(name, level):
+    noise = np.random.default_rng(0).standard_normal((2, 16, 24)).astype(np.float32)
+    low, high = wavelet.split(noise, wavelet=name, level=level)
+    merged = wavelet.merge(np.asarray(low), jax.tree.map(np.asarray, high), wavelet=name, shape=(16, 24))
+    np.testing.assert_allclose(merged, noise, atol=1e-5)

@@ -14,15 +14,15 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from ses_jax.engine.config import SearchConfig
-from ses_jax.pipelines.base import Guidance
+from ses_jax.engine.settings import fields, read
 
 PROMPT_COLUMNS = ("prompt", "prompts")
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 _MAX_NAME = 80
-_HINTS = get_type_hints(SearchConfig)
+_SETTINGS = fields(SearchConfig)
 
 Source = str | os.PathLike[str] | Sequence[Any]
 
@@ -150,14 +150,16 @@ def _row(index: int, record: Any) -> Row:
     columns = {_column(key): value for key, value in record.items() if value is not None}
     prompt = next((columns.pop(key) for key in PROMPT_COLUMNS if key in columns), "")
     name = str(columns.pop("id", name))
-    overrides = {key: columns.pop(key) for key in _HINTS if key in columns}
+    overrides = {key: columns.pop(key) for key in _SETTINGS if key in columns}
     row = Row(index, name, prompt if isinstance(prompt, str) else "", metadata=columns)
     try:
         if not isinstance(prompt, str):
             raise ValueError(f"the prompt must be a string, got {prompt!r}")
         if not prompt.strip():
             raise ValueError("the prompt is empty")
-        return dataclasses.replace(row, overrides={key: _parse(key, value) for key, value in overrides.items()})
+        return dataclasses.replace(
+            row, overrides={key: read(_SETTINGS[key], value) for key, value in overrides.items()}
+        )
     except ValueError as error:
         return dataclasses.replace(row, error=str(error), metadata=columns | overrides)
 
@@ -165,47 +167,7 @@ def _row(index: int, record: Any) -> Row:
 def _column(name: Any) -> str:
     """The name of a column that means something here in lower case, any other as it is."""
     lower = str(name).strip().lower()
-    return lower if lower in (*PROMPT_COLUMNS, "id", *_HINTS) else str(name)
-
-
-def _parse(name: str, value: Any) -> Any:
-    """The value of an override, which tables hold as text."""
-    kinds = get_args(_HINTS[name]) or (_HINTS[name],)
-    parse, meaning = next(found for kind, found in _PARSERS.items() if kind in kinds)
-    try:
-        return parse(value)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name}={value!r} is not {meaning}") from None
-
-
-def _truth(value: Any) -> bool:
-    return {"true": True, "1": True, "false": False, "0": False}[str(value).strip().lower()]
-
-
-def _whole(value: Any) -> int:
-    """Tables that once were arrays of floats write 512 as 512.0."""
-    if isinstance(value, bool) or float(value) % 1:
-        raise ValueError
-    return int(value) if isinstance(value, int) or str(value).strip().lstrip("+-").isdigit() else int(float(value))
-
-
-def _guidance(value: Any) -> Guidance:
-    parsed = json.loads(value) if isinstance(value, str) else value
-    return parsed if isinstance(parsed, Mapping) else float(parsed)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-_PARSERS: dict[type, tuple[Callable[[Any], Any], str]] = {
-    bool: (_truth, "true or false"),
-    int: (_whole, "a whole number"),
-    float: (_guidance, "a number"),
-    str: (_text, "text"),
-}
+    return lower if lower in (*PROMPT_COLUMNS, "id", *_SETTINGS) else str(name)
 
 
 def _check_unique(rows: Sequence[Row]) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 from ses_jax.batch.processes import own_place
 from ses_jax.batch.progress import batch_progress
@@ -24,11 +23,12 @@ from ses_jax.batch.run_folder import Outcome, Run
 from ses_jax.engine import models
 from ses_jax.engine import resume as saved_search
 from ses_jax.engine import search as engine
-from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.config import Placement, RunConfig, SearchConfig
 from ses_jax.engine.runner import search_prompts
+from ses_jax.engine.settings import gather, takes
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
-from ses_jax.rewards.reward import Reward, RewardSpec
+from ses_jax.rewards.reward import Reward
 
 # Settings that change how fast a run is and not what comes out, so that they may change when it goes on.
 _FREE = ("chunk", "offload_text_encoder", "mesh")
@@ -44,20 +44,13 @@ class _Work(NamedTuple):
     resume: bool
 
 
+@takes(RunConfig, SearchConfig, Placement)
 def search_many(
     prompts: Source,
     *,
     out: str | os.PathLike[str],
-    model: str | Pipeline = "demo",
-    reward: RewardSpec | Reward | None = None,
-    report: models.Report = None,
-    prompts_at_once: int = 1,
-    mesh: str | Mesh | None = None,
-    load: Mapping[str, Any] | None = None,
-    resume: bool = False,
     process_id: int | None = None,
     num_processes: int | None = None,
-    progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
     """Searches every prompt of a file or list, each into its own folder, and goes on where an earlier call was stopped.
@@ -67,60 +60,45 @@ def search_many(
         `prompts.read_rows`. Rows may override the fields of `SearchConfig`. Row `i` draws from the key of prompt `i`.
       out: the run's folder, with a folder a prompt by its id, `results.jsonl` (a line a row: scores, or the error) and
         `summary.json`; see `run_folder.py`. With many processes, the same one on a file system that all share.
-      model, reward, report: as in `search`.
-      prompts_at_once: how many prompts are searched in one compiled call.
-      mesh: of the devices of this process, as in `search`.
-      load: what else `load_pipeline` takes, as in `search`.
-      resume: save every search after each generation, so that a kill does not cost the one at hand either.
       process_id, num_processes: this process's place among many, each called with the same arguments; None takes that
-        in `jax.distributed`.
-      progress: whether to show progress and the time that is left.
-      settings: fields of `SearchConfig`.
+        in `jax.distributed`. A mesh is of the devices of this process.
+      {settings}
 
     Returns:
       What `summary.json` holds, of all that is known by now; "unfinished" counts what other processes still have to do.
       A row that cannot be used, or whose search fails, counts as failed and is tried again by the next call.
 
     Raises:
+      TypeError: for an unknown setting.
       ValueError: for bad settings, an unusable prompt file, and an `out` that holds something else or the beginning of
         a run with other settings or prompts.
       KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
-    config = _config(settings)
+    how, config, place = gather("search_many", settings, RunConfig, SearchConfig, Placement)
     rows = read_rows(prompts)
-    engine.check_running(prompts_at_once, resume, out)
-    report = models.check_rewards(reward, report)
-    place = own_place(process_id, num_processes)
-    run = Run(Path(out), rows, place.process_id)
-    described = _described(config.as_json()) | {"load": _described(load or {})}
-    described |= {"model": _name(model), "reward": _name(reward), "report": _name(report)}
+    report = models.check_rewards(how.reward, how.report)
+    me = own_place(process_id, num_processes)
+    run = Run(Path(out), rows, me.process_id)
+    load = dict(place.load or {})
+    described = _described(config.as_json()) | {"load": _described(load)}
+    described |= {"model": _name(how.model), "reward": _name(how.reward), "report": _name(report)}
     run.check(described)
 
-    pending = [row for row in rows[place.process_id :: place.num_processes] if run.finished(row) is None]
+    pending = [row for row in rows[me.process_id :: me.num_processes] if run.finished(row) is None]
     if not pending:
         return run.merge()
     work = None
     if any(row.error is None for row in pending):
-        mesh = partition.parse_mesh(mesh, jax.local_devices())
-        pipeline, reward = models.load_models(model, reward, report, {"mesh": mesh, **(load or {})})
+        mesh = partition.parse_mesh(place.mesh, jax.local_devices())
+        pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **load})
         config.resolve(pipeline)
-        prompts_at_once = 1 if reward.one_prompt_at_a_time else prompts_at_once
-        work = _Work(run, pipeline, reward, config, resume)
+        work = _Work(run, pipeline, reward, config, how.resume)
     run.start(described)
-    with batch_progress(len(pending), enabled=progress) as show:
-        for outcome in _outcomes(run, work, pending, prompts_at_once):
+    at_once = 1 if work is None or work.reward.one_prompt_at_a_time else how.prompts_at_once
+    with batch_progress(len(pending), enabled=how.progress) as show:
+        for outcome in _outcomes(run, work, pending, at_once):
             show(_headline(outcome), "error" in outcome)
     return run.merge()
-
-
-def _config(settings: Mapping[str, Any]) -> SearchConfig:
-    known = [field.name for field in dataclasses.fields(SearchConfig)]
-    for name in settings:
-        if name not in known:
-            raise TypeError(f"search_many() got an unexpected argument {name!r}; settings are {', '.join(known)}")
-    config = SearchConfig(**settings)
-    config.check()
-    return config
 
 
 def _described(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ runner       generations, final renders, results of one or more prompts at once
 models       the pipeline and the reward of a search, loaded and kept for the next one
 tasks        a search made ready: prompts encoded, noise split, weights placed
 generation   the compiled part
-config       `SearchConfig`
+config       `SearchConfig` and the other settings; settings: what a setting is
 result       `SearchResult` and its folder
 records      what a search notes down; progress: what it shows; resume: what it saves on its way
 memory       how many candidates at a time fit on a device

@@ -1,57 +1,74 @@
-"""What a search is asked to do, checked before any long work starts."""
+"""What a search is asked to do, and with what; checked before any long work starts."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
+from ses_jax.engine.settings import ANY, GUIDANCE, TEXT, TRUTH, WHOLE, Settings, described, setting
 from ses_jax.pipelines.base import Guidance, Pipeline
 from ses_jax.searchers import wavelet
 
+SEEDS = 2**64
 
-@dataclasses.dataclass(frozen=True)
-class SearchConfig:
-    """Settings of a search. None means the model's own default.
 
-    Attributes:
-      budget: how many candidates are scored, the base noise among them.
-      preview_steps: denoising steps of a candidate; the default is never more than `steps`.
-      steps: denoising steps of the final images.
-      guidance: guidance scale in the model's own convention, or a mapping of the model's own options.
-      negative_prompt: what to steer away from, where guidance is on.
-      height, width: of the image, in pixels.
-      seed: of all random draws.
-      population: candidates per generation.
-      elites: how many of the best candidates shape the next generation.
-      wavelet: name in PyWavelets; level: how deep the low band lies.
-      chunk: candidates denoised at a time; None is all of a generation, or as many of them as fit on the device.
-      standardize: whether a mixture's parts are standardised, per prompt over all candidates so far, before they are
-        summed; False is the plain weighted sum.
-    """
+@described
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RenderConfig(Settings):
+    """Settings of images. None means the model's own default."""
 
-    budget: int = 50
-    preview_steps: int | None = None
-    steps: int | None = None
-    guidance: Guidance | None = None
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
-    population: int = 10
-    elites: int = 5
-    wavelet: str = "db1"
-    level: int | None = None
-    chunk: int | None = None
-    standardize: bool = True
+    steps: int | None = setting(None, WHOLE, "denoising steps of the final images", at_least=1)
+    guidance: Guidance | None = setting(
+        None, GUIDANCE, "guidance scale in the model's own convention, or a mapping of the model's own options"
+    )
+    negative_prompt: str | None = setting(None, TEXT, "what to steer away from, where guidance is on")
+    height: int | None = setting(None, WHOLE, "of the image, in pixels", at_least=1)
+    width: int | None = setting(None, WHOLE, "of the image, in pixels", at_least=1)
+    seed: int = setting(0, WHOLE, "of all random draws, up to 64 bits", at_least=0, below=SEEDS)
+    chunk: int | None = setting(
+        None, WHOLE, "images made at a time; by default as many as fit on the device", at_least=1
+    )
 
-    def check(self) -> None:
-        """Raises ValueError for settings that no model could run."""
-        for name in ("budget", "preview_steps", "steps", "chunk", "height", "width", "level"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.population < 2:
-            raise ValueError(f"population={self.population} must be at least 2")
-        if not 1 <= self.elites < self.population:
+    def with_defaults(self, pipeline: Pipeline) -> Any:
+        """This config with the model's defaults filled in."""
+        names = [name for name in vars(pipeline.defaults) if name in vars(self) and getattr(self, name) is None]
+        return dataclasses.replace(self, **{name: getattr(pipeline.defaults, name) for name in names})
+
+
+@described
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig(RenderConfig):
+    """Settings of a search. None means the model's own default."""
+
+    budget: int = setting(
+        50,
+        WHOLE,
+        "how many candidates are scored, the base noise among them",
+        at_least=1,
+        reference="ses_eval_budget",
+    )
+    preview_steps: int | None = setting(
+        None,
+        WHOLE,
+        "denoising steps of a candidate; the default is never more than steps",
+        at_least=1,
+        reference="ses_inference_steps",
+    )
+    population: int = setting(10, WHOLE, "candidates per generation", at_least=2)
+    elites: int = setting(5, WHOLE, "how many of the best candidates shape the next generation", at_least=1)
+    wavelet: str = setting("db1", TEXT, "name in PyWavelets of the transform that splits off the low band")
+    level: int | None = setting(None, WHOLE, "how deep the searched low band lies", at_least=1)
+    standardize: bool = setting(
+        True,
+        TRUTH,
+        "whether a mixture's parts are standardised, per prompt over all candidates so far, before they are summed; "
+        "otherwise the plain weighted sum drives the search",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.elites >= self.population:
             raise ValueError(f"elites={self.elites} must be at least 1 and less than population={self.population}")
 
     def resolve(self, pipeline: Pipeline) -> "SearchConfig":
@@ -60,7 +77,6 @@ class SearchConfig:
         Raises:
           ValueError: for sizes, wavelets or levels that the model's latents do not allow.
         """
-        self.check()
         filled = self.with_defaults(pipeline)
         check_size(pipeline, filled.height, filled.width)
         wavelet.check(self.wavelet, filled.level, pipeline.noise_shape(filled.height, filled.width)[1:])
@@ -68,17 +84,53 @@ class SearchConfig:
 
     def with_defaults(self, pipeline: Pipeline) -> "SearchConfig":
         """This config with the model's defaults filled in."""
-        filled: dict[str, Any] = {
-            name: getattr(pipeline.defaults, name) if getattr(self, name) is None else getattr(self, name)
-            for name in ("steps", "guidance", "height", "width", "level")
-        }
-        filled["preview_steps"] = self.preview_steps or min(pipeline.defaults.preview_steps, filled["steps"])
-        return dataclasses.replace(self, **filled)
+        filled = super().with_defaults(pipeline)
+        preview_steps = self.preview_steps or min(pipeline.defaults.preview_steps, filled.steps)
+        return dataclasses.replace(filled, preview_steps=preview_steps)
 
-    def as_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"guidance": dict(self.guidance) if isinstance(self.guidance, Mapping) else self.guidance}
+
+@described
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement(Settings):
+    """Where a model lies."""
+
+    mesh: str | Mesh | None = setting(
+        None,
+        ANY,
+        'devices to spread over, such as "data=4,model=2"; by default those of the loaded pipeline, or the default one',
+    )
+    load: Mapping[str, Any] | None = setting(
+        None,
+        ANY,
+        'what else load_pipeline takes, such as {"offload_text_encoder": True}; only where the model is a name',
+    )
+
+
+@described
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """What a search runs with, and how."""
+
+    model: str | Pipeline = setting("demo", ANY, "what load_pipeline takes, or a loaded pipeline")
+    reward: Any = setting(
+        None,
+        ANY,
+        "what load_reward takes, or a loaded reward; by default the model's own",
+        reference="ses_reward_model",
+    )
+    report: Any = setting(
+        None,
+        ANY,
+        "rewards, or names of rewards, that score every image without driving the search: where the search's own "
+        "reward rises and these fall, the search has fooled it",
+    )
+    prompts_at_once: int = setting(
+        1, WHOLE, "how many prompts are searched in one compiled call; results do not depend on it", at_least=1
+    )
+    resume: bool = setting(
+        False, TRUTH, "save the search after every generation, and go on from there if an unfinished one is found"
+    )
+    progress: bool = setting(True, TRUTH, "whether progress is shown")
 
 
 def check_size(pipeline: Pipeline, height: int, width: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ses_jax.engine import generation, memory, records, resume
-from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.generation import Model, Program, Rows, Scored, State
 from ses_jax.engine.progress import Report, progress_bar
 from ses_jax.engine.result import SearchResult, to_image
@@ -178,7 +178,7 @@ def _finals(task: Task, pipeline: Pipeline, state: State) -> Finals:
 
 
 def render(
-    pipeline: Pipeline, params: Any, rows: Rows, condition: Any, how: tuple[SearchConfig, int]
+    pipeline: Pipeline, params: Any, rows: Rows, condition: Any, how: tuple[RenderConfig, int]
 ) -> Float[Array, "r H W 3"]:
     """Images of rows with all steps, `how` being the config and how many rows to take at a time."""
     config, chunk = how

@@ -7,118 +7,68 @@ seed -> noise -> split -> ask -> merge -> denoise -> decode -> reward -> tell ->
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ses_jax.engine import resume as saved_search
 from ses_jax.engine import runner
-from ses_jax.engine.config import SearchConfig, check_size
+from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_size
 from ses_jax.engine.generation import Rows
-from ses_jax.engine.models import Report, check_rewards, find_pipeline, load_models
+from ses_jax.engine.models import check_rewards, find_pipeline, load_models
 from ses_jax.engine.result import SearchResult, writable_folder
 from ses_jax.engine.runner import search_prompts
+from ses_jax.engine.settings import gather, takes
 from ses_jax.engine.tasks import base_noise, encode, image_params, prompt_keys
 from ses_jax.loading import partition
-from ses_jax.pipelines.base import Guidance, Pipeline
-from ses_jax.rewards.reward import Reward, RewardSpec
+from ses_jax.pipelines.base import Pipeline
 
 STATE = ".search"
 
 
+@takes(RunConfig, SearchConfig, Placement)
 def search(
-    prompt: str | Sequence[str],
-    *,
-    model: str | Pipeline = "demo",
-    reward: RewardSpec | Reward | None = None,
-    report: Report = None,
-    budget: int = 50,
-    preview_steps: int | None = None,
-    steps: int | None = None,
-    guidance: Guidance | None = None,
-    negative_prompt: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    seed: int = 0,
-    population: int = 10,
-    elites: int = 5,
-    wavelet: str = "db1",
-    level: int | None = None,
-    chunk: int | None = None,
-    standardize: bool = True,
-    prompts_at_once: int = 1,
-    mesh: str | Mesh | None = None,
-    load: Mapping[str, Any] | None = None,
-    resume: bool = False,
-    out: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    prompt: str | Sequence[str], *, out: str | os.PathLike[str] | None = None, **settings: Any
 ) -> SearchResult | list[SearchResult]:
     """Searches the initial noise for the image that the reward likes best (arXiv 2602.03208).
 
     Args:
       prompt: one prompt, or a list of prompts, each searched on its own.
-      model: what `load_pipeline` takes, or a loaded pipeline.
-      reward: what `load_reward` takes, or a loaded reward; None is the model's default.
-      report: rewards, or names of rewards, that score every image without driving the search: where the search's own
-        reward rises and these fall, the search has fooled it.
-      budget, preview_steps, steps, guidance, negative_prompt, height, width, seed, population, elites, wavelet, level,
-        chunk, standardize: see `SearchConfig`.
-      prompts_at_once: how many prompts of a list are searched in one compiled call. Results do not depend on it.
-      mesh: devices to spread over, such as "data=4,model=2", see `partition.parse_mesh`; None is the loaded pipeline's
-        own, or the default device.
-      load: what else `load_pipeline` takes, such as {"offload_text_encoder": True}; only where `model` is a name.
-      resume: save the search in `out` after every generation, and go on from there if it holds an unfinished one.
       out: folder to save to: one prompt's result in it, or those of a list in its subfolders `000`, `001`, ...
-      progress: whether to show a progress bar.
+      {settings}
 
     Returns:
       A `SearchResult`, or a list of them for a list of prompts. Prompt i draws from its own key, whatever the other
       prompts are. Ctrl-C ends the search after the generation at hand, and returns the best so far.
 
     Raises:
+      TypeError: for an unknown setting.
       ValueError: for bad settings, before any long work starts; and where every score was NaN or infinite.
     """
-    config = SearchConfig(
-        budget=budget,
-        preview_steps=preview_steps,
-        steps=steps,
-        guidance=guidance,
-        negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-        seed=seed,
-        population=population,
-        elites=elites,
-        wavelet=wavelet,
-        level=level,
-        chunk=chunk,
-        standardize=standardize,
-    )
+    run, config, place = gather("search", settings, RunConfig, SearchConfig, Placement)
     prompts = _prompt_list(prompt)
-    config.check()
-    check_running(prompts_at_once, resume, out)
-    report = check_rewards(reward, report)
+    check_resume(run.resume, out)
+    report = check_rewards(run.reward, run.report)
     folder = None if out is None else writable_folder(out)
-    pipeline, reward = load_models(model, reward, report, {"mesh": mesh, **(load or {})})
+    pipeline, reward = load_models(run.model, run.reward, report, {"mesh": place.mesh, **(place.load or {})})
     config = config.resolve(pipeline)
 
     results: list[SearchResult] = []
-    at_once = 1 if reward.one_prompt_at_a_time else prompts_at_once
+    at_once = 1 if reward.one_prompt_at_a_time else run.prompts_at_once
     for start in range(0, len(prompts), at_once):
         chosen = range(start, min(start + at_once, len(prompts)))
-        state = folder / STATE / f"{start:06d}" if folder and resume else None
+        state = folder / STATE / f"{start:06d}" if folder and run.resume else None
         found = search_prompts(
             pipeline,
             reward,
             config,
             [prompts[i] for i in chosen],
             indices=chosen,
-            progress=progress,
+            progress=run.progress,
             state_folder=state,
         )
         if folder is not None and partition.leads(pipeline.mesh):
@@ -129,20 +79,13 @@ def search(
     return results[0] if isinstance(prompt, str) else results
 
 
+@takes(RenderConfig, Placement)
 def generate(
     pipeline: str | Pipeline,
     prompts: str | Sequence[str],
     *,
     noise: Float[Array | np.ndarray, "b c h w"] | None = None,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance: Guidance | None = None,
-    negative_prompt: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    chunk: int | None = None,
-    mesh: str | Mesh | None = None,
-    load: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Float[Array, "b H W 3"]:
     """Renders one image a prompt, without a search.
 
@@ -150,28 +93,24 @@ def generate(
       pipeline: a loaded pipeline, or what `load_pipeline` takes.
       prompts: one prompt or `B` prompts.
       noise: `[B, C, h, w]` initial noise; None draws the noise that `search` starts from with the same seed.
-      seed, steps, guidance, negative_prompt, height, width: as in `SearchConfig`; None is the model's default.
-      chunk: images made at a time; None is all.
-      mesh, load: as in `search`.
+      {settings}
 
     Returns:
       Images `[B, H, W, 3]` in [0, 1].
 
     Raises:
+      TypeError: for an unknown setting.
       ValueError: for sizes that the model cannot make, or noise of another shape.
     """
+    config, place = gather("generate", settings, RenderConfig, Placement)
     prompts = _prompt_list(prompts)
-    config = SearchConfig(
-        steps=steps, guidance=guidance, negative_prompt=negative_prompt, height=height, width=width, chunk=chunk
-    )
-    config.check()
-    pipeline = find_pipeline(pipeline, mesh, **(load or {}))
+    pipeline = find_pipeline(pipeline, place.mesh, **(place.load or {}))
     config = config.with_defaults(pipeline)
     size = config.height, config.width
     check_size(pipeline, *size)
     shape = (len(prompts), *pipeline.noise_shape(*size))
     if noise is None:
-        noise = jnp.stack([base_noise(prompt_keys(seed, i)[0], shape[1:]) for i in range(len(prompts))])
+        noise = jnp.stack([base_noise(prompt_keys(config.seed, i)[0], shape[1:]) for i in range(len(prompts))])
     if noise.shape != shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; {len(prompts)} images of {size} need {shape}")
     condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
@@ -180,10 +119,8 @@ def generate(
     return runner.render(pipeline, params, rows, condition, (config, config.chunk or len(prompts)))
 
 
-def check_running(prompts_at_once: int, resume: bool, out: Any) -> None:
-    """Raises ValueError for ways of running that make no sense."""
-    if prompts_at_once < 1:
-        raise ValueError(f"prompts_at_once={prompts_at_once} must be at least 1")
+def check_resume(resume: bool, out: Any) -> None:
+    """Raises ValueError where there is no folder to save a search in."""
     if resume and out is None:
         raise ValueError("resume needs out=, the folder that the search is saved in")
 

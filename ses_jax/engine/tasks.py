@@ -126,8 +126,10 @@ def image_params(pipeline: Pipeline) -> Any:
 
 
 def prompt_keys(seed: int, index: int) -> tuple[Array, Array]:
-    """Keys of prompt `index`: of its base noise, and of its search."""
-    noise_key, search_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+    """Keys of prompt `index`: of its base noise, and of its search. All 64 bits of the seed count."""
+    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)  # as `jax.random.key` has them for small seeds
+    root = jax.random.wrap_key_data(words, impl="threefry2x32")
+    noise_key, search_key = jax.random.split(jax.random.fold_in(root, index))
     return noise_key, search_key
 
 

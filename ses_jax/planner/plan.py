@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.settings import takes
 from ses_jax.loading import partition
-from ses_jax.pipelines.base import Guidance
 from ses_jax.pipelines.registry import FAMILIES, abstract_pipeline
 from ses_jax.planner import devices as machines
 from ses_jax.planner import footprint
@@ -25,6 +25,8 @@ from ses_jax.planner.workload import Work
 USABLE = 0.92
 MODEL_AXES = (2, 4, 8, 16)
 REWARD = "reward"
+# The settings of a search that make it take more or less.
+PLANNED = ("height", "width", "population", "budget", "preview_steps", "steps", "guidance", "chunk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,56 +93,44 @@ class Machine(NamedTuple):
         return axes
 
 
+@takes(SearchConfig, only=PLANNED)
 def plan(
     model: str,
     *,
-    height: int | None = None,
-    width: int | None = None,
-    population: int = 10,
-    budget: int = 50,
-    preview_steps: int | None = None,
-    steps: int | None = None,
-    guidance: Guidance | None = None,
     tokens: int = 128,
-    chunk: int | None = None,
     device: str = "h200",
     mesh: str = "data=1,model=1",
     offload_text_encoder: bool = False,
     utilization: float = 0.4,
     dtype: Any = jnp.bfloat16,
+    **settings: Any,
 ) -> Plan:
     """Plans a search.
 
     Args:
       model: Hugging Face id of a published model.
-      height, width, population, budget, preview_steps, steps, guidance, chunk: as in `search`.
       tokens: length of the prompt.
       device: a name in `ses_jax.planner.devices`.
       mesh: sizes of its axes, such as "data=4,model=2".
       offload_text_encoder: as in `load_pipeline`.
       utilization: share of the device's peak that the networks reach, in (0, 1].
       dtype: of the weights.
+      {settings}
 
     Returns:
       A `Plan`; `print` it.
 
     Raises:
+      TypeError: for a setting that makes no difference to a plan.
       ValueError: for unknown models, devices and meshes, and for settings that the model cannot run.
     """
     if not 0 < utilization <= 1:
         raise ValueError(f"utilization={utilization} must lie in (0, 1]")
     pipeline = abstract_pipeline(model, dtype=dtype)
-    config = SearchConfig(
-        budget=budget,
-        preview_steps=preview_steps,
-        steps=steps,
-        guidance=guidance,
-        height=height,
-        width=width,
-        population=population,
-        elites=min(5, population - 1),
-        chunk=chunk,
-    ).resolve(pipeline)
+    for name in settings:
+        if name not in PLANNED:
+            raise TypeError(f"plan() got an unexpected argument {name!r}; settings are {', '.join(PLANNED)}")
+    config = SearchConfig(elites=1, **settings).resolve(pipeline)
     work = Work(pipeline, config, tokens)
     return plan_on(work, Machine(device, mesh, offload_text_encoder, utilization))
 

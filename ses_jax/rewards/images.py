@@ -5,16 +5,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array
 from PIL import Image
 
-Images = Float[Array | np.ndarray, "b h w 3"] | UInt8[Array | np.ndarray, "b h w 3"] | Sequence[Any]
+Images = Array | np.ndarray | Sequence[Any]
 
 # A resize overshoots a little at edges; what lies further out is on another scale.
 OVERSHOOT = 0.1
 
 
-def batches(images: Images) -> list[tuple[np.ndarray, Any]]:
+def batches(images: Any) -> list[tuple[np.ndarray, Any]]:
     """Images as float arrays, those of one size together.
 
     Args:
@@ -65,6 +65,6 @@ def _floats(array: Any) -> Any:
     low, high = float(array.min()), float(array.max())
     if low < -OVERSHOOT or high > 1 + OVERSHOOT:
         raise ValueError(
-            f"images must be floats in [0, 1] or uint8, got values from {low:.3g} to {high:.3g}; rescale them"
+            f"images must be floats in [0, 1] or uint8; these lie in [{low:.3g}, {high:.3g}], rescale them"
         )
     return array.astype(np.float32)

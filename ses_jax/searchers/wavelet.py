@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxwt
+import numpy as np
 import pywt
 from jaxtyping import Array, Float
 
@@ -16,7 +17,7 @@ HAAR = ("db1", "haar", "bior1.1", "rbio1.1")
 
 
 def split(
-    noise: Float[Array, "... h w"], *, wavelet: str = "db1", level: int = 4
+    noise: Float[Array | np.ndarray, "... h w"], *, wavelet: str = "db1", level: int = 4
 ) -> tuple[Float[Array, "... a b"], Any]:
     """Splits noise into its low band and the rest.
 
@@ -33,6 +34,7 @@ def split(
       ValueError: for an unknown wavelet, or a level deeper than the noise allows.
     """
     check(wavelet, level, noise.shape[-2:])
+    noise = jnp.asarray(noise)
     if _is_block_mean(wavelet, level, noise.shape[-2:]):
         low = 2**level * _block_mean(noise, 2**level)
         return low, noise - _repeat(low, 2**level) / 2**level
@@ -46,13 +48,14 @@ def split(
 
 
 def merge(
-    low: Float[Array, "... a b"], high: Any, *, wavelet: str = "db1", shape: tuple[int, int]
+    low: Float[Array | np.ndarray, "... a b"], high: Any, *, wavelet: str = "db1", shape: tuple[int, int]
 ) -> Float[Array, "... h w"]:
     """Noise `[..., h, w]` with the low band `low` and the high bands of a `split`; `shape` is its `(h, w)`.
 
     Leading axes of `low` and `high` broadcast, so that one set of high bands serves a whole population of low bands.
     """
-    if isinstance(high, jax.Array):
+    low = jnp.asarray(low)
+    if isinstance(high, jax.Array | np.ndarray):
         factor = shape[-1] // low.shape[-1]
         return high + _repeat(low, factor) / factor
     lead = low.shape[:-2]
