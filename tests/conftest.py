@@ -75,7 +75,10 @@ def optimized_programs():
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_this_file():
     """Compiled programs are dropped after each file: all together they would use up a process's memory mappings."""
+    from ses_jax.loading import programs  # after the annotations are checked
+
     yield
+    programs.clear()
     jax.clear_caches()
 
 
