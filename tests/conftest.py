@@ -1,20 +1,61 @@
 """Settings of the whole run: exact matrix products, one compilation cache, shape annotations checked."""
 
+import atexit
+import functools
 import os
+import shutil
 import tempfile
 
-# Virtual devices that share a few busy cores may wait for each other longer than XLA's 40 s, after which it aborts.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+# Workers inherit the cache of the process that starts them, and so do the processes that tests start. It is empty at
+# first and gone at the end, so that every run does the same.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ses_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.update(
+    XLA_FLAGS=" ".join(
+        (
+            os.environ.get("XLA_FLAGS", ""),
+            # Virtual devices that share a few busy cores may wait for each other longer than XLA does before it aborts.
+            "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+            # The programs of tiny networks take much longer to compile than to run: the quicker generator of kernels,
+            # and, as workers share the cores, no threads.
+            "--xla_cpu_use_fusion_emitters=false",
+            "--xla_cpu_parallel_codegen_split_count=1",
+            "--xla_cpu_multi_thread_eigen=false",
+        )
+    ),
+    JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
 
-import jax  # reads the flags
+import hypothesis
+import jax  # reads the variables
 import pytest
 
-CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "ses_jax_test_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else stays on the first
 jax.config.update("jax_default_matmul_precision", "float32")
+hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("same")
+
+
+# Files of more than a minute, which start first so that no worker waits for the other one at the end.
+LONG = (
+    "partition",
+    "throughput",
+    "flux2_pipeline",
+    "flux1_pipeline",
+    "qwen_image_pipeline",
+    "cli",
+    "batch",
+    "processes",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 @pytest.fixture
@@ -22,16 +63,39 @@ def key():
     return jax.random.key(0)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For tiny networks, whose programs take much longer to optimize than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+@pytest.fixture
+def optimized_programs():
+    """For tests whose tolerance is that of optimized programs, or that look into one."""
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_this_file():
     """Compiled programs are dropped after each file: all together they would use up a process's memory mappings."""
+    from ses_jax.loading import programs  # after the annotations are checked
+
     yield
+    programs.clear()
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shapes_are_traced_once():
+    """The shapes of a network are traced once a process: the tests load the same tiny networks again and again."""
+    from ses_jax.convert.table import Component
+
+    abstract, known = Component.abstract, {}
+
+    @functools.wraps(abstract)
+    def remembered(self, config):
+        key = self.init, config
+        if key not in known:
+            known[key] = abstract(self, config)
+        return jax.tree.map(lambda leaf: leaf, known[key])  # in containers of its own
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Component, "abstract", remembered)
+        yield

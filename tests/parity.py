@@ -5,6 +5,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 import ses_jax
@@ -19,6 +20,11 @@ def pair(reference, folder, *, shard_size=None):
         reference.transformer.save_pretrained(folder / "transformer", max_shard_size=shard_size)
         assert (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").exists()
     return reference, ses_jax.load_pipeline(str(folder))
+
+
+def with_quick(cases, name):
+    """The names of the cases for `parametrize`, the one of that name among the quick tests."""
+    return [pytest.param(case, marks=pytest.mark.quick if case == name else ()) for case in cases]
 
 
 def draw(pipeline, count, size, seed=5):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).parents[1]
 
 # The rooms of the house, from the top: which rooms each may import from, and its modules, also from the top, so that

@@ -10,6 +10,8 @@ import pytest
 from ses_jax.models import attention as module
 from ses_jax.models.attention import attention, compiled_for
 
+pytestmark = pytest.mark.quick
+
 BATCH, QUERIES, KEYS, HEADS, KEY_HEADS, DIM = 3, 13, 11, 6, 2, 8
 
 

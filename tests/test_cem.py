@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from ses_jax.searchers import cem
 
+pytestmark = pytest.mark.quick
+
 SHAPE = (2, 3)
 
 

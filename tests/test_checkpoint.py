@@ -7,6 +7,8 @@ import pytest
 
 from ses_jax.loading import checkpoint
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def params():

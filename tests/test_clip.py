@@ -55,8 +55,8 @@ def test_text_equals_the_reference(networks):
 def test_text_may_be_shorter(networks):
     _, _, config, params = networks
     end = {2: 257}.get(config.eos_token_id, config.eos_token_id)
-    ids = np.full((1, 77), end, np.int32)
-    ids[0, :4] = 256, 20, 30, 40
+    ids = np.full((3, 77), end, np.int32)
+    ids[:, 0], ids[:, 1:4] = 256, np.arange(20, 29).reshape(3, 3)
     np.testing.assert_allclose(embed_text(params, config, ids[:, :8]), embed_text(params, config, ids), atol=2e-6)
 
 
@@ -72,7 +72,7 @@ def test_images_equal_the_reference(networks):
 
 def test_similarity_equals_the_reference(networks):
     reference, tokenizer, config, params = networks
-    ids = tokenizer(["a"], padding="max_length", max_length=77, return_tensors="np")["input_ids"]
+    ids = tokenizer(["a", "bb", ""], padding="max_length", max_length=77, return_tensors="np")["input_ids"]
     pixels = draw_images(config.image_size)
     if config.eos_token_id == 7:
         ids = np.where(ids == 257, 7, ids)

@@ -41,6 +41,7 @@ def scores(result):
     return [row["score"] for row in result.history]
 
 
+@pytest.mark.quick
 def test_equals_a_search_written_out_by_hand(search, pipeline, reward):
     result = search(budget=23, population=10, elites=4, preview_steps=3, seed=7)
 

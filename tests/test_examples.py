@@ -16,10 +16,10 @@ from PIL import Image
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS = {"height": 32, "width": 32, "level": 1, "steps": 2, "preview_steps": 2}
 FAMILIES = {
-    "z_image_turbo": lambda: oracle.z_image_pipeline(oracle.ZImageSizes(layers=1, refiner_layers=1)),
-    "qwen_image": lambda: oracle_qwen_image.pipeline(oracle_qwen_image.Sizes(layers=1)),
-    "flux1_dev": lambda: oracle_flux1.flux1_pipeline(oracle_flux1.Flux1Sizes(layers=1, single_layers=1)),
-    "flux2": lambda: oracle_flux2.dev_pipeline(oracle_flux2.Sizes(layers=1, single_layers=1)),
+    "z_image_turbo": lambda: oracle.z_image_pipeline(oracle.ZImageSizes(layers=1, refiner_layers=1, vae_layers=1)),
+    "qwen_image": lambda: oracle_qwen_image.pipeline(oracle_qwen_image.Sizes(layers=1, vae_blocks=1)),
+    "flux1_dev": lambda: oracle_flux1.flux1_pipeline(oracle_flux1.Flux1Sizes(layers=1, single_layers=1, vae_layers=1)),
+    "flux2": lambda: oracle_flux2.dev_pipeline(oracle_flux2.Sizes(layers=1, single_layers=1, vae_layers=1)),
 }
 
 

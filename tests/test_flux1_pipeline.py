@@ -15,8 +15,6 @@ from ses_jax.engine import generation
 from ses_jax.pipelines import base, flux1, schedule
 from ses_jax.pipelines.registry import abstract_pipeline
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LONG = "a very detailed painting of " + "many " * 300  # more than 77 and more than 512 tokens
 SHORT = 70
 SMALL = {"height": 32, "width": 32, "steps": 2}
@@ -98,8 +96,10 @@ def test_dev_with_few_tokens(short, prompts, size, guidance, negative):
 
 @pytest.mark.parametrize(
     ("prompts", "size", "steps", "guidance", "negative"),
-    [([*RAGGED, LONG], (48, 80), 4, None, None), (["a cat"], (32, 64), 1, {"true_cfg": 2.0}, "")],
-    ids=["ragged batch", "true cfg"],
+    [
+        pytest.param([*RAGGED, LONG], (48, 80), 4, None, None, id="ragged batch"),
+        pytest.param(["a cat"], (32, 64), 1, {"true_cfg": 2.0}, "", id="true cfg", marks=pytest.mark.quick),
+    ],
 )
 def test_schnell_from_prompt_to_image(schnell, prompts, size, steps, guidance, negative):
     options = {"size": size, "steps": steps, "guidance": guidance, "negative": negative}

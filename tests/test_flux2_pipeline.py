@@ -29,8 +29,6 @@ from ses_jax.models import autoencoder_kl_bn
 from ses_jax.pipelines import flux2
 from ses_jax.pipelines import registry as pipelines
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TAPS = (1, 2, 3)  # of 4 layers
 LONG = "a very detailed painting of " + "many " * 300
 KLEIN_SIZES = oracle_flux2.Sizes(
@@ -88,6 +86,7 @@ def test_guidance(pairs, kind, guidance, negative):
     assert_same_images(pairs(kind), ["a cat"], arguments, size=(64, 32), guidance=guidance, negative=negative)
 
 
+@pytest.mark.quick
 def test_klein(pairs):
     assert_same_images(pairs("klein"), ["a cat"], arguments, size=(64, 32), steps=7)
 

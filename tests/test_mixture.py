@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from ses_jax.rewards import mixture
 
+pytestmark = pytest.mark.quick
+
 
 def by_hand(components, weights, population):
     driving = [i for i, weight in enumerate(weights) if weight]

@@ -10,6 +10,8 @@ import torch
 
 from ses_jax.models import flux1, flux2, mmdit, qwen_image
 
+pytestmark = pytest.mark.quick
+
 SCHEDULE = np.linspace(1, 0, 57)[:-1].astype(np.float32)
 
 

@@ -1,5 +1,6 @@
 """Meshes: rules that cover every leaf, shares of bytes, the same results, and the right collectives."""
 
+import functools
 import re
 
 import jax
@@ -87,36 +88,39 @@ def test_rules_cover_every_published_network_and_split_its_bulk(source):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Sizes that divide over eight devices; faint norms would hide in a sum over shards."""
-    sizes = oracle.ZImageSizes(dim=96, heads=8, axes_dims=(4, 4, 4), text_width=32, text_heads=8, text_kv_heads=8)
+    sizes = oracle.ZImageSizes(dim=96, heads=8, axes_dims=(4, 4, 4), text_heads=8, text_kv_heads=8, vae_layers=1)
     folder = tmp_path_factory.mktemp("partition")
     oracle.z_image_pipeline(sizes, seed=3).save_pretrained(folder)
     oracle.save_clip(folder / "clip", oracle.clip(seed=1))
     return folder
 
 
-def run(folder, mesh, **settings):
-    settings = {
-        "budget": 7,
-        "population": 5,
-        "elites": 2,
-        "preview_steps": 2,
-        "steps": 2,
-        "height": 64,
-        "width": 64,
-    } | settings
-    pipeline = ses_jax.load_pipeline(str(folder), mesh=mesh)
-    return ses_jax.search(PROMPTS, model=pipeline, reward="clip", level=1, progress=False, **settings)
+@pytest.fixture(scope="module")
+def load(folder):
+    """Our pipeline, by mesh."""
+    return functools.cache(lambda mesh: ses_jax.load_pipeline(str(folder), mesh=mesh))
+
+
+def run(pipeline, **settings):
+    settings |= {"budget": 7, "population": 5, "elites": 2, "preview_steps": 2, "steps": 2, "level": 1}
+    settings |= {"height": 32, "width": 64, "reward": "clip", "progress": False}
+    return ses_jax.search(PROMPTS, model=pipeline, **settings)
+
+
+@pytest.fixture(scope="module")
+def alone(load):
+    """The results without a mesh."""
+    return run(load(None))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_a_mesh_changes_no_result(folder, mesh):
-    expected = run(folder, None)
-    found = run(folder, mesh, prompts_at_once=2)
-    for ours, alone in zip(found, expected, strict=True):
-        scores = [[row["score"] for row in result.history] for result in (ours, alone)]
+def test_a_mesh_changes_no_result(load, alone, mesh):
+    found = run(load(mesh), prompts_at_once=2)
+    for ours, expected in zip(found, alone, strict=True):
+        scores = [[row["score"] for row in result.history] for result in (ours, expected)]
         np.testing.assert_allclose(*scores, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(ours.noise, alone.noise, atol=1e-5)
-        difference = np.abs(np.asarray(ours.image, np.int32) - np.asarray(alone.image, np.int32))
+        np.testing.assert_allclose(ours.noise, expected.noise, atol=1e-5)
+        difference = np.abs(np.asarray(ours.image, np.int32) - np.asarray(expected.image, np.int32))
         assert difference.max() <= 1
 
 
@@ -154,8 +158,8 @@ def test_host_rewards_on_a_mesh():
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_every_device_holds_its_share_and_no_more(folder, mesh):
-    pipeline = ses_jax.load_pipeline(str(folder), mesh=mesh)
+def test_every_device_holds_its_share_and_no_more(load, mesh):
+    pipeline = load(mesh)
     components = FAMILIES[pipeline.family].COMPONENTS
     for name, params in pipeline.params.items():
         expected = partition.bytes_per_device(pipeline.mesh, components[name].partition, params)
@@ -166,19 +170,17 @@ def test_every_device_holds_its_share_and_no_more(folder, mesh):
         assert set(held.values()) == {expected}
 
 
-def test_a_converted_checkpoint_goes_into_the_same_shards(folder, tmp_path):
+def test_a_converted_checkpoint_goes_into_the_same_shards(folder, load, tmp_path):
     main(str(folder), tmp_path / "converted")
-    published, converted = (
-        ses_jax.load_pipeline(str(f), mesh="data=4,model=2").params for f in (folder, tmp_path / "converted")
-    )
-    for a, b in zip(jax.tree.leaves(published), jax.tree.leaves(converted), strict=True):
+    mesh = "data=4,model=2"
+    published, converted = load(mesh), ses_jax.load_pipeline(str(tmp_path / "converted"), mesh=mesh)
+    for a, b in zip(jax.tree.leaves(published.params), jax.tree.leaves(converted.params), strict=True):
         assert a.sharding == b.sharding
         np.testing.assert_array_equal(a, b)
 
 
-def compiled(folder, mesh, **settings):
+def compiled(folder, pipeline, **settings):
     """The text of a generation's program after partitioning."""
-    pipeline = ses_jax.load_pipeline(str(folder), mesh=mesh)
     settings = {"budget": 8, "population": 8, "height": 64, "width": 64, "preview_steps": 2, "level": 1} | settings
     config = ses_jax.SearchConfig(**settings).resolve(pipeline)
     reward = ses_jax.load_reward("clip", source=folder / "clip")
@@ -194,18 +196,18 @@ def gathered(program):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 4.0])
-def test_candidates_along_data_need_no_sums(folder, guidance):
+def test_candidates_along_data_need_no_sums(folder, load, guidance):
     """Nor do the two branches of guidance move rows from device to device."""
-    program = compiled(folder, "data=8", guidance=guidance)
+    program = compiled(folder, load("data=8"), guidance=guidance)
     for collective in ("all-reduce", "all-to-all", "collective-permute"):
         assert collective not in program
     # Scores, and nothing the size of an image or a layer.
     assert max(gathered(program)) <= 64
 
 
-def test_heads_along_model_need_two_sums_a_block_and_nothing_else(folder):
+def test_heads_along_model_need_two_sums_a_block_and_nothing_else(folder, load):
     """One sum of tokens after attention and one after the feed-forward; a block's small modulation is summed too."""
-    program = compiled(folder, "model=8")
+    program = compiled(folder, load("model=8"))
     ranks = [len(shape.split(",")) for shape in re.findall(r"= \w+\[([\d,]*)\]\S* all-reduce", program)]
     kinds = 2  # of modulated blocks, each the body of one loop
     assert ranks.count(3) == 2 * kinds
@@ -215,8 +217,8 @@ def test_heads_along_model_need_two_sums_a_block_and_nothing_else(folder):
     assert max(gathered(program)) <= 64
 
 
-def test_a_pipeline_on_other_devices_is_refused(folder):
-    pipeline = ses_jax.load_pipeline(str(folder), mesh="data=8")
+def test_a_pipeline_on_other_devices_is_refused(load):
+    pipeline = load("data=8")
     with pytest.raises(ValueError, match="load it with load_pipeline"):
         ses_jax.search("a", model=pipeline, mesh="model=8")
 

@@ -13,7 +13,7 @@ from ses_jax.convert import files
 from ses_jax.convert.engine import ConversionError
 from ses_jax.convert.pickles import open_pickle
 
-pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore:Detected pickle protocol")]
 
 
 def without_torch(file):

@@ -64,7 +64,8 @@ def test_two_processes_of_a_cluster_share_the_prompts(tmp_path, alone):
 def test_a_mesh_may_span_processes(tmp_path, mesh):
     """All run the same search and end with the same scores; one of them writes."""
     folder = tmp_path / "model"
-    oracle.z_image_pipeline(oracle.ZImageSizes(dim=96, heads=8, axes_dims=(4, 4, 4)), seed=3).save_pretrained(folder)
+    sizes = oracle.ZImageSizes(dim=96, heads=8, axes_dims=(4, 4, 4), vae_layers=1)
+    oracle.z_image_pipeline(sizes, seed=3).save_pretrained(folder)
     oracle.save_clip(folder / "clip", oracle.clip(seed=1))
     settings = {"model": str(folder), "budget": 5, "population": 3, "elites": 2, "preview_steps": 2, "steps": 2}
     settings |= {"height": 32, "width": 32, "level": 1, "prompts_at_once": 2, "prompt": ["a cat", "b"]}

@@ -7,6 +7,8 @@ import pytest
 from ses_jax.batch import prompts
 from ses_jax.batch.prompts import Row, read_rows
 
+pytestmark = pytest.mark.quick
+
 # The beginnings of the published files.
 GENEVAL = """\
 {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}

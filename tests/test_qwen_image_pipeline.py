@@ -16,6 +16,7 @@ from parity import (
     assert_same_images,
     bfloat16_image,
     pair,
+    with_quick,
 )
 
 import ses_jax
@@ -25,8 +26,6 @@ from ses_jax.loading import partition
 from ses_jax.pipelines import base, qwen_image
 from ses_jax.pipelines import registry as pipelines
 from ses_jax.searchers import wavelet
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LONG = "a very detailed painting of " + "many " * 300  # more tokens than are kept, and than the reference reads
 VARIANTS = {
@@ -83,7 +82,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", with_quick(CASES, "even batch, off"))
 def test_prompt_to_image(root, case):
     name, prompts, size, guidance, negative, steps = CASES[case]
     settings = {"size": size, "guidance": guidance, "negative": negative, "steps": steps}

@@ -9,6 +9,8 @@ from PIL import Image
 
 from ses_jax.rewards import resample
 
+pytestmark = pytest.mark.quick
+
 
 def pillow(pixels, size):
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.BICUBIC))

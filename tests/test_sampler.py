@@ -9,6 +9,8 @@ import pytest
 
 from ses_jax.pipelines import sampler, schedule
 
+pytestmark = pytest.mark.quick
+
 
 def test_equals_a_plain_loop(key):
     noise = jax.random.normal(key, (2, 3, 4, 4))

@@ -175,6 +175,7 @@ def test_equals_the_original(pair, size):
     assert np.diff(np.sort(expected)).min() > 2e-3 * np.abs(expected).max()  # an order that means something
 
 
+@pytest.mark.usefixtures("optimized_programs")
 def test_scores_follow_their_images_and_prompts(pair):
     scorer, _ = pair
     # Of the network's own size: a resize may round a pixel the other way in another batch.

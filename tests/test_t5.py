@@ -74,7 +74,7 @@ def test_a_batch_equals_its_members(tmp_path):
 
 def test_bfloat16_stays_close(tmp_path):
     _, config, params = load(Flux1Sizes(), tmp_path)
-    rough = encode(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), config, draw(2, 30))
+    rough = encode(jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params), config, draw(2, 30))
     exact = np.asarray(encode(params, config, draw(2, 30)))
     assert rough.dtype == jnp.bfloat16
     assert np.linalg.norm(rough.astype(np.float32) - exact) < 0.1 * np.linalg.norm(exact)

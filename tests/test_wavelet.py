@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from ses_jax.searchers import wavelet
 
+pytestmark = pytest.mark.quick
+
 WAVELETS = ["db1", "db2", "sym4", "bior2.2"]
 GRIDS = [(64, 64), (45, 52), (63, 33), (90, 160)]
 

@@ -16,13 +16,12 @@ from parity import (
     assert_same_images,
     bfloat16_image,
     pair,
+    with_quick,
 )
 
 import ses_jax
 from ses_jax.engine import generation
 from ses_jax.pipelines import base, z_image
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LONG = "a very detailed painting of " + "many " * 300
 VARIANTS = {
@@ -91,7 +90,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", with_quick(CASES, "one step"))
 def test_prompt_to_image(pairs, case):
     name, prompts, size, guidance, negative, steps = CASES[case]
     settings = {"size": size, "guidance": guidance, "negative": negative, "steps": steps}
