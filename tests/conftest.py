@@ -24,7 +24,7 @@ os.environ.update(
             "--xla_cpu_multi_thread_eigen=false",
         )
     ),
-    JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    JAX_DISABLE_MOST_OPTIMIZATIONS=os.environ.get("DMO", "1"),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
     OMP_NUM_THREADS="1",

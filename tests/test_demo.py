@@ -66,14 +66,14 @@ def test_colours_follow_the_prompt(pipeline):
     """Means over several noises: red is redder than blue, a white background lighter than black."""
     prompts = [f"a large {color} circle on a {background} background" for color, background in
                [("red", "white"), ("blue", "white"), ("red", "black")]]  # fmt: skip
-    means = [np.asarray(ses_jax.generate(pipeline, [prompt] * 6)).mean(axis=(0, 1, 2)) for prompt in prompts]
+    means = [np.asarray(ses_jax.generate(pipeline, [prompt] * 4, steps=8)).mean(axis=(0, 1, 2)) for prompt in prompts]
     assert means[0][0] - means[0][2] > means[1][0] - means[1][2] + 0.1
     assert means[0].mean() > means[2].mean() + 0.3
 
 
 def test_search_raises_the_reward(pipeline):
     """The result never loses to the unsearched image, and later generations are better than the first on average."""
-    results = ses_jax.search(PROMPTS, model=pipeline, budget=40, progress=False)
+    results = ses_jax.search(PROMPTS, model=pipeline, budget=30, preview_steps=5, steps=8, progress=False)
     assert all(result.score >= result.baseline_score for result in results)
     assert np.mean([result.score for result in results]) > np.mean([result.baseline_score for result in results])
     scores = np.array([[row["score"] for row in result.history] for result in results])

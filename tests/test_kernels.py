@@ -120,7 +120,8 @@ def check(programs, device, dtype):
         traced = jax.jit(compiled).trace(*arguments)
         fused = any(KERNEL in equation.primitive.name for equation in equations(traced.jaxpr))
         assert fused == (fits and device == "gpu" and dtype == jnp.bfloat16), name
-        traced.lower(lowering_platforms=platforms)
+        if dtype == jnp.bfloat16:
+            traced.lower(lowering_platforms=platforms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)

@@ -64,10 +64,12 @@ def test_two_processes_of_a_cluster_share_the_prompts(tmp_path, alone):
 def test_a_mesh_may_span_processes(tmp_path, mesh):
     """All run the same search and end with the same scores; one of them writes."""
     folder = tmp_path / "model"
-    sizes = oracle.ZImageSizes(dim=96, heads=8, axes_dims=(4, 4, 4), vae_layers=1)
+    sizes = oracle.ZImageSizes(
+        dim=24, heads=2, axes_dims=(4, 4, 4), layers=1, refiner_layers=1, text_layers=2, vae_widths=(4, 8), vae_layers=1
+    )
     oracle.z_image_pipeline(sizes, seed=3).save_pretrained(folder)
     oracle.save_clip(folder / "clip", oracle.clip(seed=1))
-    settings = {"model": str(folder), "budget": 5, "population": 3, "elites": 2, "preview_steps": 2, "steps": 2}
+    settings = {"model": str(folder), "budget": 4, "population": 3, "elites": 2, "preview_steps": 1, "steps": 1}
     settings |= {"height": 32, "width": 32, "level": 1, "prompts_at_once": 2, "prompt": ["a cat", "b"]}
     expected = ses_jax.search(reward="clip", progress=False, **settings)
     connect = {"coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}

@@ -11,7 +11,7 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax.engine import generation, models
+from ses_jax.engine import models
 from ses_jax.loading import programs
 from ses_jax.loading.programs import comparable, compiled
 from ses_jax.rewards import scorers
@@ -133,19 +133,8 @@ def demo():
 def test_a_second_search_compiles_nothing(form, demo, compilations):
     FORMS[form]("a red circle 1", demo)
     before = compilations()
-    for i in range(2, 4):
-        FORMS[form](f"a red circle {i}", demo)
+    FORMS[form]("a red circle 2", demo)
     assert compilations() == before
-
-
-def test_a_fresh_function_a_call_is_bounded_too():
-    pipeline = toy.pipeline()
-    for i in range(programs.KEPT + 3):
-        ses_jax.search(
-            "a", model=pipeline, reward=lambda images, prompts, i=i: images.mean(axis=(1, 2, 3)) + i, **SETTINGS
-        )
-    gc.collect()
-    assert generation.generation_step.cache_size() <= programs.KEPT
 
 
 def test_a_function_that_reads_its_prompts_gets_them():

@@ -1,5 +1,8 @@
 """The device resize against Pillow itself."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,32 +33,26 @@ def white_noise(height, width, seed):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def assert_same_pixels(got, expected):
-    """Off by one at most, in fewer than one of a thousand values: sums land on a half in other orders."""
-    difference = np.abs(np.asarray(got) - expected)
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 1e-3
+@functools.partial(jax.jit, static_argnums=1)
+def resized(pixels, size):
+    return resample.resize(pixels.astype(jnp.float32)[None], size)[0]
 
 
 @pytest.mark.parametrize("make", [pink_noise, white_noise])
-@pytest.mark.parametrize("source", [(512, 512), (1024, 768), (64, 64), (301, 224), (100, 450)])
+@pytest.mark.parametrize("source", [(512, 512), (1024, 768), (64, 64), (301, 224), (100, 450), (2400, 31)])
 def test_equals_pillow(make, source):
     pixels = make(*source, seed=1)
     size = (224, 160)
-    assert_same_pixels(resample.resize(jnp.asarray(pixels, jnp.float32)[None], size)[0], pillow(pixels, size))
+    np.testing.assert_array_equal(resized(pixels, size), pillow(pixels, size))
 
 
 @given(st.integers(8, 90), st.floats(0.3, 3.0), st.integers(8, 90))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_equals_pillow_at_any_size(height, aspect, short):
     pixels = white_noise(height, max(8, round(height * aspect)), seed=height)
     scale = short / min(pixels.shape[:2])
     size = (int(pixels.shape[0] * scale), int(pixels.shape[1] * scale))
-    difference = np.abs(
-        np.asarray(resample.resize(jnp.asarray(pixels, jnp.float32)[None], size)[0]) - pillow(pixels, size)
-    )
-    assert difference.max() <= 1
-    assert (difference > 0).sum() <= max(2, 1e-3 * difference.size)
+    np.testing.assert_array_equal(resized(pixels, size), pillow(pixels, size))
 
 
 @pytest.mark.parametrize(
@@ -64,8 +61,7 @@ def test_equals_pillow_at_any_size(height, aspect, short):
 def test_passes_come_in_pillows_order(target):
     """From 64 x 32, on both sides of where the order changes; on white noise it makes up to 20 steps."""
     pixels = white_noise(64, 32, seed=5)
-    got = resample.resize(jnp.asarray(pixels, jnp.float32)[None], target)[0]
-    assert_same_pixels(got, pillow(pixels, target))
+    np.testing.assert_array_equal(resized(pixels, target), pillow(pixels, target))
 
 
 def test_same_size_is_untouched():
@@ -82,7 +78,8 @@ def test_resize_and_crop_equals_the_slow_clip_processor(source):
         size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, do_rescale=False, do_normalize=False
     )
     expected = np.asarray(processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
-    assert_same_pixels(resample.resize_and_crop(jnp.asarray(pixels, jnp.float32)[None], 56)[0], expected)
+    got = resample.resize_and_crop(jnp.asarray(pixels, jnp.float32)[None], 56)[0]
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_quantize_gives_the_values_of_an_8_bit_file():

@@ -1,7 +1,9 @@
-"""Pillow's bicubic resize on the device: two matrix products, rounded to 8 bits after each as Pillow does.
+"""Pillow's bicubic resize on the device, bit for bit: matrix products, rounded to 8 bits after each pass.
 
 Reference: `src/libImaging/Resample.c` of Pillow (8 bits per channel, a = -0.5). The vertical pass comes first where an
-image loses more than twice as many rows as columns, as in Pillow 13; otherwise the horizontal one does.
+image loses more than twice as many rows as columns, as in Pillow 13; otherwise the horizontal one does. Pillow sums
+integers: weights with 22 fractional bits times pixels. A matrix product sums floats, which are exact for integers of 24
+bits, so the weights are taken in two halves.
 """
 
 import functools
@@ -12,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 SUPPORT = 2.0
+BITS, HALF = 22, 11  # of the weights' fractions, and of their lower half
 
 
 def quantize(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -32,8 +35,8 @@ def resize(pixels: Float[Array, "b h w c"], size: tuple[int, int], *, rounded: b
         passes.reverse()
     for product, source, target in passes:
         if source != target:
-            pixels = jnp.einsum(product, pixels, coefficients(source, target), precision="highest")
-            pixels = _round(pixels) if rounded else pixels
+            one_pass = _integer_pass if rounded else _float_pass
+            pixels = one_pass(product, pixels, coefficients(source, target))
     return pixels
 
 
@@ -57,7 +60,7 @@ def resize_and_crop(
 
 @functools.cache
 def coefficients(source: int, target: int) -> np.ndarray:
-    """Weights `[target, source]` of a bicubic resize, float32, rows summing to one."""
+    """Weights `[target, source]` of a bicubic resize, rows summing to one."""
     scale = source / target
     stretch = max(scale, 1.0)
     centers = (np.arange(target) + 0.5) * scale
@@ -66,9 +69,20 @@ def coefficients(source: int, target: int) -> np.ndarray:
     at = np.arange(source)
     weights = _cubic((at + 0.5 - centers[:, None]) / stretch)
     weights *= (at >= first[:, None]) & (at < last[:, None])
-    weights /= weights.sum(axis=1, keepdims=True)
-    # Pillow holds its weights as fixed-point numbers with 22 fractional bits.
-    return (np.round(weights * 2**22) / 2**22).astype(np.float32)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _float_pass(product: str, pixels: jax.Array, weights: np.ndarray) -> jax.Array:
+    return jnp.einsum(product, pixels, weights.astype(np.float32), precision="highest")
+
+
+def _integer_pass(product: str, pixels: jax.Array, weights: np.ndarray) -> jax.Array:
+    """One pass over integer pixels, rounded to the nearest and clipped as Pillow does."""
+    fixed = np.trunc(weights * 2**BITS + np.copysign(0.5, weights)).astype(np.int64)
+    upper = (fixed + 2 ** (HALF - 1)) >> HALF
+    halves = (upper, fixed - (upper << HALF))
+    high, low = (_float_pass(product, pixels, half).astype(jnp.int32) for half in halves)
+    return jnp.clip(((high << HALF) + low + (1 << (BITS - 1))) >> BITS, 0, 255).astype(jnp.float32)
 
 
 def _margin(surplus: int, half_to_even: bool) -> int:
@@ -81,8 +95,3 @@ def _cubic(x: np.ndarray) -> np.ndarray:
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
-
-
-def _round(pixels: jax.Array) -> jax.Array:
-    # Pillow adds one half and truncates.
-    return jnp.clip(jnp.floor(pixels + 0.5), 0.0, 255.0)
