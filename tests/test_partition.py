@@ -18,7 +18,7 @@ from ses_jax.loading import hub, partition
 from ses_jax.pipelines.registry import FAMILIES, abstract_pipeline
 
 PROMPTS = ["a cat", "two blue squares above a hill"]
-MESHES = ["data=8", "model=8", "data=4,model=2", "data=2,model=4"]
+MESHES = ["data=8", "model=8", "data=2,model=4"]
 PUBLISHED = sorted(p.source for family in set(FAMILIES.values()) for p in family.PUBLISHED if p.configs)
 
 
