@@ -66,7 +66,8 @@ class Settings:
 def described(group: type[Settings]) -> type[Settings]:
     """Decorates a dataclass of settings: its docstring goes on with its fields, those that it inherits too."""
     group.__no_type_check__ = True  # to type checkers at run time: wrong values get a message of their own
-    group.__doc__ += "\n\n    Attributes:\n" + _described(fields(group)) + "\n    "
+    if group.__doc__:  # Python may run without docstrings
+        group.__doc__ += "\n\n    Attributes:\n" + _described(fields(group)) + "\n    "
     return group
 
 
@@ -100,7 +101,8 @@ def takes(*groups: type[Settings], only: tuple[str, ...] | None = None) -> Calla
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters += [inspect.Parameter(n, keyword, default=f.default, annotation=f.type) for n, f in chosen.items()]
         function.__signature__ = own.replace(parameters=parameters)
-        function.__doc__ = function.__doc__.replace("      {settings}", _described(chosen))
+        if function.__doc__:
+            function.__doc__ = function.__doc__.replace("      {settings}", _described(chosen))
         return function
 
     return decorate
