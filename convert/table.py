@@ -10,6 +10,7 @@ Several rules with one source, numbered by `part`, split a tensor that is publis
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,7 +122,13 @@ class Component:
 
     def abstract(self, config: Any) -> Any:
         """The params tree as shapes only; nothing is allocated."""
-        return jax.eval_shape(lambda: self.init(jax.random.key(0), config))
+        return jax.tree.map(lambda leaf: leaf, _shapes(self.init, config))  # in containers of its own
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(init: Callable[[jax.Array, Any], Any], config: Any) -> Any:
+    """Tracing a network takes longer than reading a small one's weights."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), config))
 
 
 def linear(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:

@@ -1,7 +1,6 @@
 """Settings of the whole run: exact matrix products, one compilation cache, shape annotations checked."""
 
 import atexit
-import functools
 import os
 import shutil
 import tempfile
@@ -80,22 +79,3 @@ def _programs_of_this_file():
     yield
     programs.clear()
     jax.clear_caches()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _shapes_are_traced_once():
-    """The shapes of a network are traced once a process: the tests load the same tiny networks again and again."""
-    from ses_jax.convert.table import Component
-
-    abstract, known = Component.abstract, {}
-
-    @functools.wraps(abstract)
-    def remembered(self, config):
-        key = self.init, config
-        if key not in known:
-            known[key] = abstract(self, config)
-        return jax.tree.map(lambda leaf: leaf, known[key])  # in containers of its own
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Component, "abstract", remembered)
-        yield
