@@ -1,6 +1,7 @@
 """Settings of the whole run: exact matrix products, one compilation cache, shape annotations checked."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -69,6 +70,15 @@ def optimized_programs():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def fresh_programs():
+    """For tests that count programs: none is kept from before, which a new one could push out."""
+    from ses_jax.loading import programs
+
+    programs.clear()
+    gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -73,7 +73,7 @@ def test_colours_follow_the_prompt(pipeline):
 
 def test_search_raises_the_reward(pipeline):
     """The result never loses to the unsearched image, and later generations are better than the first on average."""
-    results = ses_jax.search(PROMPTS, model=pipeline, budget=30, steps=8, progress=False)
+    results = ses_jax.search(PROMPTS, model=pipeline, budget=40, progress=False)
     assert all(result.score >= result.baseline_score for result in results)
     assert np.mean([result.score for result in results]) > np.mean([result.baseline_score for result in results])
     scores = np.array([[row["score"] for row in result.history] for result in results])

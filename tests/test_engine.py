@@ -171,7 +171,7 @@ def test_other_wavelets_search_too(search, name):
     assert result.score > result.baseline_score
 
 
-def test_one_compilation_for_all_generations_and_prompts(pipeline, reward):
+def test_one_compilation_for_all_generations_and_prompts(pipeline, reward, fresh_programs):
     pipeline, reward = toy.pipeline(), toy.brightness()
     before = generation.generation_step.cache_size()
     ses_jax.search(["a", "bb", "ccc"], model=pipeline, reward=reward, budget=25, progress=False)

@@ -206,7 +206,7 @@ def test_the_rounding_of_time_is_an_option(dev):
         assert pipeline.velocity.args[0].timestep_rounding == rounding
 
 
-def test_a_search_runs_with_a_clip_reward(short, tmp_path):
+def test_a_search_runs_with_a_clip_reward(short, tmp_path, fresh_programs):
     """Three prompts, the shortest and the longest; one program serves all."""
     _, pipeline = short
     oracle.save_clip(tmp_path, oracle.clip())

@@ -171,7 +171,7 @@ def test_scorers_and_host_code_mix(pipeline):
     np.testing.assert_allclose(scores(result), scores(expected), atol=1e-3)
 
 
-def test_one_compilation_for_all_prompts_of_a_mixture(pipeline):
+def test_one_compilation_for_all_prompts_of_a_mixture(pipeline, fresh_programs):
     reward = toy.mixture(red=1.0, green=1.0, blue=0.0)
     before = generation.generation_step.cache_size()
     ses_jax.search(["a", "bb", "ccc"], model=pipeline, reward=reward, **SETTINGS)

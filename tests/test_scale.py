@@ -59,7 +59,7 @@ def test_a_traceable_function_keeps_its_prompt():
         assert len(result.prompt) < result.score < len(result.prompt) + 1
 
 
-def test_one_compilation_for_all_batches_of_prompts():
+def test_one_compilation_for_all_batches_of_prompts(fresh_programs):
     pipeline, reward = toy.pipeline(), toy.brightness()
     before = generation.generation_step.cache_size()
     ses_jax.search(PROMPTS[:2] * 3, model=pipeline, reward=reward, prompts_at_once=2, **SETTINGS)

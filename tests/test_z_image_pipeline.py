@@ -158,7 +158,7 @@ def test_a_search_runs_and_its_preview_is_the_generated_one(pipeline):
     assert_a_search_previews_what_is_generated(pipeline, size=(32, 48), level=1)
 
 
-def test_prompts_of_one_token_bucket_share_one_compilation(pipeline):
+def test_prompts_of_one_token_bucket_share_one_compilation(pipeline, fresh_programs):
     prompts = ["a cat", "two dogs", "", LONG]
     buckets = [pipeline.tokenize([prompt]).positive.ids.shape[1] for prompt in prompts]
     assert buckets[0] == buckets[1] == buckets[2] < buckets[3]
