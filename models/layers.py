@@ -88,4 +88,11 @@ def stack(block: type[nn.Module], length: int) -> type[nn.Module]:
 
     `block.__call__(x, *shared)` returns `(x, output)`; `shared` is the same for every copy.
     """
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=length)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=length,
+        check_constancy_invariants=False,  # would trace the block once more
+    )
