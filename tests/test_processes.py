@@ -60,9 +60,9 @@ def test_two_processes_of_a_cluster_share_the_prompts(tmp_path, alone):
     assert stable_files(tmp_path) == alone
 
 
-@pytest.mark.parametrize("mesh", ["model=2", "data=2"])
-def test_a_mesh_may_span_processes(tmp_path, mesh):
+def test_a_mesh_may_span_processes(tmp_path):
     """All run the same search and end with the same scores; one of them writes."""
+    meshes = ["model=2", "data=2"]
     folder = tmp_path / "model"
     sizes = oracle.ZImageSizes(
         dim=24, heads=2, axes_dims=(4, 4, 4), layers=1, refiner_layers=1, text_layers=2, vae_widths=(4, 8), vae_layers=1
@@ -73,7 +73,7 @@ def test_a_mesh_may_span_processes(tmp_path, mesh):
     settings |= {"height": 32, "width": 32, "level": 1, "prompts_at_once": 2, "prompt": ["a cat", "b"]}
     expected = ses_jax.search(reward="clip", progress=False, **settings)
     connect = {"coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
-    spanning = settings | {"mesh": mesh, "out": str(tmp_path / "out"), "resume": True}
+    spanning = settings | {"meshes": meshes, "out": str(tmp_path), "resume": True}
     running = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "mesh_process.py"), json.dumps(arguments)],
@@ -87,9 +87,11 @@ def test_a_mesh_may_span_processes(tmp_path, mesh):
     for process in running:
         out, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
-        for ours, alone in zip(json.loads(out.splitlines()[-1]), expected, strict=True):
-            np.testing.assert_allclose(ours, [row["score"] for row in alone.history], rtol=1e-4, atol=1e-4)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000", "001"]
+        for line in out.splitlines()[-len(meshes) :]:
+            for ours, alone in zip(json.loads(line), expected, strict=True):
+                np.testing.assert_allclose(ours, [row["score"] for row in alone.history], rtol=1e-4, atol=1e-4)
+    for mesh in meshes:
+        assert sorted(path.name for path in (tmp_path / mesh).iterdir()) == ["000", "001"]
 
 
 def test_four_processes_lose_two_and_two_others_finish(tmp_path, alone):
