@@ -49,6 +49,7 @@ class Arguments:
     Attributes:
       prompts: how many evaluation prompts the curves average over.
       budgets: the budgets of the curves.
+      pictures: how many prompts the picture shows.
       picture_budgets: those of the picture; 0 is the image without a search.
       prompt_seed: of the evaluation prompts; 2024 are those that the demo's defaults were chosen on.
       seed: of the noise.
@@ -58,6 +59,7 @@ class Arguments:
 
     prompts: int = 50
     budgets: tuple[int, ...] = (1, 10, 20, 30, 40, 50)
+    pictures: int = len(PICTURE_PROMPTS)
     picture_budgets: tuple[int, ...] = (0, 10, 30, 50)
     prompt_seed: int = 2024
     seed: int = 0
@@ -70,7 +72,8 @@ def main(args: Arguments) -> None:
     reward = ses_jax.load_reward("clip", source=pipeline.folder / "clip")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    rows = [list(picture_row(pipeline, reward, prompt, args)) for prompt in PICTURE_PROMPTS]
+    shown = PICTURE_PROMPTS[: args.pictures]
+    rows = [list(picture_row(pipeline, reward, prompt, args)) for prompt in shown]
     sheet = contact_sheet(rows, args.picture_budgets)
     write(args.out / "effect.png", lambda path: sheet.save(path, format="PNG"))
 
@@ -82,7 +85,7 @@ def main(args: Arguments) -> None:
     }
     write(args.out / "curve.png", lambda path: plot(curves, args.budgets).savefig(path, format="png", dpi=130))
     picture = [
-        {"prompt": p, "scores": [score for _, score in row]} for p, row in zip(PICTURE_PROMPTS, rows, strict=True)
+        {"prompt": p, "scores": [score for _, score in row]} for p, row in zip(shown, rows, strict=True)
     ]
     arguments = {name: value for name, value in dataclasses.asdict(args).items() if name != "out"}
     path = common.save("effect", {"arguments": arguments, "curves": curves, "picture": picture}, args.out)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
-    "benchmarks/effect.py": ["--prompts", "1", "--budgets", "1", "--picture-budgets", "0"],
+    "benchmarks/effect.py": ["--prompts", "1", "--budgets", "1", "--pictures", "1", "--picture-budgets", "0"],
     "benchmarks/loops.py": ["--calls", "2", "--forms", "on the host", "--growth", "1e9", "--maps", "10000"],
     "benchmarks/reward_share.py": ["--population", "2", "--repeats", "1", "--preview-steps", "1"],
     "benchmarks/search_vs_torch.py": ["--budget", "2", "--repeats", "1", "--threads", "1"],
