@@ -1,6 +1,7 @@
 """Settings of the whole run: exact matrix products, one compilation cache, shape annotations checked."""
 
 import atexit
+import functools
 import gc
 import os
 import shutil
@@ -24,15 +25,17 @@ os.environ.update(
             "--xla_cpu_multi_thread_eigen=false",
         )
     ),
-    JAX_DISABLE_MOST_OPTIMIZATIONS=os.environ.get("DMO", "1"),
+    JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
 )
 
+import flax
 import hypothesis
 import jax  # reads the variables
+import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else stays on the first
@@ -56,6 +59,33 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+def pytest_collection_finish():
+    """What has been imported stays; the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(initializer, arguments):
+    return jax.eval_shape(lambda: initializer(jax.random.key(0), *arguments)).shape
+
+
+def _param(scope, name, initializer, *arguments, flax_param=flax.core.Scope.param, **options):
+    """Flax traces an initializer wherever its parameter is used, to compare shapes; here once a shape."""
+    if not scope.has_variable("params", name):
+        return flax_param(scope, name, initializer, *arguments, **options)
+    scope.reserve(name, "params")
+    value = scope.get_variable("params", name)
+    shape = _shape(initializer, tuple(tuple(a) if isinstance(a, list) else a for a in arguments))
+    if np.shape(value) != shape:
+        raise flax.errors.ScopeParamShapeError(name, scope.path_text, np.shape(value), shape)
+    return value
+
+
+flax.core.Scope.param = _param
 
 
 @pytest.fixture
