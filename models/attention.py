@@ -1,12 +1,8 @@
 """Scaled dot-product attention and the two rotary position embeddings in use (interleaved pairs, rotated halves).
 
-The kernel follows the devices that a program is for. They can't be seen while it is traced, so whoever compiles for
-others than the default one traces inside `compiled_for`.
+The kernel follows the device that a program is for (`target`).
 """
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,27 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ses_jax.models import splash, target
+
 Angles = jax.Array | np.ndarray
 
 # Scores are held for as many queries at a time as need no more than this.
 SCORE_BYTES = 2**28
-CUDNN_HEAD_DIM = 128
-
-_TARGET: contextvars.ContextVar[Any] = contextvars.ContextVar("target", default=None)
-
-
-@contextlib.contextmanager
-def compiled_for(device: Any) -> Iterator[None]:
-    """What is traced inside is for programs that run on such a device, real or of a topology; None is the default one.
-
-    To be entered inside a jitted function, with a device that follows from its static arguments: what a cached
-    compilation holds then follows from them too.
-    """
-    token = _TARGET.set(device)
-    try:
-        yield
-    finally:
-        _TARGET.reset(token)
+# The longest heads of cuDNN's kernel from Ampere and from Hopper on.
+CUDNN_HEAD_DIMS = {8: 128, 9: 256}
 
 
 def attention(
@@ -48,8 +31,9 @@ def attention(
 ) -> Float[Array, "b t nd"]:
     """Attention of `q [B, T, N, D]` over `k, v [B, S, K, D]`, N a multiple of K; softmax in float32.
 
-    On an NVIDIA GPU half-precision inputs run in cuDNN's fused kernel. Elsewhere long sequences take their queries in
-    blocks, so that the scores of 16384 cells or of a whole population never exist at once.
+    On an NVIDIA GPU half-precision inputs run in cuDNN's fused kernel, on a TPU long sequences in bfloat16 in the
+    splash kernel. Elsewhere long sequences take their queries in blocks, so that the scores of 16384 cells or of a
+    whole population never exist at once.
 
     Args:
       key_lengths: int `[B]`, how many leading keys may be seen; cheaper than a mask.
@@ -59,6 +43,8 @@ def attention(
     Returns:
       `[B, T, N * D]`, heads merged.
     """
+    if _fits_splash(q, k, causal=causal, masked=key_mask is not None):
+        return _splash(q, k, v, key_lengths)
     fused = _fits_cudnn(q)
     mask = None if key_mask is None else jnp.asarray(key_mask)[:, None, None, :]
     if fused and mask is not None:
@@ -118,17 +104,26 @@ def _in_blocks(attend, q: jax.Array, block: int) -> jax.Array:
     return out.reshape(batch, count * block, heads, -1)[:, :length]
 
 
+def _fits_splash(q: jax.Array, k: jax.Array, *, causal: bool, masked: bool) -> bool:
+    """Whether the splash kernel takes these queries and keys and the program is for a TPU."""
+    return not causal and not masked and splash.fits(q, k) and target.device().platform == "tpu"
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, key_lengths: Any) -> jax.Array:
+    lengths = jnp.full(len(k), k.shape[1]) if key_lengths is None else jnp.asarray(key_lengths)
+    blocks = splash.blocks_for(target.device().device_kind)
+    out = splash.attention(q, k, v, lengths.astype(jnp.int32), blocks=blocks, mesh=target.mesh())
+    return out.reshape(*out.shape[:2], -1)
+
+
 def _fits_cudnn(q: jax.Array) -> bool:
     """Whether cuDNN has a fused kernel for these queries on the device that the program is for."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] > CUDNN_HEAD_DIM or q.shape[-1] % 8:
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8:
         return False
-    # AMD's devices are "gpu" too, with capabilities such as "gfx942"; Ampere is the first generation with the kernel.
-    device = _target()
-    capability = getattr(device, "compute_capability", "").split(".")
-    return device.platform in ("gpu", "cuda") and all(map(str.isdecimal, capability)) and int(capability[0]) >= 8
-
-
-def _target() -> Any:
-    """The device that was said, or JAX's default one, which may be said by its platform's name."""
-    device = _TARGET.get() or jax.config.jax_default_device
-    return device if hasattr(device, "platform") else jax.devices(device)[0]
+    # AMD's devices are "gpu" too, with capabilities such as "gfx942".
+    device = target.device()
+    generation = getattr(device, "compute_capability", "").split(".")[0]
+    if device.platform not in ("gpu", "cuda") or not generation.isdecimal():
+        return False
+    longest = max((dim for first, dim in CUDNN_HEAD_DIMS.items() if int(generation) >= first), default=0)
+    return q.shape[-1] <= longest

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import weights_dtype
+from ses_jax.models.layers import Upsample, weights_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +134,7 @@ class Decoder(nn.Module):
             for j in range(c.layers_per_block + 1):
                 x = ResNet(channels, c.norm_num_groups, name=f"up_{i}_resnet_{j}")(x)
             if i < len(c.decoder_widths) - 1:
-                x = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = conv3x3(channels, f"up_{i}_upsample")(x)
+                x = Upsample(channels, name=f"up_{i}_upsample")(x)
         x = jax.nn.silu(group_norm(c.norm_num_groups, "norm_out")(x))
         return conv3x3(c.out_channels, "conv_out")(x)
 

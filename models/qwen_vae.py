@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import weights_dtype
+from ses_jax.models.layers import Upsample, weights_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +151,7 @@ class Decoder(nn.Module):
             for j in range(c.num_res_blocks + 1):
                 x = ResNet(channels, name=f"up_{i}_resnet_{j}")(x)
             if i < len(c.widths) - 1:
-                x = x.repeat(2, axis=1).repeat(2, axis=2)
-                x = nn.Conv(channels // 2, (3, 3), padding=1, name=f"up_{i}_upsample")(x)
+                x = Upsample(channels // 2, name=f"up_{i}_upsample")(x)
         x = jax.nn.silu(ChannelNorm(name="norm_out")(x))
         return CausalConv(c.input_channels, name="conv_out")(x)
 

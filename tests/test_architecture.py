@@ -65,7 +65,16 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         set(),
         [
             *("flux1", "flux2", "qwen_image", "z_image", "mmdit", "decoder_lm", "t5", "blip", "clip"),
-            *("autoencoder_kl_bn", "autoencoder_kl", "qwen_vae", "score_head", "attention", "layers", "config"),
+            *(
+                "autoencoder_kl_bn",
+                "autoencoder_kl",
+                "qwen_vae",
+                "score_head",
+                "attention",
+                "splash",
+                "layers",
+                "config",
+            ),
         ],
     ),
 }

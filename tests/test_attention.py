@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from ses_jax.models import attention as module
-from ses_jax.models.attention import attention, compiled_for
+from ses_jax.models import target
+from ses_jax.models.attention import attention
+from ses_jax.models.target import compiled_for
 
 pytestmark = pytest.mark.quick
 
@@ -91,6 +93,8 @@ def test_long_sequences_never_hold_all_scores():
         ("gpu", "7.5", jnp.bfloat16, 64, False),
         ("gpu", "gfx942", jnp.bfloat16, 64, False),
         ("gpu", "9.0", jnp.float32, 64, False),
+        ("gpu", "9.0", jnp.bfloat16, 256, True),
+        ("gpu", "8.9", jnp.bfloat16, 256, False),
         ("gpu", "9.0", jnp.bfloat16, 512, False),
         ("gpu", "9.0", jnp.bfloat16, 12, False),
         ("cpu", "", jnp.bfloat16, 64, False),
@@ -105,8 +109,8 @@ def test_the_fused_kernel_is_taken_where_there_is_one(backend, capability, dtype
 
 def test_the_default_device_counts_where_none_is_said():
     with jax.default_device("cpu"):
-        assert module._target().platform == "cpu"
+        assert target.device().platform == "cpu"
     with jax.default_device(jax.devices()[3]):
-        assert module._target() == jax.devices()[3]
+        assert target.device() == jax.devices()[3]
     with compiled_for(None):
-        assert module._target() == jax.devices()[0]
+        assert target.device() == jax.devices()[0]

@@ -13,15 +13,15 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jaxprs import equations
 
-from ses_jax.models import blip, clip, score_head
-from ses_jax.models.attention import compiled_for
+from ses_jax.models import blip, clip, score_head, splash
+from ses_jax.models.target import compiled_for
 from ses_jax.pipelines.registry import abstract_pipeline
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
 
 KERNEL = "dot_product_attention_fwd"  # of cuDNN, in the names of its operations
 GPU = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
-TPU = types.SimpleNamespace(platform="tpu")
+TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
 # For each device, the platforms that its programs are lowered for: what has no fused kernel is the same on all of them.
 DEVICES = {"gpu": (GPU, ("cuda",)), "tpu, cpu": (TPU, ("tpu", "cpu"))}
 DTYPES = (jnp.bfloat16, jnp.float32)
@@ -129,6 +129,22 @@ def check(programs, device, dtype):
 @pytest.mark.parametrize("source", MODELS)
 def test_networks(source, device, dtype):
     check(of_pipeline(source, dtype), device, dtype)
+
+
+@pytest.mark.parametrize("source", MODELS)
+def test_long_sequences_run_in_the_splash_kernel_on_tpus(source, monkeypatch):
+    """These are short, so that programs are made quickly, and taken for long."""
+    monkeypatch.setattr(splash, "SHORTEST", 256)
+    for name, (function, arguments, _) in of_pipeline(source, jnp.bfloat16).items():
+
+        def compiled(*arguments, function=function):
+            with compiled_for(TPU):
+                return function(*arguments)
+
+        traced = jax.jit(compiled).trace(*arguments)
+        fused = any(equation.primitive.name == "pallas_call" for equation in equations(traced.jaxpr))
+        assert fused == (name != "encode"), name
+        traced.lower(lowering_platforms=("tpu",))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)

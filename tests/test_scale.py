@@ -1,19 +1,20 @@
 """Searches that are large: several prompts at once, weights on the host, memory that runs out, runs that are killed."""
 
+import dataclasses
 import gc
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
-import oracle_flux2
 import pytest
 import toy
 
 import ses_jax
 from ses_jax.engine import generation, memory, runner, tasks
 from ses_jax.engine import search as engine
-from ses_jax.loading import checkpoint
+from ses_jax.loading import checkpoint, partition
 from ses_jax.rewards import reward as rewards
 
 PROMPTS = ["a cat", "two blue squares", "a red circle on a hill"]
@@ -36,7 +37,7 @@ def assert_same(ours, theirs):
 def test_prompts_searched_at_once_are_searched_as_if_alone():
     run = {"model": toy.pipeline(), "reward": toy.mixture(red=1.0, blue=-0.5, green=0.0), **SETTINGS}
     alone = ses_jax.search(PROMPTS, **run)
-    for at_once, chunk in ((2, None), (3, 7), (8, None)):
+    for at_once, chunk in ((3, 7), (2, None)):
         together = ses_jax.search(PROMPTS, prompts_at_once=at_once, chunk=chunk, **run)
         assert_same(together, alone)
         assert [result.config["prompt_index"] for result in together] == [0, 1, 2]
@@ -76,18 +77,10 @@ def test_bad_settings_are_refused():
 # Memory
 
 
-FAMILIES = {
-    "z_image": lambda: oracle.z_image_pipeline(oracle.ZImageSizes(shift=6.0, vae_layers=1), seed=3),
-    "flux2": lambda: oracle_flux2.dev_pipeline(
-        oracle_flux2.Sizes(text_layers=8, text_width=32, context=96, vae_layers=1), seed=3
-    ),
-}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
-    FAMILIES[request.param]().save_pretrained(folder)
+    oracle.z_image_pipeline(oracle.ZImageSizes(shift=6.0, vae_layers=1), seed=3).save_pretrained(folder)
     oracle.save_clip(folder / "clip", oracle.clip(seed=1))
     return folder
 
@@ -129,6 +122,49 @@ def test_text_encoders_and_the_other_networks_are_never_on_the_device_together(f
     assert image <= max(live["image"]) <= image + small
     gc.collect()
     assert tree_bytes(jax.live_arrays()) - base < small
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,model=4"])
+@pytest.mark.parametrize("images", [1, 3])
+def test_images_may_be_decoded_in_parts(monkeypatch, mesh, images):
+    """Ten rows, on each device at most so many at a time; parts are even, and what fills the last is dropped."""
+    mesh = partition.parse_mesh(mesh)
+    run = {"reward": toy.brightness(), **SETTINGS}
+    expected = ses_jax.search(PROMPTS[:2], model=toy.pipeline(), **run)
+    monkeypatch.setattr(memory, "DECODED_PIXELS", {"cpu": images * 16 * 16})
+    pipeline = toy.pipeline(mesh)
+    seen = []
+
+    def decode(params, latents):
+        seen.append(len(latents))
+        return toy.pipeline().decode(params, latents)
+
+    found = ses_jax.search(PROMPTS[:2], model=dataclasses.replace(pipeline, decode=decode), **run)
+    assert_same(found, expected)
+    devices = 1 if mesh is None else mesh.size
+    assert max(seen) <= images * devices
+
+
+def test_decoding_in_parts_takes_less_memory(folder):
+    pipeline = ses_jax.load_pipeline(str(folder))
+    noise = jnp.zeros((8, *pipeline.noise_shape(128, 128)), jnp.float32)
+    tokens = pipeline.tokenize(["a"])
+    condition = jax.eval_shape(pipeline.encode, pipeline.params, tokens)
+    arrays = (jnp.array([1.0, 0.0]), condition), generation.Rows(noise, jnp.zeros(8, jnp.int32))
+
+    def needed(decoded):
+        model = generation.Model(lambda params, latents, *_: latents, pipeline.decode, decoded=decoded)
+        compiled = generation.render.lower(model, 8, pipeline.params, *arrays).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert needed(1) < needed(None) / 3
+
+
+def test_how_many_images_are_decoded_at_once():
+    assert memory.decoded_at_once(1024, 1024, "gpu") == 2
+    assert memory.decoded_at_once(1024, 1024, "tpu") == 8
+    assert memory.decoded_at_once(2048, 2048, "gpu") == 1
+    assert memory.decoded_at_once(64, 64, "cpu") == 512
 
 
 class Exhausted:

@@ -25,11 +25,17 @@ from ses_jax.searchers import cem, wavelet
 
 
 class Model(NamedTuple):
-    """How noise becomes images: the two functions of a pipeline that run inside the compiled step, and its devices."""
+    """How noise becomes images: the two functions of a pipeline that run inside the compiled step, and its devices.
+
+    Attributes:
+      mesh: None is the default device.
+      decoded: how many rows each device decodes, and scores, at a time; None is all of them.
+    """
 
     velocity: Callable[..., Array]
     decode: Callable[..., Array]
     mesh: Mesh | None = None
+    decoded: int | None = None
 
 
 class Program(NamedTuple):
@@ -215,8 +221,7 @@ def _images(
 ) -> Any:
     """`finish(images, owner)` of all rows, `chunk` rows at a time; `prompts` are sigmas and conditions.
 
-    On a mesh the rows are denoised along the data axis, and then decoded and finished on all devices, which the small
-    networks have no other use for. Surplus rows fill the last split and are thrown away.
+    On a mesh the rows are denoised along the data axis. Surplus rows fill the last split and are thrown away.
     """
     sigmas, condition = prompts
 
@@ -233,15 +238,30 @@ def _images(
 
         latents = sampler.denoise(velocity, part.noise, sigmas)
         latents = partition.constrain(model.mesh, latents, partition.DATA)
-        spread = _fill(Rows(latents, part.owner), partition.size(model.mesh, *partition.AXES))
-        latents, owner = partition.constrain(model.mesh, spread, *partition.AXES)
-        with partition.compiled_for(model.mesh):
-            images = model.decode(params, latents)
-        finished = partition.constrain(model.mesh, finish(images, owner))
-        return jax.tree.map(lambda x: x[: len(part.owner)], finished)
+        return _decoded(model, params, Rows(latents, part.owner), finish)
 
     count, data = len(rows.owner), partition.size(model.mesh, partition.DATA)
     out = in_chunks(run, _fill(rows, data), -(-chunk // data) * data)
+    return jax.tree.map(lambda x: x[:count], out)
+
+
+def _decoded(model: Model, params: Any, rows: Rows, finish: Callable[[Array, Array], Any]) -> Any:
+    """`finish(images, owner)` of denoised rows.
+
+    On a mesh they are spread over all devices, which the small networks have no other use for.
+    """
+
+    def run(part: Rows) -> Any:
+        latents, owner = partition.constrain(model.mesh, part, *partition.AXES)
+        with partition.compiled_for(model.mesh):
+            images = model.decode(params, latents)
+        return partition.constrain(model.mesh, finish(images, owner))
+
+    devices, count = partition.size(model.mesh, *partition.AXES), len(rows.owner)
+    each = -(-count // devices)
+    # Even parts: one of another size would be a second program, which takes long to compile.
+    chunk = devices * -(-each // -(-each // (model.decoded or each)))
+    out = in_chunks(run, _fill(rows, chunk), chunk)
     return jax.tree.map(lambda x: x[:count], out)
 
 

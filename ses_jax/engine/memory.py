@@ -10,6 +10,17 @@ import jax
 LOG = logging.getLogger("ses_jax")
 # XLA's own bookkeeping and fragmentation need some room.
 USABLE = 0.95
+# Of all images that a device decodes at a time, by platform; elsewhere 2 megapixels.
+DECODED_PIXELS = {"tpu": 2**23}
+
+
+def decoded_at_once(height: int, width: int, platform: str) -> int:
+    """How many images of a size in pixels a device decodes and scores at a time.
+
+    The temporaries of one megapixel are 1.3 GB on an NVIDIA GPU, which has nothing from taking more of them at once;
+    a TPU's layouts want eight.
+    """
+    return max(1, DECODED_PIXELS.get(platform, 2**21) // (height * width))
 
 
 def device_limit() -> int | None:

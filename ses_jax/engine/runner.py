@@ -13,12 +13,11 @@ from jaxtyping import Array, Float
 
 from ses_jax.engine import generation, memory, records, resume
 from ses_jax.engine.config import RenderConfig, SearchConfig
-from ses_jax.engine.generation import Model, Program, Rows, Scored, State
+from ses_jax.engine.generation import Program, Rows, Scored, State
 from ses_jax.engine.progress import Report, progress_bar
 from ses_jax.engine.result import SearchResult, to_image
-from ses_jax.engine.tasks import Task, generation_count, initial_state, prepare
+from ses_jax.engine.tasks import Task, generation_count, initial_state, model_of, prepare
 from ses_jax.loading import partition
-from ses_jax.loading.programs import comparable
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards import mixture
 from ses_jax.rewards import reward as rewards
@@ -182,7 +181,7 @@ def render(
 ) -> Float[Array, "r H W 3"]:
     """Images of rows with all steps, `how` being the config and how many rows to take at a time."""
     config, chunk = how
-    model = Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh)
+    model = model_of(pipeline, config)
     sigmas = jnp.asarray(pipeline.sigmas(config.steps, config.height, config.width))
     arrays = partition.replicate(pipeline.mesh, ((sigmas, condition), rows))
     while True:

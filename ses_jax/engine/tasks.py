@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ses_jax.engine import generation, memory
-from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.generation import Inputs, Model, Program, State
 from ses_jax.loading import partition
 from ses_jax.loading.programs import comparable
@@ -70,11 +70,17 @@ def prepare(
     return task if config.chunk else task._replace(program=program._replace(chunk=_fitting_chunk(task)))
 
 
+def model_of(pipeline: Pipeline, config: RenderConfig) -> Model:
+    """What compiled programs know of a pipeline, for images of the config's size."""
+    decoded = memory.decoded_at_once(config.height, config.width, partition.platform(pipeline.mesh))
+    return Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh, decoded)
+
+
 def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str]) -> Program:
     evaluated = min(config.population, config.budget)
     rows = evaluated * len(prompts)
     return Program(
-        model=Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh),
+        model=model_of(pipeline, config),
         score=rewards.device_scores(reward, prompts[0]),
         weights=reward.weights,
         # Standardising a single part would change its scores and not their order.

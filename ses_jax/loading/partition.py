@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ses_jax.models import attention
+from ses_jax.models import target
 
 DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)
@@ -144,7 +144,13 @@ def constrain(mesh: Mesh | None, tree: Any, *axes: str) -> Any:
 
 def compiled_for(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     """Inside a compiled function: what is traced in it runs on a mesh; None is the default device."""
-    return attention.compiled_for(None if mesh is None else mesh.devices.flat[0])
+    return target.compiled_for(mesh)
+
+
+def platform(mesh: Mesh | None) -> str:
+    """What kind of devices a mesh has, as JAX names it ("cpu", "gpu", "tpu"); None is the default device."""
+    with compiled_for(mesh):
+        return target.device().platform
 
 
 def device_of(params: Any) -> jax.Device | None:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from ses_jax.loading import partition
 from ses_jax.loading.programs import comparable, compiled
-from ses_jax.models import attention
+from ses_jax.models import target
 from ses_jax.rewards import mixture
 from ses_jax.rewards.images import Images, batches
 from ses_jax.rewards.scorers import KINDS, Scorer, load_scorer
@@ -297,12 +297,12 @@ def _embedded(part: Part, prompts: Sequence[str]) -> Any:
 
 @compiled(static=2)
 def _embed(embed_text: Callable, device: Any, params: Any, tokens: Any) -> Any:
-    with attention.compiled_for(device):
+    with target.compiled_for(device):
         return embed_text(params, tokens)
 
 
 @compiled(static=2)
 def score(function: Callable, device: Any, params: Any, images: Batch, text: Any) -> Array:
     """`function(params, images, text)`, compiled for the devices that the params lie on."""
-    with attention.compiled_for(device):
+    with target.compiled_for(device):
         return function(params, images, text)

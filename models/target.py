@@ -1,0 +1,55 @@
+"""What programs are made for: kernels and layouts follow the device, which can't be seen while a program is traced.
+
+Whoever compiles for others than the default device, or for a mesh, traces inside `compiled_for`.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+
+class Target(NamedTuple):
+    """A device, real or of a topology, and the mesh it belongs to, if any; its first axis splits rows, its last heads.
+
+    Without a device it is the default one.
+    """
+
+    device: Any = None
+    mesh: Mesh | None = None
+
+
+DEFAULT = Target()
+_TARGET: contextvars.ContextVar[Target] = contextvars.ContextVar("target", default=DEFAULT)
+
+
+@contextlib.contextmanager
+def compiled_for(target: Any) -> Iterator[None]:
+    """What is traced inside is for programs that run on a target.
+
+    To be entered inside a jitted function, with a target that follows from its static arguments: what a cached
+    compilation holds then follows from them too.
+
+    Args:
+      target: a device or a mesh, real or of a topology; None is the default device.
+    """
+    mesh = target if isinstance(target, Mesh) else None
+    token = _TARGET.set(Target(target if mesh is None else mesh.devices.flat[0], mesh))
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def mesh() -> Mesh | None:
+    """The mesh that was said."""
+    return _TARGET.get().mesh
+
+
+def device() -> Any:
+    """The device that was said, or JAX's default one, which may be said by its platform's name."""
+    said = _TARGET.get().device or jax.config.jax_default_device
+    return said if hasattr(said, "platform") else jax.devices(said)[0]
