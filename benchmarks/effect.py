@@ -84,9 +84,7 @@ def main(args: Arguments) -> None:
         for name, method in methods.items()
     }
     write(args.out / "curve.png", lambda path: plot(curves, args.budgets).savefig(path, format="png", dpi=130))
-    picture = [
-        {"prompt": p, "scores": [score for _, score in row]} for p, row in zip(shown, rows, strict=True)
-    ]
+    picture = [{"prompt": p, "scores": [score for _, score in row]} for p, row in zip(shown, rows, strict=True)]
     arguments = {name: value for name, value in dataclasses.asdict(args).items() if name != "out"}
     path = common.save("effect", {"arguments": arguments, "curves": curves, "picture": picture}, args.out)
     report(curves, args.budgets)

@@ -65,16 +65,8 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         set(),
         [
             *("flux1", "flux2", "qwen_image", "z_image", "mmdit", "decoder_lm", "t5", "blip", "clip"),
-            *(
-                "autoencoder_kl_bn",
-                "autoencoder_kl",
-                "qwen_vae",
-                "score_head",
-                "attention",
-                "splash",
-                "layers",
-                "config",
-            ),
+            *("autoencoder_kl_bn", "autoencoder_kl", "qwen_vae", "score_head"),
+            *("attention", "splash", "layers", "target", "config"),
         ],
     ),
 }

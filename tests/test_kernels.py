@@ -22,8 +22,9 @@ from ses_jax.rewards.preprocess import Preprocessor
 KERNEL = "dot_product_attention_fwd"  # of cuDNN, in the names of its operations
 GPU = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
-# For each device, the platforms that its programs are lowered for: what has no fused kernel is the same on all of them.
-DEVICES = {"gpu": (GPU, ("cuda",)), "tpu, cpu": (TPU, ("tpu", "cpu"))}
+CPU = types.SimpleNamespace(platform="cpu")
+# For each device, the platform that its programs are lowered for.
+DEVICES = {"gpu": (GPU, "cuda"), "tpu": (TPU, "tpu"), "cpu": (CPU, "cpu")}
 DTYPES = (jnp.bfloat16, jnp.float32)
 # One checkpoint of every network. The encoders of the others differ in sizes only.
 MODELS = {
@@ -110,7 +111,7 @@ def of_rewards(dtype):
 
 
 def check(programs, device, dtype):
-    target, platforms = DEVICES[device]
+    target, platform = DEVICES[device]
     for name, (function, arguments, fits) in programs.items():
 
         def compiled(*arguments, function=function):
@@ -121,7 +122,7 @@ def check(programs, device, dtype):
         fused = any(KERNEL in equation.primitive.name for equation in equations(traced.jaxpr))
         assert fused == (fits and device == "gpu" and dtype == jnp.bfloat16), name
         if dtype == jnp.bfloat16:
-            traced.lower(lowering_platforms=platforms)
+            traced.lower(lowering_platforms=(platform,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
