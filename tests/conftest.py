@@ -44,17 +44,11 @@ hypothesis.settings.register_profile("same", derandomize=True, database=None, de
 hypothesis.settings.load_profile("same")
 
 
-# Files of more than a minute, which start first so that no worker waits for the other one at the end.
-LONG = (
-    "partition",
-    "throughput",
-    "flux2_pipeline",
-    "flux1_pipeline",
-    "qwen_image_pipeline",
-    "cli",
-    "batch",
-    "processes",
-)
+# Files of more than half a minute, which start first so that no worker waits for the other one at the end.
+LONG = {
+    *("scale", "processes", "partition", "flux2_pipeline", "train_demo", "throughput", "scorers", "flux1_pipeline"),
+    *("qwen_image_pipeline", "z_image_pipeline", "cli", "planner", "scripts", "batch"),
+}
 
 
 def pytest_collection_modifyitems(items):

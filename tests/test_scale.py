@@ -33,14 +33,12 @@ def assert_same(ours, theirs):
         assert a.components.keys() == b.components.keys()
 
 
-@pytest.mark.usefixtures("optimized_programs")
 def test_prompts_searched_at_once_are_searched_as_if_alone():
     run = {"model": toy.pipeline(), "reward": toy.mixture(red=1.0, blue=-0.5, green=0.0), **SETTINGS}
     alone = ses_jax.search(PROMPTS, **run)
-    for at_once, chunk in ((3, 7), (2, None)):
-        together = ses_jax.search(PROMPTS, prompts_at_once=at_once, chunk=chunk, **run)
-        assert_same(together, alone)
-        assert [result.config["prompt_index"] for result in together] == [0, 1, 2]
+    together = ses_jax.search(PROMPTS, prompts_at_once=2, chunk=7, **run)
+    assert_same(together, alone)
+    assert [result.config["prompt_index"] for result in together] == [0, 1, 2]
 
 
 def test_rewards_on_the_host_see_every_image_with_its_prompt():
