@@ -162,7 +162,7 @@ def contact_sheet(rows: Sequence[Sequence[tuple[Image.Image, float]]], budgets: 
     width, height = (side * SCALE for side in rows[0][0][0].size)
     sheet = Image.new("RGB", (len(rows[0]) * (width + 8) + 8, len(rows) * (height + TEXT + 8) + 8), BACKGROUND)
     pen = ImageDraw.Draw(sheet)
-    for i, (row, prompt) in enumerate(zip(rows, PICTURE_PROMPTS, strict=True)):
+    for i, (row, prompt) in enumerate(zip(rows, PICTURE_PROMPTS[: len(rows)], strict=True)):
         top = 8 + i * (height + TEXT + 8)
         pen.text((8, top), prompt, fill=INK, font_size=14)
         for j, ((image, score), budget) in enumerate(zip(row, budgets, strict=True)):
