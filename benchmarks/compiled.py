@@ -61,17 +61,22 @@ class Case(NamedTuple):
 
 
 def main(arguments: Arguments) -> None:
-    path = arguments.out / f"{NAME}.json"
-    entries = json.loads(path.read_text())["entries"] if path.exists() else {}
     for case in cases(arguments):
-        if case.key in entries:
+        if case.key in done(arguments.out):
             continue
         start = time.perf_counter()
-        entries[case.key] = entry(case, {"height": arguments.height, "width": arguments.width})
-        save(NAME, {"entries": entries}, arguments.out)
-        print(f"{case.key}: {told(entries[case.key])}; {time.perf_counter() - start:.0f} s", flush=True)
+        found = entry(case, {"height": arguments.height, "width": arguments.width})
+        # Another process, with the other compilers, may have been here in the meantime.
+        save(NAME, {"entries": done(arguments.out) | {case.key: found}}, arguments.out)
+        print(f"{case.key}: {told(found)}; {time.perf_counter() - start:.0f} s", flush=True)
         programs.clear()
         jax.clear_caches()
+
+
+def done(folder: Path) -> dict[str, Any]:
+    """The entries that are there already."""
+    path = folder / f"{NAME}.json"
+    return json.loads(path.read_text())["entries"] if path.exists() else {}
 
 
 def cases(arguments: Arguments) -> Iterator[Case]:

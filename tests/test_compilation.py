@@ -175,9 +175,11 @@ def test_topologies_have_the_devices_that_they_should(name):
 
 def test_a_refused_program_says_how_much_it_needs():
     target = topologies.target_mesh("v6e", "data=1,model=1")
-    shape = jax.ShapeDtypeStruct((16384, 1024, 1024), jnp.float32, sharding=NamedSharding(target, P()))
+    shape = jax.ShapeDtypeStruct((50000, 1000, 1024), jnp.float32, sharding=NamedSharding(target, P()))
     lowered = jax.jit(lambda x: jnp.sort(x, axis=0) + 1).lower(shape)
-    assert memory.working_bytes(lowered) >= 64 * 2**30 > topologies.limit_bytes("v6e")
+    with topologies.no_flags():
+        needed = memory.working_bytes(lowered)
+    assert needed >= 4 * 50000 * 1000 * 1024 > topologies.limit_bytes("v6e")
     with pytest.raises(jax.errors.JaxRuntimeError, match="other words"):
         memory.refused_bytes(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: other words"))
 
@@ -188,7 +190,7 @@ TOWER = clip.Tower(64, 64, 1, 2, "gelu")
 CLIP = clip.Config(text=TOWER, vision=TOWER, projection_dim=64)
 BLIP = blip.Config(blip.Bert(64, 64, 1, 2), TOWER)
 KEY = jax.random.key(0)
-SMALL = {"height": 64, "width": 64, "population": 2, "budget": 2, "preview_steps": 2, "steps": 3}
+SMALL = {"height": 32, "width": 32, "population": 2, "budget": 2, "preview_steps": 2, "steps": 3}
 
 
 def clip_like(score):
@@ -229,6 +231,8 @@ SCORERS = {
 }
 # A family and a scorer compile together, on one device, or on two that share the weights.
 PAIRS = list(zip(tiny.TINY, [*SCORERS, "clip"], [1, 2, 1, 2, 2], strict=True))
+COMPILERS = {"v6e": "libtpu", "h100": "jax-cuda12-plugin"}
+ATTENTION = {"v6e": "XLA", "h100": "__cudnn$fmhaSoftmax"}
 
 
 def publish(monkeypatch, source, scorer):
@@ -243,34 +247,36 @@ def publish(monkeypatch, source, scorer):
     monkeypatch.setattr(workload, "clip_scorer", shapes)
 
 
+@pytest.mark.compilers
+@pytest.mark.parametrize("device", COMPILERS)
 @pytest.mark.parametrize(("source", "scorer", "model"), PAIRS, ids=[f"{s} {r}" for s, r, _ in PAIRS])
-def test_everything_compiles_for_a_tpu(source, scorer, model, monkeypatch):
+def test_every_family_and_scorer_compiles(source, scorer, model, device, monkeypatch):
+    if not topologies.available(device):
+        pytest.skip(f"{COMPILERS[device]} is not installed")
     publish(monkeypatch, source, scorer)
-    plan = ses_jax.plan(source, device="v6e", mesh=f"data=1,model={model}", compile=True, **SMALL)
-    found = plan.compiled
+    found = ses_jax.plan(source, device=device, mesh=f"data=1,model={model}", compile=True, **SMALL).compiled
     assert found.programs.keys() == {"encode", "generation", "render"}
-    assert (plan.fits, plan.chunk) == (found.fits, found.chunk) == (True, 2)
+    assert (found.fits, found.chunk) == (True, SMALL["population"])
     for name, program in found.programs.items():
         assert not program.refusal
-        assert program.seconds > 0, name
-        assert program.argument_bytes > 0
         assert bool(program.collectives) == (model > 1), name
-    assert found.programs["generation"].seconds > found.programs["render"].seconds / 3 > 0
-    assert found.search_bytes <= found.limit_bytes
-    text = str(plan)
-    assert "libtpu" in text
-    assert "attention by" in text
+        assert ATTENTION[device] in program.attention, name
+        assert (program.seconds is None) == (device == "h100"), name
 
 
 def test_the_script_makes_what_is_left(monkeypatch, tmp_path, capsys):
     publish(monkeypatch, TURBO, "clip")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = importlib.import_module("compiled")
-    asked = script.Arguments(devices=("v6e",), models=(TURBO,), counts=(1,), height=64, width=64, out=tmp_path)
+    asked = script.Arguments(devices=("v6e",), models=(TURBO,), counts=(1,), height=32, width=32, out=tmp_path)
     for _ in range(2):
         script.main(asked)
     assert capsys.readouterr().out.count(f"{TURBO} on 1 v6e: ") == 1
     (entry,) = json.loads((tmp_path / "compiled.json").read_text())["entries"].values()
-    assert entry["compiled"]["chunk"] == 10
-    assert entry["mesh"] == "data=1,model=1"
-    assert entry["compiled"]["programs"]["generation"]["seconds"] > 0
+    found = entry["compiled"]
+    assert (entry["mesh"], found["chunk"], found["fits"]) == ("data=1,model=1", 10, True)
+    assert found["programs"].keys() == {"encode", "generation", "render"}
+    for program in found["programs"].values():
+        assert program["seconds"] > 0
+        assert (program["collectives"], program["refusal"]) == ({}, "")
+    assert found["search_bytes"] < found["limit_bytes"] == topologies.limit_bytes("v6e")

@@ -6,7 +6,7 @@ from ses_jax.models import clip
 from ses_jax.pipelines import registry
 
 _LM = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "heads": 2, "kv_heads": 1}
-_VAE = {"block_out_channels": (32, 32), "layers_per_block": 1}
+_VAE = {"block_out_channels": (32,), "layers_per_block": 1}
 _FLUX2 = {
     "transformer": {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 768},
     "text_encoder": _LM | {"taps": (1, 2, 3)},
@@ -36,7 +36,7 @@ TINY = {
     "Qwen/Qwen-Image": {
         "transformer": {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 256},
         "text_encoder": _LM | {"taps": (2,)},
-        "vae": {"base_dim": 16, "dim_mult": (1, 1, 1, 1), "num_res_blocks": 1},
+        "vae": {"base_dim": 16, "dim_mult": (1,), "num_res_blocks": 1},
     },
 }
 

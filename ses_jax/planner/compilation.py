@@ -156,7 +156,8 @@ def _compile(target: Target, name: str, lower: Callable[[], jax.stages.Lowered])
     lowered = lower()
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with topologies.no_flags():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if not memory.is_exhausted(error):
             raise

@@ -13,9 +13,11 @@ tuning data for 4096 and 16384 tokens and heads of 128 (openxla/tokamax, `data/a
 of the peak.
 """
 
+import contextlib
 import importlib.metadata
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -167,6 +169,17 @@ def compiler(device: str) -> str:
     """The versions that a program depends on."""
     library = "libtpu" if device in TPUS else _plugin()
     return f"jax {jax.__version__}, {library} {importlib.metadata.version(library)}"
+
+
+@contextlib.contextmanager
+def no_flags() -> Iterator[None]:
+    """Hides `XLA_FLAGS`: libtpu reads them when it first compiles, and ends the process over one it does not know."""
+    flags = os.environ.pop("XLA_FLAGS", None)
+    try:
+        yield
+    finally:
+        if flags is not None:
+            os.environ["XLA_FLAGS"] = flags
 
 
 def gpu_target(gpu: Gpu) -> str:
