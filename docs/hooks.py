@@ -2,6 +2,7 @@
 
 settings   `<!-- settings -->` becomes the table of what `search` takes, read from the code
 rooms      `<!-- rooms -->` becomes what the packages of the project say of themselves
+compiled   `<!-- compiled -->` becomes the tables of `benchmarks/compiled.py`
 pictures   those in `benchmarks/results/` become files of the site
 """
 
@@ -9,6 +10,7 @@ import ast
 import json
 import re
 import textwrap
+from collections.abc import Mapping
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """What is made here in the place of its mark."""
-    for mark, make in (("<!-- settings -->", settings_table), ("<!-- rooms -->", rooms)):
+    for mark, make in MARKS.items():
         if mark in markdown:
             markdown = markdown.replace(mark, make())
     return markdown
@@ -78,6 +80,37 @@ def settings() -> list[tuple[str, str, str]]:
     return [(name, _default(field.default), _meaning(field)) for name, field in known.items()]
 
 
+def compiled() -> str:
+    """A table a kind and number of devices, from what their compilers said."""
+    path = PICTURES / "compiled.json"
+    entries = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.exists() else {}
+    machines: dict[str, list[str]] = {}
+    for key, entry in entries.items():
+        model, machine = key.split(" on ")
+        machines.setdefault(machine, []).append(
+            f"| {model.rpartition('/')[2]} | {' | '.join(_compiled_cells(entry))} |"
+        )
+    return "\n\n".join("\n".join([f"**{machine}**\n", COMPILED, *rows]) for machine, rows in machines.items())
+
+
+def _compiled_cells(entry: Mapping[str, Any]) -> list[str]:
+    """Of one model on one machine."""
+    if not entry.get("compiled"):
+        return [entry.get("error", "does not fit").splitlines()[0][:80], *[""] * 6]
+    found, programs = entry["compiled"], entry["compiled"]["programs"]
+    moved = {kind: total for kind, total in programs["generation"]["collectives"].items() if total["bytes"]}
+    seconds = programs["generation"]["seconds"]
+    return [
+        entry["mesh"] + (", offloaded" if entry["offload_text_encoder"] else ""),
+        str(found["chunk"]),
+        f"{max(found['encode_bytes'], found['search_bytes']) / 2**30:.1f}",
+        " and ".join(f"{entry[name] / found[name] - 1:+.0%}" for name in ("encode_bytes", "search_bytes")),
+        ", ".join(f"{total['count']} {kind}, {total['bytes'] / 2**30:.1f} GiB" for kind, total in moved.items()),
+        f"{sum(program['compile_seconds'] for program in programs.values()):.0f}",
+        "" if seconds is None else f"{seconds / entry['settings']['population']:.2g}",
+    ]
+
+
 def _default(value: Any) -> str:
     if value is None or value == ():
         return ""
@@ -88,3 +121,13 @@ def _meaning(field: Field) -> str:
     text, reference = field.metadata["doc"].replace("|", "\\|"), field.metadata["reference"]
     text = text[0].upper() + text[1:] + "."
     return f"{text} The reference's `{reference}`." if reference else text
+
+
+COMPILED = """\
+| model | mesh | candidates at a time | GiB on a device | the plan's bytes | collectives | s to compile | s each |
+|---|---|---|---|---|---|---|---|"""
+MARKS = {
+    "<!-- settings -->": settings_table,
+    "<!-- rooms -->": rooms,
+    "<!-- compiled -->": compiled,
+}

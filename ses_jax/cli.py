@@ -184,6 +184,7 @@ def plan(
     mesh: str = "data=1,model=1",
     offload_text_encoder: bool = False,
     utilization: float = 0.4,
+    compile: bool = False,
     json: bool = False,
 ) -> int:
     """Say what a search needs and how long it takes, without weights or the device; exit status 1 if it doesn't fit.
@@ -192,10 +193,12 @@ def plan(
         model: Hugging Face id of a published model.
         settings: of the search.
         tokens: length of the prompt.
-        device: h200, h100, b200, a100-80, a100-40, 4090, 5090, v4, v5e, v5p or v6e.
+        device: h200, h100, b200, a100-80, a100-40, 4090, 5090, v4, v5e, v5p, v6e or tpu7x.
         mesh: how many devices share the candidates and how many the weights, such as data=1,model=8.
         offload_text_encoder: text encoders leave the device before the other networks come.
         utilization: share of the device's peak that the networks reach.
+        compile: ask the device's own compiler, which takes minutes, pip install 'ses_jax[tpu]' or 'ses_jax[cuda]', and
+            not the device.
         json: print JSON instead of a table.
     """
     import ses_jax
@@ -207,6 +210,7 @@ def plan(
         mesh=mesh,
         offload_text_encoder=offload_text_encoder,
         utilization=utilization,
+        compile=compile,
         **arguments(settings),
     )
     print(dumps(planned.as_json(), indent=2) if json else planned)

@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.planner": (
         {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.models"},
-        ["plan", "workload", "footprint", "flops", "devices"],
+        ["plan", "compilation", "workload", "footprint", "flops", "hlo", "topologies", "devices"],
     ),
     "ses_jax.engine": (
         {"ses_jax.searchers", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading"},
@@ -29,6 +29,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "search",
             "models",
             "runner",
+            "outline",
             "tasks",
             "resume",
             "records",

@@ -50,7 +50,7 @@ def test_flops_of_a_search(work):
 def test_bytes_of_a_search(work):
     plan = plan_on(work, machine())
     sizes = {name: sum(x.size * 2 for x in jax.tree.leaves(tree)) for name, tree in work.pipeline.params.items()}
-    assert plan.weights == sizes | {"reward": footprint.size_of(work.reward)}
+    assert plan.weights == sizes | {"reward": footprint.size_of(work.scorer.params)}
     assert plan.weights["reward"] == pytest.approx(2 * 986e6, rel=0.01)
     everything = sum(plan.weights.values())
     assert plan.encode_bytes == everything + work.encode.temporary_bytes

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +184,7 @@ def test_running_out_of_memory_halves_the_chunk_and_changes_no_result(monkeypatc
     expected = ses_jax.search("a", model=pipeline, reward=reward, **SETTINGS)
     step = Exhausted(generation.generation_step, room=3)
     monkeypatch.setattr(generation, "generation_step", step)
-    monkeypatch.setattr(memory, "device_limit", lambda: None)
+    monkeypatch.setattr(memory, "device_room", lambda: None)
     with caplog.at_level(logging.WARNING, logger="ses_jax"):
         found = ses_jax.search("a", model=pipeline, reward=reward, **SETTINGS)
     assert step.chunks == [10, 5, 3, 3, 3]
@@ -207,6 +208,14 @@ def test_other_errors_of_the_device_come_through(monkeypatch):
         ses_jax.search("a", model=toy.pipeline(), reward=toy.brightness(), **SETTINGS)
 
 
+def test_what_lies_on_the_device_takes_room(monkeypatch):
+    stats = {"bytes_limit": 1000, "bytes_in_use": 300}
+    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda: stats)])
+    assert memory.device_room() == int(memory.USABLE * 1000) - 300
+    stats.clear()
+    assert memory.device_room() is None
+
+
 def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog):
     """On this small model a generation of ten needs some tens of megabytes; with less to give, fewer go at a time."""
     pipeline = ses_jax.load_pipeline(str(folder))
@@ -214,23 +223,21 @@ def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog):
     config = ses_jax.SearchConfig(population=8, height=128, width=128, level=1, preview_steps=2).resolve(pipeline)
     compilations = generation.generation_step.cache_size()
 
-    def chunk_under(limit):
-        monkeypatch.setattr(memory, "device_limit", lambda: limit)
+    def chunk_under(room):
+        monkeypatch.setattr(memory, "device_room", lambda: room)
         return tasks.prepare(pipeline, reward, config, ["a"], [0])
 
     task = chunk_under(None)
     assert task.program.chunk == 8
     arguments = task.params, task.inputs, np.int32(0), tasks.initial_state(task)
     needed = {
-        chunk: memory.program_bytes(
-            generation.generation_step.lower(task.program._replace(chunk=chunk), *arguments).compile()
-        )
+        chunk: memory.working_bytes(generation.generation_step.lower(task.program._replace(chunk=chunk), *arguments))
         for chunk in (8, 4, 1)
     }
     assert needed[8] > needed[4] > needed[1]
-    assert chunk_under(int(needed[8] / memory.USABLE) + 1).program.chunk == 8
+    assert chunk_under(needed[8]).program.chunk == 8
     with caplog.at_level(logging.WARNING, logger="ses_jax"):
-        found = chunk_under(int(needed[4] / memory.USABLE) + 1).program.chunk
+        found = chunk_under(needed[4]).program.chunk
     assert 2 <= found <= 4
     assert f"denoising {found} of 8 candidates at a time" in caplog.text
     assert chunk_under(1).program.chunk == 1

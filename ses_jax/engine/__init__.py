@@ -3,6 +3,7 @@
 search       `search`, `generate`: the public calls
 models       the pipeline and the reward of a search, loaded and kept for the next one
 runner       generations, final renders, results of one or more prompts at once
+outline      a search as shapes, and its programs lowered
 tasks        a search made ready: prompts encoded, noise split, weights placed
 generation   the compiled part
 config       `SearchConfig` and the other settings

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from ses_jax.engine import memory
 from ses_jax.loading import partition
 from ses_jax.loading.programs import compiled
 from ses_jax.pipelines import sampler
@@ -258,9 +259,7 @@ def _decoded(model: Model, params: Any, rows: Rows, finish: Callable[[Array, Arr
         return partition.constrain(model.mesh, finish(images, owner))
 
     devices, count = partition.size(model.mesh, *partition.AXES), len(rows.owner)
-    each = -(-count // devices)
-    # Even parts: one of another size would be a second program, which takes long to compile.
-    chunk = devices * -(-each // -(-each // (model.decoded or each)))
+    chunk = devices * memory.even_part(-(-count // devices), model.decoded)
     out = in_chunks(run, _fill(rows, chunk), chunk)
     return jax.tree.map(lambda x: x[:count], out)
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ LOG = logging.getLogger("ses_jax")
 USABLE = 0.95
 # Of all images that a device decodes at a time, by platform; elsewhere 2 megapixels.
 DECODED_PIXELS = {"tpu": 2**23}
+# A TPU's compiler refuses what the device can't hold, in these words.
+REFUSAL = r"total memory required for [^(]*\(([\d.]+)([KMGT]?)\)"
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def decoded_at_once(height: int, width: int, platform: str) -> int:
@@ -23,44 +27,68 @@ def decoded_at_once(height: int, width: int, platform: str) -> int:
     return max(1, DECODED_PIXELS.get(platform, 2**21) // (height * width))
 
 
-def device_limit() -> int | None:
-    """Bytes that the first local device lets programs use; None where it doesn't say (CPU)."""
+def even_part(count: int, most: int | None) -> int:
+    """The size of the fewest even parts of at most `most`; a part of another size would be one more thing to compile.
+
+    The last part may have to be filled up. None is no limit.
+    """
+    return -(-count // -(-count // (most or count)))
+
+
+def device_room() -> int | None:
+    """Bytes that are left on the first local device beside what lies there; None where it doesn't say (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit")
+    if "bytes_limit" not in stats:
+        return None
+    return int(USABLE * stats["bytes_limit"]) - stats.get("bytes_in_use", 0)
 
 
-def fitting_chunk(lower: Callable[[int], Any], rows: int, limit: int | None) -> int:
+def fitting_chunk(working: Callable[[int], int], rows: int, room: int | None) -> int:
     """The largest number of rows at a time whose compiled program fits.
 
     Args:
-      lower: `(chunk) -> jax.stages.Lowered` of a program.
+      working: `(chunk) -> working_bytes` of a program whose arguments are on the device.
       rows: how many there are in all.
-      limit: bytes of a device; None is no limit.
+      room: bytes of a device beside them; None is no limit.
 
     Returns:
-      `rows` if all fit, at least 1 otherwise. What is compiled here is not compiled again by the search.
+      `rows` if all fit, at least 1 otherwise.
     """
     chunk = rows
-    while limit is not None and chunk > 1:
-        needed = program_bytes(lower(chunk).compile())
-        if needed <= USABLE * limit:
+    while room is not None and chunk > 1:
+        needed = working(chunk)
+        if needed <= room:
             break
-        # The temporaries, which all lies in, shrink about in proportion.
-        smaller = min(chunk - 1, max(1, math.floor(chunk * USABLE * limit / needed)))
-        LOG.info(
-            "%d candidates at a time need %.1f GB of %.1f GB; trying %d", chunk, needed / 1e9, limit / 1e9, smaller
-        )
+        # They shrink about in proportion.
+        smaller = min(chunk - 1, max(1, math.floor(chunk * room / max(needed, 1))))
+        LOG.info("%d candidates at a time need %.1f GB of %.1f GB; trying %d", chunk, needed / 1e9, room / 1e9, smaller)
         chunk = smaller
     if chunk < rows:
         LOG.warning("denoising %d of %d candidates at a time, to fit into memory", chunk, rows)
     return chunk
 
 
-def program_bytes(compiled: Any) -> int:
-    """Bytes that a compiled program needs on each device: its arguments, results and temporaries."""
-    analysis = compiled.memory_analysis()
-    reused = analysis.alias_size_in_bytes
-    return analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes - reused
+def working_bytes(lowered: Any) -> int:
+    """Bytes that a program needs on each device beside its arguments: its temporaries and results.
+
+    Where the compiler refuses it for want of memory they are those that it names. What is compiled here is not compiled
+    again by the search.
+    """
+    try:
+        analysis = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        return refused_bytes(error)
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+
+
+def refused_bytes(error: Exception) -> int:
+    """Bytes that a program needs which the compiler refused; raises the error where it does not name them."""
+    found = re.search(REFUSAL, str(error))
+    if not found:
+        raise error
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def is_exhausted(error: Exception) -> bool:

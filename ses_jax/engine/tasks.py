@@ -48,26 +48,29 @@ def prepare(
     pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], indices: Sequence[int]
 ) -> Task:
     """Encodes the prompts, draws and splits their noise, and puts everything where it belongs."""
+    noise, first = draw(pipeline, config, indices)
+    condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
+    reward = rewards.place(reward, functools.partial(partition.replicate, pipeline.mesh))
+    text = rewards.device_text(reward, prompts)
+    inputs = partition.replicate(pipeline.mesh, first._replace(condition=condition, text=text))
+    task = assemble(pipeline, reward, config, prompts, inputs)._replace(noise=noise)
+    return task if config.chunk else task._replace(program=task.program._replace(chunk=_fitting_chunk(task)))
+
+
+def draw(pipeline: Pipeline, config: SearchConfig, indices: Sequence[int]) -> tuple[Array, Inputs]:
+    """The base noise `[P, C, h, w]` of prompts, and their inputs but for what is encoded."""
     noise_keys, keys = zip(*(prompt_keys(config.seed, index) for index in indices), strict=True)
     shape = pipeline.noise_shape(config.height, config.width)
     noise = jnp.stack([base_noise(key, shape) for key in noise_keys])
-    condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
-    reward = rewards.place(reward, functools.partial(partition.replicate, pipeline.mesh))
     low, high = generation.split(noise, config.wavelet, config.level)
-    inputs = Inputs(
-        key=jnp.stack(keys),
-        low=low,
-        high=high,
-        condition=condition,
-        text=rewards.device_text(reward, prompts),
-        sigmas=jnp.asarray(pipeline.sigmas(config.preview_steps, config.height, config.width)),
-        budget=jnp.int32(config.budget),
-    )
+    sigmas = jnp.asarray(pipeline.sigmas(config.preview_steps, config.height, config.width))
+    return noise, Inputs(jnp.stack(keys), low, high, None, None, sigmas, jnp.int32(config.budget))
+
+
+def assemble(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], inputs: Inputs) -> Task:
+    """The task of what lies on its devices already; all rows at a time unless the config says how many."""
     params = image_params(pipeline), rewards.device_params(reward)
-    program = _program(pipeline, reward, config, prompts)
-    inputs = partition.replicate(pipeline.mesh, inputs)
-    task = Task(program, reward, params, inputs, noise, tuple(prompts), config)
-    return task if config.chunk else task._replace(program=program._replace(chunk=_fitting_chunk(task)))
+    return Task(_program(pipeline, reward, config, prompts), reward, params, inputs, None, tuple(prompts), config)
 
 
 def model_of(pipeline: Pipeline, config: RenderConfig) -> Model:
@@ -95,21 +98,29 @@ def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
 
 def _fitting_chunk(task: Task) -> int:
     """All rows at a time, or as many as fit on a device."""
-    compiled = generation.candidates if task.reward.on_host else generation.generation_step
     state = initial_state(task)
 
-    def lower(chunk):
-        return compiled.lower(task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state)
+    def working(chunk):
+        return memory.working_bytes(lower_generation(task, state, chunk))
 
-    return memory.fitting_chunk(lower, task.program.chunk, memory.device_limit())
+    return memory.fitting_chunk(working, task.program.chunk, memory.device_room())
+
+
+def lower_generation(task: Task, state: State, chunk: int) -> jax.stages.Lowered:
+    """The compiled part of a generation, `chunk` candidates at a time."""
+    compiled = generation.candidates if task.reward.on_host else generation.generation_step
+    return compiled.lower(task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state)
 
 
 def initial_state(task: Task) -> State:
     """The state before the first generation, where the compiled step leaves it."""
-    state = generation.init(
-        task.program, task.inputs.low.shape, elites=task.config.elites, generations=generation_count(task.config)
-    )
-    return partition.replicate(task.program.model.mesh, state)
+    return partition.replicate(task.program.model.mesh, first_state(task))
+
+
+def first_state(task: Task) -> State:
+    """The state before the first generation, wherever it lies."""
+    generations = generation_count(task.config)
+    return generation.init(task.program, task.inputs.low.shape, elites=task.config.elites, generations=generations)
 
 
 def generation_count(config: SearchConfig) -> int:

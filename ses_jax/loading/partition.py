@@ -4,6 +4,9 @@ A mesh has two axes. Along "data" stand different candidates (of one prompt or o
 the feed-forward widths of one network are split, so that a network larger than one device fits. XLA's partitioner
 derives everything else from where the params and the rows lie.
 
+On a mesh, shapes are placed like arrays: a `jax.ShapeDtypeStruct` comes back with where it lies, on devices that need
+not be there.
+
 A network's rules are ordered pairs of a path pattern and a PartitionSpec; the first that matches a leaf's whole path
 counts, and a leaf that none matches is an error.
 """
@@ -109,7 +112,7 @@ def place(mesh: Mesh | None, rules: Mapping[str, Rules], params: Mapping[str, An
     Args:
       mesh: None is the default device.
       rules: by network.
-      params: by network, arrays of the host or of devices.
+      params: by network, arrays of the host or of devices, or shapes.
     """
     if mesh is None:
         return jax.device_put(params)
@@ -175,8 +178,10 @@ def loader(mesh: Mesh | None, rules: Rules) -> Any:
     return None if mesh is None else functools.partial(sharding, mesh, rules)
 
 
-def _put(leaf: Any, target: NamedSharding) -> jax.Array:
+def _put(leaf: Any, target: NamedSharding) -> Any:
     """A leaf where it belongs, on a mesh of this process or of several that all have the leaf."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(sharding=target)
     if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(target, leaf.ndim):
         return leaf
     if target.is_fully_addressable:

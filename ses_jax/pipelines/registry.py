@@ -73,16 +73,17 @@ def load_pipeline(
     configs = {name: config for name, (config, _) in loaded.items()}
     params = {name: params for name, (_, params) in loaded.items()}
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder))
-    pipeline = family.assemble(parts, **options)
-    return dataclasses.replace(pipeline, mesh=mesh, place=functools.partial(partition.place, mesh, rules))
+    return _placed(family, family.assemble(parts, **options), mesh)
 
 
-def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, **options: Any) -> Pipeline:
+def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None, **options: Any) -> Pipeline:
     """A published model as shapes: its functions can be traced, planned and compiled without weights.
 
     Args:
       source: the Hugging Face id of one of the families' `PUBLISHED` checkpoints.
       dtype: of the weights.
+      mesh: devices to compile for, which need not be there (see `jax.experimental.topologies`); None is none in
+        particular.
       options: the family's own.
 
     Returns:
@@ -95,8 +96,15 @@ def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, **options: Any)
         for published in family.PUBLISHED:
             if published.source == source and published.configs:
                 _check_options(source, family, options)
-                return family.assemble(_abstract_parts(family, published, dtype), **options)
+                pipeline = family.assemble(_abstract_parts(family, published, dtype), **options)
+                return pipeline if mesh is None else _placed(family, pipeline, mesh)
     raise ValueError(f"{source}: no published model of that name; known: {', '.join(_published_names())}")
+
+
+def _placed(family: ModuleType, pipeline: Pipeline, mesh: Mesh | None) -> Pipeline:
+    """The pipeline on a mesh."""
+    rules = {name: part.partition for name, part in family.COMPONENTS.items()}
+    return dataclasses.replace(pipeline, mesh=mesh, place=functools.partial(partition.place, mesh, rules))
 
 
 def _abstract_parts(family: ModuleType, published: Published, dtype: Any) -> Parts:

@@ -1,8 +1,11 @@
 """What a search needs and how long it takes, said without weights and without the device.
 
 plan         `plan`, `Plan`
+compilation  what a device's own compiler says, without the device
 workload     the programs of a search as shapes
 flops        floating point operations of a traced program
 footprint    bytes of its temporaries
+hlo          what is in an optimised program
+topologies   devices that need not be there, for compilers
 devices      what is known of accelerators
 """

@@ -1,4 +1,7 @@
-"""What one accelerator has, for plans: memory, bfloat16 arithmetic, memory bandwidth; as its maker states them."""
+"""What one accelerator has, for plans: memory, bfloat16 arithmetic, memory bandwidth; as its maker states them.
+
+An accelerator is what JAX calls a device: a chip, but half a chip of TPU7x.
+"""
 
 from typing import NamedTuple
 
@@ -6,7 +9,7 @@ GIB = 2**30
 
 
 class Device(NamedTuple):
-    """One chip.
+    """One of them.
 
     Attributes:
       memory: bytes.
@@ -20,7 +23,7 @@ class Device(NamedTuple):
 
 
 # NVIDIA: the data sheets of A100, H100 SXM, H200 and DGX B200 (an eighth), and the Ada and RTX Blackwell whitepapers.
-# TPU: cloud.google.com/tpu/docs, "System architecture" of each generation, by chip.
+# TPU: cloud.google.com/tpu/docs, "System architecture" of each generation.
 DEVICES = {
     "h200": Device(139 * GIB, 989e12, 4.8e12),
     "h100": Device(80 * GIB, 989e12, 3.35e12),
@@ -33,6 +36,7 @@ DEVICES = {
     "v5e": Device(16 * GIB, 197e12, 0.819e12),
     "v5p": Device(95 * GIB, 459e12, 2.765e12),
     "v6e": Device(32 * GIB, 918e12, 1.64e12),
+    "tpu7x": Device(96 * GIB, 1153.5e12, 3.69e12),
 }
 
 

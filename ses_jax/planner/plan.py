@@ -3,7 +3,7 @@
 Weights are counted leaf by leaf where the mesh puts them, temporaries from the jaxpr (`footprint`), FLOPs likewise
 (`flops`). Time is the longer of arithmetic, at a stated share of the device's peak, and of reading the weights once a
 step; traffic between devices is not in it. On a mesh the temporaries count as if no network were split, which errs on
-the safe side.
+the safe side. With `compile=True` the device's own compiler says what it takes, see `compilation`.
 """
 
 import dataclasses
@@ -12,14 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from ses_jax.engine import memory
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.settings import takes
 from ses_jax.loading import partition
 from ses_jax.pipelines.registry import FAMILIES, abstract_pipeline
+from ses_jax.planner import compilation, footprint, topologies
 from ses_jax.planner import devices as machines
-from ses_jax.planner import footprint
 from ses_jax.planner.workload import Work
+from ses_jax.rewards.reward import Part, Reward
 
 # Of a device's memory; the rest is the runtime's and lost between arrays.
 USABLE = 0.92
@@ -37,13 +40,15 @@ class Plan:
       model, device, mesh, offload_text_encoder: what was planned.
       settings: of the search, the model's defaults filled in, and the assumed utilization.
       weights: bytes per device, by network.
-      encode_bytes, search_bytes: per device while prompts are encoded and while candidates are made, weights included.
+      encode_bytes, search_bytes: per device while prompts are encoded and while candidates are made, weights included;
+        estimates also where it was compiled.
       limit_bytes: what a device lets programs use.
-      fits: whether both fit.
-      chunk: the most candidates at a time that fit; 1 where none do.
+      fits: whether both fit; where it was compiled, whether that fits.
+      chunk: the most candidates at a time that fit; 1 where none do; where it was compiled, those of the program.
       candidate_flops, search_flops: of one candidate, and of a whole search with its two final images.
       candidate_seconds, search_seconds: expected.
       advice: what to change, best first; empty if nothing needs to be.
+      compiled: what the device's compiler says; None where it was not asked.
     """
 
     model: str
@@ -62,6 +67,7 @@ class Plan:
     candidate_seconds: float
     search_seconds: float
     advice: tuple[str, ...] = ()
+    compiled: compilation.Compilation | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The attributes as plain JSON values."""
@@ -92,6 +98,11 @@ class Machine(NamedTuple):
             raise ValueError(f"mesh {self.mesh!r}: a plan needs the size of every axis")
         return axes
 
+    def to_compile_for(self) -> Mesh:
+        """The mesh, of devices that need not be there; raises ValueError as `topologies.target_mesh` does."""
+        machines.device(self.name)  # the list of all devices, rather than of those with a compiler
+        return topologies.target_mesh(self.name, self.mesh)
+
 
 @takes(SearchConfig, only=PLANNED)
 def plan(
@@ -103,6 +114,7 @@ def plan(
     offload_text_encoder: bool = False,
     utilization: float = 0.4,
     dtype: Any = jnp.bfloat16,
+    compile: bool = False,
     **settings: Any,
 ) -> Plan:
     """Plans a search.
@@ -115,6 +127,8 @@ def plan(
       offload_text_encoder: as in `load_pipeline`.
       utilization: share of the device's peak that the networks reach, in (0, 1].
       dtype: of the weights.
+      compile: whether to compile the programs of the search for the device, which takes minutes, the device's compiler
+        (extras "tpu" and "cuda") and not the device.
       {settings}
 
     Returns:
@@ -122,17 +136,20 @@ def plan(
 
     Raises:
       TypeError: for a setting that makes no difference to a plan.
-      ValueError: for unknown models, devices and meshes, and for settings that the model cannot run.
+      ValueError: for unknown models, devices and meshes, for settings that the model cannot run, and where the device's
+        compiler is not installed.
     """
     if not 0 < utilization <= 1:
         raise ValueError(f"utilization={utilization} must lie in (0, 1]")
-    pipeline = abstract_pipeline(model, dtype=dtype)
+    machine = Machine(device, mesh, offload_text_encoder, utilization)
+    pipeline = abstract_pipeline(model, dtype=dtype, mesh=machine.to_compile_for() if compile else None)
     for name in settings:
         if name not in PLANNED:
             raise TypeError(f"plan() got an unexpected argument {name!r}; settings are {', '.join(PLANNED)}")
     config = SearchConfig(elites=1, **settings).resolve(pipeline)
     work = Work(pipeline, config, tokens)
-    return plan_on(work, Machine(device, mesh, offload_text_encoder, utilization))
+    planned = plan_on(work, machine)
+    return _compiled(planned, work, machine) if compile else planned
 
 
 def plan_on(work: Work, machine: Machine) -> Plan:
@@ -150,7 +167,7 @@ def plan_on(work: Work, machine: Machine) -> Plan:
         mesh=machine.mesh,
         offload_text_encoder=machine.offload,
         settings=settings | {"utilization": machine.utilization},
-        weights=_weights(work, machine, work.pipeline.params) | {REWARD: footprint.size_of(work.reward)},
+        weights=_weights(work, machine, work.pipeline.params) | {REWARD: footprint.size_of(work.scorer.params)},
         encode_bytes=need.encode,
         search_bytes=need.search,
         limit_bytes=_limit(machine),
@@ -201,19 +218,39 @@ def _weights(work: Work, machine: Machine, params: Mapping[str, Any]) -> dict[st
     return {name: partition.bytes_per_device(mesh, parts[name].partition, tree) for name, tree in params.items()}
 
 
+def _lying(work: Work, machine: Machine) -> Need:
+    """The weights that lie on a device: without offloading all networks, all the time."""
+    reward = footprint.size_of(work.scorer.params)
+    if not machine.offload:
+        everything = sum(_weights(work, machine, work.pipeline.params).values()) + reward
+        return Need(everything, everything)
+    text = _weights(work, machine, work.pipeline.text_params(work.pipeline.params))
+    return Need(*(sum(part.values()) + reward for part in (text, _weights(work, machine, work.image_params))))
+
+
 def _need(work: Work, machine: Machine, chunk: int) -> Need:
-    """What lies on a device: without offloading all networks, all the time."""
-    reward = footprint.size_of(work.reward)
-    everything = sum(_weights(work, machine, work.pipeline.params).values()) + reward
-    encode, search = everything, everything
-    if machine.offload:
-        encode = sum(_weights(work, machine, work.pipeline.text_params(work.pipeline.params)).values()) + reward
-        search = sum(_weights(work, machine, work.image_params).values()) + reward
+    """Weights and temporaries."""
+    weights = _lying(work, machine)
     # Denoised along the data axis, decoded and scored on all devices.
-    step, finish = work.step(_rows(chunk, machine.axes[partition.DATA])), work.finish(_rows(chunk, _count(machine)))
+    step = work.step(_rows(chunk, machine.axes[partition.DATA]))
+    config, platform = work.config, topologies.platform(machine.name)
+    most = memory.decoded_at_once(config.height, config.width, platform)
+    finish = work.finish(memory.even_part(_rows(chunk, _count(machine)), most))
     return Need(
-        encode=encode + work.encode.temporary_bytes,
-        search=search + max(step.temporary_bytes, finish.temporary_bytes),
+        encode=weights.encode + work.encode.temporary_bytes,
+        search=weights.search + max(step.temporary_bytes, finish.temporary_bytes),
+    )
+
+
+def _compiled(planned: Plan, work: Work, machine: Machine) -> Plan:
+    """The plan with what the device's compiler says."""
+    weights = _lying(work, machine)
+    target = compilation.Target(machine.name, weights.encode, weights.search, planned.chunk)
+    reward = Reward((Part(work.scorer.name, scorer=work.scorer),))
+    found = compilation.compile_search(work.pipeline, reward, work.config, work.tokens, target)
+    need = _need(work, machine, found.chunk)
+    return dataclasses.replace(
+        planned, compiled=found, chunk=found.chunk, fits=found.fits, encode_bytes=need.encode, search_bytes=need.search
     )
 
 
@@ -341,6 +378,8 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
             f"{settings['budget']} candidates and 2 images of {settings['steps']} steps",
         ),
     )
+    if plan.compiled is not None:
+        yield from compilation.lines(plan.compiled)
     yield "assumed", f"{settings['utilization']:.0%} of the device's peak; no time between devices"
     for line in plan.advice:
         yield "instead", line

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ses_jax.engine.config import SearchConfig
 from ses_jax.models import clip
@@ -16,6 +17,7 @@ from ses_jax.pipelines.base import Pipeline
 from ses_jax.planner import flops, footprint
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
+from ses_jax.rewards.scorers import Scorer
 
 
 class Phase(NamedTuple):
@@ -25,16 +27,26 @@ class Phase(NamedTuple):
     temporary_bytes: int
 
 
+def clip_scorer(dtype: Any) -> Scorer:
+    """CLIP ViT-H/14 as shapes; its tokens are blank."""
+    config = clip.Config.from_open_clip({})
+    shapes = jax.eval_shape(lambda: clip.init(jax.random.key(0), config))
+    return Scorer(
+        name="clip",
+        params=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes),
+        tokenize=lambda prompts: np.zeros((len(prompts), config.max_length), np.int32),
+        embed_text=functools.partial(scorers.embed_clip, config),
+        score=functools.partial(scorers.clip_score, config, Preprocessor()),
+    )
+
+
 class Work:
     """What a search asks of any machine; every program is traced once."""
 
     def __init__(self, pipeline: Pipeline, config: SearchConfig, tokens: int):
         self.pipeline, self.config = pipeline, config
         self.tokens = pipeline.blank_tokens(1, tokens, guidance=config.guidance)
-        self.clip = clip.Config.from_open_clip({})
-        dtype = jax.tree.leaves(pipeline.params)[0].dtype
-        shapes = jax.eval_shape(lambda: clip.init(jax.random.key(0), self.clip))
-        self.reward = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+        self.scorer = clip_scorer(jax.tree.leaves(pipeline.params)[0].dtype)
         self.image_params = pipeline.image_params(pipeline.params)
         self.step = functools.cache(self._step)
         self.finish = functools.cache(self._finish)
@@ -56,13 +68,13 @@ class Work:
 
     def _finish(self, rows: int) -> Phase:
         """Images and scores of so many latents."""
-        text = jax.ShapeDtypeStruct((rows, self.clip.projection_dim), jnp.float32)
-        score = functools.partial(scorers.clip_score, self.clip, Preprocessor())
+        scorer = self.scorer
+        text = jax.eval_shape(scorer.embed_text, scorer.params, scorer.tokenize([""] * rows))
 
         def finish(params, reward, latents, text):
-            return score(reward, self.pipeline.decode(params, latents), text)
+            return scorer.score(reward, self.pipeline.decode(params, latents), text)
 
-        return _phase(finish, self.image_params, self.reward, self._latents(rows), text)
+        return _phase(finish, self.image_params, scorer.params, self._latents(rows), text)
 
     def _latents(self, rows: int) -> jax.ShapeDtypeStruct:
         shape = self.pipeline.noise_shape(self.config.height, self.config.width)

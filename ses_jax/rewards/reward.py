@@ -234,6 +234,16 @@ def device_text(reward: Reward, prompts: Sequence[str]) -> tuple[Any, ...]:
     return tuple(_embedded(part, prompts) for part in reward.parts if not part.on_host)
 
 
+def text_shapes(reward: Reward, prompts: Sequence[str]) -> tuple[Any, ...]:
+    """What `device_text` gives, as shapes; the params may be shapes too."""
+
+    def of_part(part):
+        scorer = part.scorer
+        return scorer and jax.eval_shape(scorer.embed_text, scorer.params, scorer.tokenize(prompts))
+
+    return tuple(of_part(part) for part in reward.parts if not part.on_host)
+
+
 def host_components(reward: Reward, device: np.ndarray, images: Batch, prompts: Sequence[str]) -> np.ndarray:
     """All components `[B, parts]`: the device parts' columns as given, the host parts' computed."""
     columns = iter(device.T)

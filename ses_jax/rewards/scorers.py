@@ -106,7 +106,7 @@ def load_clip(name: str, folder: Path, dtype: Any = None) -> Scorer:
         name=name,
         params=params,
         tokenize=functools.partial(_tokenize_clip, hub.load_tokenizer(folder), config.max_length),
-        embed_text=functools.partial(_embed_clip, config),
+        embed_text=functools.partial(embed_clip, config),
         score=functools.partial(clip_score, config, Preprocessor.from_folder(folder, config.image_size)),
     )
 
@@ -130,7 +130,8 @@ def _tokenize_clip(tokenizer: Any, length: int, prompts: Sequence[str]) -> np.nd
     return np.array(encoded["input_ids"], np.int32)
 
 
-def _embed_clip(config: clip.Config, params: Any, tokens: Any) -> Array:
+def embed_clip(config: clip.Config, params: Any, tokens: Any) -> Array:
+    """Embeddings of tokens `[P, L]`, `[P, D]`."""
     return clip.embed_text(params, config, tokens)
 
 
@@ -159,7 +160,7 @@ def load_hps(name: str, path: Path, dtype: Any = None) -> Scorer:
         name=name,
         params=params,
         tokenize=lambda prompts: _tokenize_clip(tokenizer, config.max_length, [clean(prompt) for prompt in prompts]),
-        embed_text=functools.partial(_embed_clip, config),
+        embed_text=functools.partial(embed_clip, config),
         score=functools.partial(cosine, config, preprocess),
     )
 

@@ -1,0 +1,293 @@
+"""What compilers say of a search: the programs are the search's own, and what is read from them is what is in them."""
+
+import dataclasses
+import functools
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import toy
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ses_jax
+from ses_jax import cli
+from ses_jax.engine import generation, memory, outline
+from ses_jax.engine.config import SearchConfig
+from ses_jax.loading import partition
+from ses_jax.models import blip, clip, score_head
+from ses_jax.planner import hlo, topologies, workload
+from ses_jax.rewards import scorers
+from ses_jax.rewards.preprocess import Preprocessor
+
+ROOT = Path(__file__).parents[1]
+TURBO = "Tongyi-MAI/Z-Image-Turbo"
+PROMPTS = ["a", "four"]
+
+
+def mesh(data, model=1):
+    devices = np.array(jax.devices()[: data * model])
+    return Mesh(devices.reshape(data, model), partition.AXES)
+
+
+class Recorder:
+    """A compiled function that notes the text of every program it runs."""
+
+    def __init__(self, compiled):
+        self.compiled, self.lower, self.texts = compiled, compiled.lower, []
+
+    def __call__(self, *args):
+        self.texts.append(self.compiled.lower(*args).as_text())
+        return self.compiled(*args)
+
+
+@pytest.mark.parametrize("reward", [toy.brightness(), toy.mixture(red=1.0, blue=0.5)], ids=["one", "mixture"])
+def test_a_search_runs_what_is_lowered_from_shapes(reward, monkeypatch):
+    """Word for word, whatever lies where: encoding, generations and final images."""
+    pipeline = toy.pipeline(mesh(2))
+    settings = {"budget": 8, "population": 4, "elites": 2, "chunk": 2, "steps": 3, "preview_steps": 2}
+    recorders = {name: Recorder(getattr(generation, name)) for name in ("encode", "generation_step", "render")}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(generation, name, recorder)
+    ses_jax.search(PROMPTS, model=pipeline, reward=reward, prompts_at_once=2, progress=False, **settings)
+
+    config = SearchConfig(**settings).resolve(pipeline)
+    tokens = pipeline.tokenize(PROMPTS, guidance=config.guidance)
+    task = outline.outline(pipeline, reward, config, tokens)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((task.params, task.inputs)))
+    lowered = {
+        "encode": outline.lower_encode(pipeline, tokens),
+        "generation_step": outline.lower_generation(task, 2),
+        "render": outline.lower_render(task, 2),
+    }
+    for name, recorder in recorders.items():
+        assert set(recorder.texts) == {lowered[name].as_text()}, name
+
+
+# What is read from programs.
+
+
+def compiled_text(function, *args):
+    return jax.jit(function).lower(*args).compile().as_text()
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    @functools.partial(jax.shard_map, mesh=mesh(2), in_specs=P("data"), out_specs=P("data"))
+    def summed(x):
+        step = lambda carry, _: (jnp.sin(carry + jax.lax.psum(carry, "data")), None)  # noqa: E731
+        inner = lambda carry, _: (jax.lax.scan(step, carry, length=3)[0], None)  # noqa: E731
+        return jax.lax.scan(inner, x, length=5)[0]
+
+    x = jax.ShapeDtypeStruct((2, 64, 8), jnp.float32, sharding=NamedSharding(mesh(2), P("data")))
+    found = list(hlo.instructions(compiled_text(summed, x)))
+    assert hlo.collectives(found) == {"all-reduce": {"count": 15, "bytes": 15 * 64 * 8 * 4}}
+
+
+def test_what_is_gathered_counts_as_it_arrives():
+    @functools.partial(jax.shard_map, mesh=mesh(4), in_specs=P("data"), out_specs=P(), check_vma=False)
+    def gathered(x):
+        return jax.lax.all_gather(x, "data", tiled=True) * 2
+
+    x = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16, sharding=NamedSharding(mesh(4), P("data")))
+    found = list(hlo.instructions(compiled_text(gathered, x)))
+    total = hlo.collectives(found)["all-gather"]
+    assert total["count"] == 1
+    assert total["bytes"] in (8 * 16 * 2, 8 * 16 * 4)  # XLA gathers bfloat16 as float32 on CPUs
+
+
+TPU_PROGRAM = """HloModule jit_f
+%fused (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %a = bf16[8,128]{1,0} add(%p, %p), backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+
+%body (t: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %t = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %x = bf16[8,128]{1,0} get-tuple-element(%t), index=1
+  %f = bf16[8,128]{1,0} fusion(%x), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %k = bf16[8,128]{1,0} custom-call(%f), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attention/flash_attention"}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"1"}}}
+  %s = (bf16[8,128]{1,0}, bf16[16,128]{1,0}) all-gather-start(%k), dimensions={0}
+  %d = bf16[16,128]{1,0} all-gather-done(%s)
+  ROOT %r = (s32[], bf16[8,128]{1,0}) tuple(%x, %k)
+}
+
+%condition (t: (s32[], bf16[8,128])) -> pred[] {
+  %t = (s32[], bf16[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] constant(12)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %m = s32[8]{0} custom-call(%x), custom_call_target="AssumeGatherIndicesInBound"
+  %w = (s32[], bf16[8,128]{1,0}) while(%x), condition=%condition, body=%body
+  ROOT %o = bf16[8,128]{1,0} fusion(%w), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"5"}}
+}
+"""  # noqa: E501
+
+
+def test_cycles_and_kernels_of_a_tpus_program():
+    found = list(hlo.instructions(TPU_PROGRAM))
+    assert hlo.cycles(found) == 12 * 100 + 5
+    assert hlo.kernels(found) == {"mosaic flash_attention": 12}
+    assert hlo.kernel_flops(found) == 12 * 1000
+    assert hlo.collectives(found) == {"all-gather": {"count": 12, "bytes": 12 * 16 * 128 * 2}}
+
+
+def test_splash_attention_is_counted_by_its_shapes():
+    kernel = "%k = bf16[8,128]{1,0} custom-call(%f)"
+    shapes = "s8[1]{0}, bf16[2,3,256,128]{3,2,1,0}, bf16[2,3,384,128]{3,2,1,0}, bf16[2,3,384,128]{3,2,1,0}, s32[2,256]"
+    splash = kernel.replace("%k", "%splash_mha_fwd.2")
+    text = TPU_PROGRAM.replace(kernel, splash).replace('"flops"', '"no"').replace("%k)", "%splash_mha_fwd.2)")
+    text = text.replace('"tpu_custom_call"', f'"tpu_custom_call", operand_layout_constraints={{{shapes}}}')
+    found = list(hlo.instructions(text))
+    assert hlo.kernels(found) == {"mosaic splash_mha_fwd": 12}
+    assert hlo.kernel_flops(found) == 12 * 4 * 2 * 3 * 256 * 384 * 128
+
+
+def test_a_loop_of_unknown_length_is_an_error():
+    with pytest.raises(ValueError, match="how often does this loop run"):
+        list(hlo.instructions(TPU_PROGRAM.replace("constant(12)", "parameter(1)")))
+
+
+# Compilers.
+
+
+def test_what_no_compiler_is_known_for():
+    with pytest.raises(ValueError, match=r"no compiler for 'v4'.*v6e.*h100"):
+        ses_jax.plan(TURBO, device="v4", compile=True)
+    with pytest.raises(ValueError, match="unknown device 'abacus'"):
+        ses_jax.plan(TURBO, device="abacus", compile=True)
+    with pytest.raises(ValueError, match=r"512 devices of v5e: .* 256"):
+        ses_jax.plan(TURBO, device="v5e", mesh="data=512", compile=True)
+
+
+@pytest.mark.parametrize(("device", "extra"), [("v6e", "tpu"), ("h100", "cuda")])
+def test_an_absent_compiler_is_named(device, extra, monkeypatch, capsys):
+    monkeypatch.setattr(topologies, "_installed", lambda name: False)
+    assert cli.main(["plan", TURBO, "--device", device, "--compile"]) == 2
+    assert f"pip install 'ses_jax[{extra}]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", topologies.TPUS)
+def test_topologies_have_the_devices_that_they_should(name):
+    """Those of eight chips at most; a few devices of a topology may be all that is wanted."""
+    for count in (size for size in topologies.TPUS[name].sizes if size <= 8):
+        found = topologies.target_mesh(name, f"data={count}")
+        assert found.devices.shape == (count, 1)
+    assert topologies.target_mesh(name, "data=1,model=2").devices.shape == (1, 2)
+
+
+def test_a_refused_program_says_how_much_it_needs():
+    target = topologies.target_mesh("v6e", "data=1,model=1")
+    shape = jax.ShapeDtypeStruct((50000, 1000, 1024), jnp.float32, sharding=NamedSharding(target, P()))
+    lowered = jax.jit(lambda x: jnp.sort(x, axis=0) + 1).lower(shape)
+    with topologies.no_flags():
+        needed = memory.working_bytes(lowered)
+    assert needed >= 4 * 50000 * 1000 * 1024 > topologies.limit_bytes("v6e")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="other words"):
+        memory.refused_bytes(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: other words"))
+
+
+# Tiny models: every family, and every network that scores.
+
+TOWER = clip.Tower(64, 64, 1, 2, "gelu")
+CLIP = clip.Config(text=TOWER, vision=TOWER, projection_dim=64)
+BLIP = blip.Config(blip.Bert(64, 64, 1, 2), TOWER)
+KEY = jax.random.key(0)
+SMALL = {"height": 32, "width": 32, "population": 2, "budget": 2, "preview_steps": 2, "steps": 3}
+
+
+def clip_like(score):
+    return scorers.Scorer(
+        name="clip",
+        params=clip.init(KEY, CLIP),
+        tokenize=lambda prompts: np.zeros((len(prompts), CLIP.max_length), np.int32),
+        embed_text=functools.partial(scorers.embed_clip, CLIP),
+        score=score,
+    )
+
+
+def aesthetic():
+    return scorers.Scorer(
+        name="aesthetic",
+        params={"clip": clip.init(KEY, CLIP), "head": score_head.init(KEY, score_head.Config(CLIP.projection_dim))},
+        tokenize=lambda prompts: np.zeros((len(prompts), 0), np.int32),
+        embed_text=lambda params, tokens: tokens,
+        score=functools.partial(scorers.aesthetic_score, CLIP, Preprocessor(half_to_even=True)),
+    )
+
+
+def image_reward():
+    return scorers.Scorer(
+        name="imagereward",
+        params={"blip": blip.init(KEY, BLIP), "head": score_head.init(KEY, score_head.Config(BLIP.text.hidden_size))},
+        tokenize=lambda prompts: blip.Tokens(np.zeros((len(prompts), 35), np.int32), np.ones((len(prompts), 35), bool)),
+        embed_text=lambda params, tokens: tokens,
+        score=functools.partial(scorers.image_reward, BLIP, Preprocessor(half_to_even=True)),
+    )
+
+
+SCORERS = {
+    "clip": lambda: clip_like(functools.partial(scorers.clip_score, CLIP, Preprocessor())),
+    "hps": lambda: clip_like(functools.partial(scorers.cosine, CLIP, Preprocessor(resize_floats=True))),
+    "aesthetic": aesthetic,
+    "imagereward": image_reward,
+}
+# A family and a scorer compile together, on one device, or on two that share the weights.
+PAIRS = list(zip(tiny.TINY, [*SCORERS, "clip"], [1, 2, 1, 2, 2], strict=True))
+COMPILERS = {"v6e": "libtpu", "h100": "jax-cuda12-plugin"}
+ATTENTION = {"v6e": "XLA", "h100": "__cudnn$fmhaSoftmax"}
+
+
+def publish(monkeypatch, source, scorer):
+    """A tiny model in the place of a published one, and a tiny scorer in that of the plan's."""
+    tiny.publish(monkeypatch, source)
+
+    def shapes(dtype):
+        made = jax.eval_shape(lambda: SCORERS[scorer]().params)
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), made)
+        return dataclasses.replace(SCORERS[scorer](), params=params)
+
+    monkeypatch.setattr(workload, "clip_scorer", shapes)
+
+
+@pytest.mark.compilers
+@pytest.mark.parametrize("device", COMPILERS)
+@pytest.mark.parametrize(("source", "scorer", "model"), PAIRS, ids=[f"{s} {r}" for s, r, _ in PAIRS])
+def test_every_family_and_scorer_compiles(source, scorer, model, device, monkeypatch):
+    if not topologies.available(device):
+        pytest.skip(f"{COMPILERS[device]} is not installed")
+    publish(monkeypatch, source, scorer)
+    found = ses_jax.plan(source, device=device, mesh=f"data=1,model={model}", compile=True, **SMALL).compiled
+    assert found.programs.keys() == {"encode", "generation", "render"}
+    assert (found.fits, found.chunk) == (True, SMALL["population"])
+    for name, program in found.programs.items():
+        assert not program.refusal
+        assert bool(program.collectives) == (model > 1), name
+        assert ATTENTION[device] in program.attention, name
+        assert (program.seconds is None) == (device == "h100"), name
+
+
+def test_the_script_makes_what_is_left(monkeypatch, tmp_path, capsys):
+    publish(monkeypatch, TURBO, "clip")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("compiled")
+    asked = script.Arguments(devices=("v6e",), models=(TURBO,), counts=(1,), height=32, width=32, out=tmp_path)
+    for _ in range(2):
+        script.main(asked)
+    assert capsys.readouterr().out.count(f"{TURBO} on 1 v6e: ") == 1
+    (entry,) = json.loads((tmp_path / "compiled.json").read_text())["entries"].values()
+    found = entry["compiled"]
+    assert (entry["mesh"], found["chunk"], found["fits"]) == ("data=1,model=1", 10, True)
+    assert found["programs"].keys() == {"encode", "generation", "render"}
+    for program in found["programs"].values():
+        assert program["seconds"] > 0
+        assert (program["collectives"], program["refusal"]) == ({}, "")
+    assert found["search_bytes"] < found["limit_bytes"] == topologies.limit_bytes("v6e")
