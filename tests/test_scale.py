@@ -161,7 +161,7 @@ def test_decoding_in_parts_takes_less_memory(folder):
 
 def test_how_many_images_are_decoded_at_once():
     assert memory.decoded_at_once(1024, 1024, "gpu") == 2
-    assert memory.decoded_at_once(1024, 1024, "tpu") == 8
+    assert memory.decoded_at_once(1024, 1024, "tpu") == 4
     assert memory.decoded_at_once(2048, 2048, "gpu") == 1
     assert memory.decoded_at_once(64, 64, "cpu") == 512
 
