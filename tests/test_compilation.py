@@ -21,7 +21,7 @@ from ses_jax.engine import generation, memory, outline
 from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import partition
 from ses_jax.models import blip, clip, score_head
-from ses_jax.planner import hlo, topologies, workload
+from ses_jax.planner import compilation, hlo, topologies, workload
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
 
@@ -195,6 +195,33 @@ def test_a_refused_program_says_how_much_it_needs():
         memory.refused_bytes(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: other words"))
 
 
+def compile_toy(chunk):
+    """A search without networks for four TPUs; `chunk` candidates at a time are expected to fit."""
+    pipeline = toy.pipeline(topologies.target_mesh("v6e", "data=2,model=2"))
+    config = SearchConfig(population=8, budget=16, elites=2).resolve(pipeline)
+    tokens = pipeline.tokenize([""], guidance=config.guidance)
+    return compilation.compile_search(
+        pipeline, toy.brightness(), config, tokens, compilation.Target("v6e", 0, 0, chunk)
+    )
+
+
+def test_a_search_compiles_for_tpus(monkeypatch):
+    found = compile_toy(chunk=2)
+    assert (found.fits, found.chunk, set(found.others)) == (True, 8, {2})
+    assert found.programs.keys() == {"encode", "generation", "render"}
+    assert found.programs["generation"].seconds > found.programs["encode"].seconds >= 0
+    assert found.programs["generation"].collectives
+    assert not found.programs["encode"].collectives
+    assert found.programs["generation"].attention == "XLA"
+    text = dict(compilation.lines(found))
+    assert "libtpu" in text["compiled with"]
+    assert "by the compiler's estimate" in text["  generation"]
+
+    monkeypatch.setattr(topologies, "limit_bytes", lambda device: 1)
+    less = compile_toy(chunk=2)
+    assert (less.fits, less.chunk, set(less.others)) == (False, 1, {2})
+
+
 # Tiny models: every family, and every network that scores.
 
 TOWER = clip.Tower(64, 64, 1, 2, "gelu")
@@ -276,18 +303,24 @@ def test_every_family_and_scorer_compiles(source, scorer, model, device, monkeyp
 
 
 def test_the_script_makes_what_is_left(monkeypatch, tmp_path, capsys):
+    asked_for = []
+
+    def compile_search(pipeline, reward, config, tokens, target):
+        asked_for.append((target.device, pipeline.mesh.devices.shape))
+        program = compilation.Program(1.0, 2**20, 2**21, seconds=0.5)
+        programs = {"encode": program, "generation": program, "render": program}
+        return compilation.Compilation("a compiler", 2**30, 5, 2**21, 2**22, True, programs, {})
+
     publish(monkeypatch, TURBO, "clip")
+    monkeypatch.setattr(compilation, "compile_search", compile_search)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = importlib.import_module("compiled")
-    asked = script.Arguments(devices=("v6e",), models=(TURBO,), counts=(1,), height=32, width=32, out=tmp_path)
+    asked = script.Arguments(devices=("v6e",), models=(TURBO,), counts=(1, 8), height=32, width=32, out=tmp_path)
     for _ in range(2):
         script.main(asked)
-    assert capsys.readouterr().out.count(f"{TURBO} on 1 v6e: ") == 1
-    (entry,) = json.loads((tmp_path / "compiled.json").read_text())["entries"].values()
-    found = entry["compiled"]
-    assert (entry["mesh"], found["chunk"], found["fits"]) == ("data=1,model=1", 10, True)
-    assert found["programs"].keys() == {"encode", "generation", "render"}
-    for program in found["programs"].values():
-        assert program["seconds"] > 0
-        assert (program["collectives"], program["refusal"]) == ({}, "")
-    assert found["search_bytes"] < found["limit_bytes"] == topologies.limit_bytes("v6e")
+    assert asked_for == [("v6e", (1, 1)), ("v6e", (8, 1))]
+    assert capsys.readouterr().out.count("chunk 5") == 2
+    entries = json.loads((tmp_path / "compiled.json").read_text())["entries"]
+    assert list(entries) == [f"{TURBO} on 1 v6e", f"{TURBO} on 8 v6e"]
+    assert [entry["mesh"] for entry in entries.values()] == ["data=1,model=1", "data=8,model=1"]
+    assert {entry["chunk"] for entry in entries.values()} == {5}

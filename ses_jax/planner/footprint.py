@@ -1,15 +1,13 @@
 """How much memory a function's temporaries need at once, estimated from its jaxpr: nothing is compiled or allocated.
 
 XLA writes to memory what products, convolutions, reductions and loops give, and what all of these but reductions read;
-the element-wise work between them is fused into its readers. A fused value that goes into several written ones is
-written too, where that takes no more than what it is computed from, as the sum of a residual connection does; one whose
-readers all go into the same (a SiLU's argument) is not. An array lives from its writer to its last reader. The body of
-a loop adds its own peak. Arguments are not counted; the rows of them that a loop takes are, all of them from the start
-of its body.
+the element-wise work between them is fused into its readers. A fused value of several readers is written too, where
+that takes no more than what it is computed from, as the sum of a residual connection does. An array lives from its
+writer to its last reader. The body of a loop adds its own peak. Arguments are not counted; the rows of them that a
+loop takes are, all of them from the start of its body.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -56,7 +54,7 @@ class Value:
       size: bytes.
       kind: "argument", "view", "fused" or "written".
       inputs: what it is computed from.
-      ends: the written values that it goes into, two of them at most.
+      readers: how many operations read it.
       needed: whether an operation reads it that fuses nothing.
       buffers: the written arrays that must live where it is read; set when its memory is decided on.
     """
@@ -64,12 +62,12 @@ class Value:
     size: int
     kind: str = "fused"
     inputs: tuple["Value", ...] = ()
-    ends: frozenset[Any] = frozenset()
+    readers: int = 0
     needed: bool = False
     buffers: frozenset["Value"] = frozenset()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Operation:
     """A step of the program: what it reads and gives, the peak inside it, and whether it fuses what it reads."""
 
@@ -88,8 +86,8 @@ def _peak(jaxpr: core.Jaxpr, sliced: Sequence[Any]) -> int:
     operations.append(Operation(tuple(results), (), fuses=False))
     for operation in operations:
         for value in operation.inputs:
+            value.readers += 1
             value.needed |= not operation.fuses
-    _find_ends(operations)
     _decide(values[var] for var in sliced)
     for operation in operations:
         _decide(operation.outputs)
@@ -125,16 +123,6 @@ def _called(equation: core.JaxprEqn, body: core.Jaxpr, values: dict[Any, Value])
         values[var] = inner[given] if isinstance(given, core.Var) else Value(_size(var), "argument")
 
 
-def _find_ends(operations: Sequence[Operation]) -> None:
-    """Sets which written values each value goes into; more than two are not told apart."""
-    for operation in reversed(operations):
-        ends: set[Any] = set() if operation.fuses else {operation}
-        for value in operation.outputs if operation.fuses else ():
-            ends |= value.ends if value.kind == "fused" and not value.needed else {value}
-        for value in operation.inputs:
-            value.ends = frozenset(itertools.islice(value.ends | ends, 2))
-
-
 def _decide(values: Iterable[Value]) -> None:
     """Settles which values are written, and what the others are computed from."""
     for value in values:
@@ -145,7 +133,7 @@ def _decide(values: Iterable[Value]) -> None:
                 value.kind = "written"
         elif value.kind == "fused":
             recomputed = sum(source.size for source in sources)
-            if value.needed or (len(value.ends) > 1 and recomputed >= value.size):
+            if value.needed or (value.readers > 1 and recomputed >= value.size):
                 value.kind = "written"
         if value.kind == "written":
             value.buffers = frozenset([value])
