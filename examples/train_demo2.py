@@ -2,8 +2,8 @@
 
 Stages: the tokenizers, the autoencoder, its decoder once more, the CLIP that drives the search, the diffusion
 transformer with its text encoder, and a CLIP trained apart that only measures.
-Each can be run alone, killed at any time and run again: it continues from its latest checkpoint in the work folder, with
-the batches and keys that it would have seen.
+Each can be run alone, killed at any time and run again: it continues from its latest checkpoint in the work folder,
+with the batches and keys that it would have seen.
 """
 
 import dataclasses

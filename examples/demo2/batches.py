@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from demo2 import captions, drawing, scenes
-from demo2.sizes import Bucket, Sizes
 from demo_losses import FAMILY
 from demo_models import PROMPT_LENGTH, tokenize_clip, tokenize_prompts
 from PIL import Image
 
+from demo2 import captions, drawing, scenes
+from demo2.sizes import Bucket, Sizes
 from ses_jax.models import autoencoder_kl
 
 CAPTIONS = 3  # of a scene in the pool

@@ -1,6 +1,7 @@
 """What a scene is called: lower-case English with synonyms, stating everything that the judge checks."""
 
 import numpy as np
+
 from demo2.scenes import Group, Scene
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}

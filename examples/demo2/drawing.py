@@ -7,6 +7,7 @@ at 64, 96 and 128 pixels give the same picture.
 from typing import NamedTuple
 
 import numpy as np
+
 from demo2.scenes import BACKGROUNDS, COLORS, DIRECTIONS, MOST_ROOMY, Group, Scene
 
 SIDE = 64.0  # units
@@ -17,12 +18,12 @@ RADII = {"small": (6.4, 7.8), "large": (10.4, 12.8)}
 CROWDED_RADII = (6.4, 8.4)
 SIZE_BORDER = 9.0  # a radius between small and large
 PITCH = 5.2  # of stripes and dots
-STRIPE, DOT, OUTLINE = 1.15, 1.4, 2.0  # half width, radius, width
+STRIPE, DOT, OUTLINE = 1.15, 1.4, 1.7  # half width, radius, width
 
 # The factors make all shapes of a radius look about equally large.
 SQUARE, TRIANGLE, DIAMOND = 0.886, 1.45, 1.25  # half side, circumradius, half diagonal
 STAR, STAR_INNER = 1.4, 0.62  # outer and inner radius
-CROSS, CROSS_ARM = 1.12, 0.4  # half length and half width
+CROSS, CROSS_ARM = 1.1, 0.45  # half length and half width
 AREAS = {
     "circle": np.pi,
     "square": 4 * SQUARE**2,
