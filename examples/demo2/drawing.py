@@ -13,6 +13,8 @@ from demo2.scenes import BACKGROUNDS, COLORS, DIRECTIONS, MOST_ROOMY, Group, Sce
 SIDE = 64.0  # units
 MARGIN = 1.5
 GAP = 2.2
+SLACK = 4.0  # more than the gap between the objects of a group
+JITTER = 2.0  # of groups across the line they stand in
 INK = (25, 25, 25)  # of stripes, dots and outlines
 RADII = {"small": (6.4, 7.8), "large": (10.4, 12.8)}
 CROWDED_RADII = (6.4, 8.4)
@@ -22,7 +24,7 @@ STRIPE, DOT, OUTLINE = 1.15, 1.4, 1.7  # half width, radius, width
 
 # The factors make all shapes of a radius look about equally large.
 SQUARE, TRIANGLE, DIAMOND = 0.886, 1.45, 1.25  # half side, circumradius, half diagonal
-STAR, STAR_INNER = 1.4, 0.62  # outer and inner radius
+STAR, STAR_INNER = 1.36, 0.58  # outer and inner radius
 CROSS, CROSS_ARM = 1.1, 0.45  # half length and half width
 AREAS = {
     "circle": np.pi,
@@ -65,10 +67,12 @@ def layout(rng: np.random.Generator, scene: Scene, aspect: float) -> Places:
     """Random places that fit a scene's sizes and relation on a canvas of `aspect` (width by height)."""
     canvas = np.array([SIDE * aspect**0.5, SIDE / aspect**0.5])
     attempt = _scatter if len(scene.groups) == 1 else _line_up
-    radii = [_radius(rng, g, scene.count) for g in scene.groups]
-    while (places := attempt(rng, scene, radii, canvas)) is None:
-        radii = [0.97 * r for r in radii]
-    return places
+    shrink = 1.0
+    while True:
+        radii = [shrink * _radius(rng, g, scene.count) for g in scene.groups]
+        if (places := attempt(rng, scene, radii, canvas)) is not None:
+            return places
+        shrink *= 0.99
 
 
 def _radius(rng: np.random.Generator, group: Group, count: int) -> float:
@@ -94,10 +98,10 @@ def _line_up(rng: np.random.Generator, scene: Scene, radii: list[float], canvas:
     axis, side = DIRECTIONS[scene.relation]
     extents = np.array([r * np.array(HALF_EXTENTS[g.shape]) for g, r in zip(scene.groups, radii, strict=True)])
     along = _cut(rng, extents[:, axis], canvas[axis])
-    pitches = 2 * extents[:, 1 - axis] + GAP + rng.uniform(0, 4, len(radii))
+    pitches = 2 * extents[:, 1 - axis] + GAP + rng.uniform(0, SLACK, len(radii))
     counts = np.array([g.count for g in scene.groups])
-    jitter = rng.uniform(-3, 3, len(radii))
-    reach = np.max((counts - 1) / 2 * pitches + extents[:, 1 - axis] + 3)
+    jitter = rng.uniform(-JITTER, JITTER, len(radii))
+    reach = np.max((counts - 1) / 2 * pitches + extents[:, 1 - axis] + JITTER)
     if along is None or 2 * (reach + MARGIN) > canvas[1 - axis]:
         return None
     level = rng.uniform(MARGIN + reach, canvas[1 - axis] - MARGIN - reach)

@@ -26,6 +26,7 @@ PALETTE = np.array([*COLORS.values(), *BACKGROUNDS.values(), INK], np.float32)
 NAMES = (*COLORS, *BACKGROUNDS, "ink")
 FIRST_BACKGROUND, INK_INDEX = len(COLORS), len(PALETTE) - 1
 MIN_AREA = 30.0  # of an object, square units; a drawn one has at least about 90
+REACH = 6.0  # of a colour over ink: the tip of an outlined star is all ink
 LEAST_OVERLAP = 0.72
 LEAST_INK = 0.08  # share in a textured object
 INK_OF_RIM, INK_OF_CORE = 0.75, 0.2  # least and greatest share in an outlined object
@@ -119,7 +120,7 @@ def _owners(image: np.ndarray, labels: np.ndarray, background: int) -> tuple[np.
     if not solid.any():
         return np.full_like(labels, -1), np.zeros(labels.shape, np.float32)
     far, nearest = ndimage.distance_transform_edt(~solid, return_indices=True)
-    owners = np.where(far <= 3.5 * unit(*labels.shape), labels[tuple(nearest)], -1)
+    owners = np.where(far <= REACH * unit(*labels.shape), labels[tuple(nearest)], -1)
     outside = PALETTE[background]
     away = np.linalg.norm(image - outside, axis=-1)
     # Next to ink a blend is one of ink and background, elsewhere one of the colour and background.
