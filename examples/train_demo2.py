@@ -79,13 +79,14 @@ def train_vae(args: Arguments, sizes: Sizes) -> None:
         lambda params, images, key: vae_loss(params, sizes, images, key, edges=1.0, pull=3e-4),
         lambda step: batches.picture_batch(step, sizes.pictures, args.seed),
         average_decay=0.995,
-        probe=lambda params: probes.rebuilt(params, sizes),
+        probe=probes.rebuilder(sizes),
     )
 
 
 def train_decoder(args: Arguments, sizes: Sizes) -> None:
     """Trains the decoder on, for latents that are not quite right; the encoder, and so the latents, stay."""
     _, vae = demo_training.load(args.work / "vae")
+    probe = probes.rebuilder(sizes)
     _train(
         args,
         "decoder",
@@ -94,7 +95,7 @@ def train_decoder(args: Arguments, sizes: Sizes) -> None:
         lambda params, images, key: decoder_loss(params, vae, sizes, images, key, edges=1.0),
         lambda step: batches.picture_batch(step, sizes.pictures, args.seed + 1),
         average_decay=0.99,
-        probe=lambda params: probes.rebuilt(vae | {"decoder": params}, sizes),
+        probe=lambda params: probe(vae | {"decoder": params}),
     )
 
 
@@ -150,7 +151,7 @@ def _clip(args: Arguments, sizes: Sizes, name: str, seed: int) -> None:
         batches.family_batches(pool, sizes, tokenizer, seed),
         average_decay=0.99,
         seed=seed,
-        probe=lambda params: probes.ranking(params, sizes, tokenizer),
+        probe=probes.ranker(sizes, tokenizer),
     )
 
 

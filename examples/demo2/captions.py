@@ -19,11 +19,11 @@ ROWS = {
     "above": "from top to bottom",
     "below": "from bottom to top",
 }
+SHORT_TEMPLATES = ("{content} on {background}", "{content}, {background} background")
 TEMPLATES = (
+    *SHORT_TEMPLATES,
     "{content} on a {background} background",
-    "{content} on {background}",
     "a {background} background with {content}",
-    "{content}, {background} background",
     "a picture of {content} on a {background} background",
 )
 
@@ -34,10 +34,10 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
     if len(nouns) > 2 and rng.random() < 0.7:
         content = f"{', '.join(nouns[:-1])} and {nouns[-1]} {ROWS[scene.relation]}"
     else:
-        # Of the longer wordings none where there are many words already.
+        # Short wordings where there are many words already.
         relation = _synonym(rng, scene.relation) if len(nouns) == 2 else scene.relation
         content = f" {relation} ".join(nouns)
-    templates = TEMPLATES[:-1] if len(nouns) > 2 else TEMPLATES
+    templates = SHORT_TEMPLATES if len(nouns) > 2 else TEMPLATES
     return str(rng.choice(templates)).format(content=content, background=scene.background)
 
 

@@ -26,6 +26,7 @@ PALETTE = np.array([*COLORS.values(), *BACKGROUNDS.values(), INK], np.float32)
 NAMES = (*COLORS, *BACKGROUNDS, "ink")
 FIRST_BACKGROUND, INK_INDEX = len(COLORS), len(PALETTE) - 1
 MIN_AREA = 30.0  # of an object, square units; a drawn one has at least about 90
+LEAST_CORE = 4.0  # square units of one colour
 REACH = 6.0  # of a colour over ink: the tip of an outlined star is all ink
 LEAST_OVERLAP = 0.72
 LEAST_INK = 0.08  # share in a textured object
@@ -112,11 +113,7 @@ def _owners(image: np.ndarray, labels: np.ndarray, background: int) -> tuple[np.
 
     The second is 0 for the background and 1 for the colour or the ink of an object; on edges it is between them.
     """
-    # Thin lines of a colour are blends of two others.
-    solid = np.zeros_like(labels, bool)
-    for index in range(FIRST_BACKGROUND):
-        mask = labels == index
-        solid |= mask & (ndimage.uniform_filter(mask.astype(np.float32), 3) > 0.4)
+    solid = np.any([_solid(labels == index) for index in range(FIRST_BACKGROUND)], axis=0)
     if not solid.any():
         return np.full_like(labels, -1), np.zeros(labels.shape, np.float32)
     far, nearest = ndimage.distance_transform_edt(~solid, return_indices=True)
@@ -129,6 +126,14 @@ def _owners(image: np.ndarray, labels: np.ndarray, background: int) -> tuple[np.
     ink_step = np.linalg.norm(PALETTE[INK_INDEX] - outside)
     step = np.where(inked & (labels != owners), ink_step, color_step)
     return owners, np.clip(away / step, 0, 1) * (owners >= 0)
+
+
+def _solid(mask: np.ndarray) -> np.ndarray:
+    """A colour's pixels without thin lines and specks, which are blends of two others."""
+    mask = mask & (ndimage.uniform_filter(mask.astype(np.float32), 3) > 0.4)
+    regions, count = ndimage.label(mask)
+    areas = np.bincount(regions.ravel(), minlength=count + 1) / unit(*mask.shape) ** 2
+    return mask & (areas >= LEAST_CORE)[regions]
 
 
 def _describe(color: str, region: np.ndarray, alpha: np.ndarray, labels: np.ndarray, scale: float) -> Found:
