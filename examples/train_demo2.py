@@ -65,8 +65,12 @@ def main(args: Arguments) -> None:
 
 
 def train_tokenizers(args: Arguments, sizes: Sizes) -> None:
-    if not (tokenizers(args) / "clip").exists():
-        demo_models.train_tokenizers(tokenizers(args), batches.caption_sample(sizes.captions, args.seed))
+    """Trains both tokenizers, under a temporary name first: a folder that exists is whole."""
+    folder = tokenizers(args)
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        demo_models.train_tokenizers(partial, batches.caption_sample(sizes.captions, args.seed))
+        partial.rename(folder)
 
 
 def train_vae(args: Arguments, sizes: Sizes) -> None:
