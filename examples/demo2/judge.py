@@ -170,7 +170,7 @@ def _texture(region: np.ndarray, labels: np.ndarray, color: int, scale: float) -
     if ink[inside].sum() < LEAST_INK * inside.sum():
         return "solid"
     rim = (depth > 0.3) & (depth < 0.8 * OUTLINE)
-    if ink[rim].mean() > INK_OF_RIM and ink[core].sum() <= INK_OF_CORE * core.sum():
+    if ink[rim].sum() > INK_OF_RIM * rim.sum() and ink[core].sum() <= INK_OF_CORE * core.sum():
         return "outlined"
     return "striped" if _explained_by_rows(inside, ink) > ROWS_OF_STRIPES else "dotted"
 

@@ -97,7 +97,7 @@ TINY = Sizes(
     dit=z_image.Config(dim=48, n_layers=1, n_refiner_layers=1, n_heads=3, cap_feat_dim=16, axes_dims=(4, 6, 6)),
     captions=500,
     pictures=(Bucket(16, 16, 1.0, 2),),
-    buckets=(Bucket(16, 16, 0.5, 4, 12), Bucket(8, 16, 0.5, 4, 12)),
+    buckets=(Bucket(16, 16, 1.0, 4, 12), Bucket(8, 16, 0.0, 4, 12)),  # of the second a pool but no program
     families=2,
     rebuilt=4,
     shard=4,
