@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scenes
+from demo_losses import FAMILY
 from demo_models import PROMPT_LENGTH, Sizes, tokenize_clip, tokenize_prompts
 
 from ses_jax.models import autoencoder_kl
 
 CAPTIONS = 4  # captions of a scene
-FAMILY = 4  # a scene and its siblings
 DROPPED = 0.1  # share of empty prompts, for guidance
 ENCODE_BATCH = 100
 

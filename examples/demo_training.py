@@ -13,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Probe = Callable[[Any], dict[str, float]]
 
 
 class State(NamedTuple):
@@ -25,12 +26,17 @@ class State(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """When to stop (`minutes`), how long the whole schedule is (`steps`), how often to save (`save_every`)."""
+    """When to stop (`minutes`), how long the whole schedule is (`steps`), how often to save, log and probe.
+
+    It is saved every `save_every` steps and whenever the last time was `save_seconds` ago.
+    """
 
     steps: int
     minutes: float = float("inf")
     save_every: int = 200
+    save_seconds: float = float("inf")
     log_every: int = 20
+    probe_every: int = 500
 
 
 class Schedule(NamedTuple):
@@ -57,15 +63,16 @@ def train(
     schedule: Schedule = SCHEDULE,
     average_decay: float = 0.999,
     seed: int = 0,
+    probe: Probe | None = None,
 ) -> State:
     """Trains `init(key)` up to `limits`, continuing from `folder`'s latest checkpoint.
 
-    Losses go to `folder`/losses.jsonl and stdout.
+    Losses go to `folder`/losses.jsonl and stdout, what `probe` says of the averaged params to probes.jsonl.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _start(init, optimizer)(jax.random.key(seed))
     update = _updater(optimizer, loss, average_decay)
-    start = time.monotonic()
+    start = saved_at = time.monotonic()
     with ocp.CheckpointManager(
         (folder / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
     ) as manager:
@@ -75,9 +82,11 @@ def train(
             key = jax.random.fold_in(jax.random.key(seed), step)
             state, facts = update(state, batch_at(step), key, schedule(step, limits.steps))
             if (step + 1) % limits.log_every == 0 or step + 1 == limits.steps:
-                _log(folder, step + 1, facts, time.monotonic() - start)
-            if (step + 1) % limits.save_every == 0:
-                saved = _save(manager, state)
+                _log(folder, "losses", step + 1, facts, time.monotonic() - start)
+            if (step + 1) % limits.save_every == 0 or time.monotonic() - saved_at > limits.save_seconds:
+                saved, saved_at = _save(manager, state), time.monotonic()
+            if probe is not None and ((step + 1) % limits.probe_every == 0 or step + 1 == limits.steps):
+                _log(folder, "probes", step + 1, probe(state.average), time.monotonic() - start)
             if time.monotonic() - start > 60 * limits.minutes:
                 break
         if saved != int(state.step):
@@ -107,7 +116,7 @@ def _start(init, optimizer):
 def _updater(optimizer, loss, average_decay):
     @jax.jit
     def update(state: State, batch: Any, key: jax.Array, scale: float) -> tuple[State, dict[str, jax.Array]]:
-        with nn.intercept_methods(_flatten_tokens):
+        with nn.intercept_methods(_quicker):
             (value, facts), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
@@ -119,12 +128,34 @@ def _updater(optimizer, loss, average_decay):
     return update
 
 
-def _flatten_tokens(call, args, kwargs, context):
-    """Runs dense layers on `[B * L, D]`: with one batch axis the weights' gradient is far faster on CPUs."""
-    if not isinstance(context.module, nn.Dense) or context.method_name != "__call__":
+def _quicker(call, args, kwargs, context):
+    """Runs layers in forms whose gradients are far faster on CPUs; the results are equal up to rounding."""
+    module = context.module
+    if context.method_name != "__call__":
         return call(*args, **kwargs)
-    (x,) = args
-    return call(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+    if isinstance(module, nn.Dense):  # on `[B * L, D]`: with one batch axis
+        (x,) = args
+        return call(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+    if isinstance(module, nn.GroupNorm):
+        scale, bias = (module.get_variable("params", name) for name in ("scale", "bias"))
+        return _group_norm(args[0], scale, bias, module.num_groups, module.epsilon)
+    return call(*args, **kwargs)
+
+
+def _group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, epsilon: float) -> jax.Array:
+    """Group normalisation of `x [B, H, W, C]`, its sums over the pixels as products with a vector."""
+    batch, *_, channels = x.shape
+    pixels = x.reshape(batch, -1, channels)
+    weights = jnp.full(pixels.shape[1], 1 / pixels.shape[1])
+
+    def mean(values):
+        by_channel = jnp.einsum("bnc,n->bc", values, weights)
+        by_group = by_channel.reshape(batch, groups, -1).mean(-1)
+        return jnp.repeat(by_group, channels // groups, axis=-1)
+
+    center = mean(pixels)
+    factor = scale * jax.lax.rsqrt(mean(pixels**2) - center**2 + epsilon)
+    return (pixels * factor[:, None] + (bias - center * factor)[:, None]).reshape(x.shape)
 
 
 def _restore(manager: ocp.CheckpointManager, state: State) -> State:
@@ -139,9 +170,9 @@ def _save(manager: ocp.CheckpointManager, state: State) -> int:
     return int(state.step)
 
 
-def _log(folder: Path, step: int, facts: dict[str, jax.Array], seconds: float) -> None:
+def _log(folder: Path, file: str, step: int, facts: dict[str, Any], seconds: float) -> None:
     row = {"step": step, "seconds": round(seconds, 1)} | {k: round(float(v), 5) for k, v in facts.items()}
     line = json.dumps(row)
     print(folder.name, line, flush=True)
-    with open(folder / "losses.jsonl", "a") as file:
-        file.write(line + "\n")
+    with open(folder / f"{file}.jsonl", "a") as lines:
+        lines.write(line + "\n")

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "examples/flux2.py": "test_examples",
     "examples/qwen_image.py": "test_examples",
     "examples/train_demo.py": "test_train_demo",
+    "examples/train_demo2.py": "test_train_demo2",
     "examples/z_image_turbo.py": "test_examples",
 }
 

@@ -1,0 +1,91 @@
+"""Losses of the demos' networks; each returns the loss and facts to log."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from demo_models import CLIP_MEAN, CLIP_STD
+
+from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
+
+FAMILY = 4  # a scene and its siblings, next to each other in a batch of CLIP
+
+
+def vae_loss(params, sizes: Any, images: jax.Array, key: jax.Array, edges: float = 0.0, pull: float = 5e-4):
+    """Absolute and squared error of the reconstruction and a small pull of the latents towards N(0, I).
+
+    `edges` weighs the absolute error of the differences between neighbouring pixels, `pull` the divergence.
+    """
+    mean, log_variance = autoencoder_kl.encode(params, sizes.vae, images)
+    latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+    error = autoencoder_kl.decode(params, sizes.vae, latents) - images
+    divergence = 0.5 * jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance)
+    absolute, squared = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
+    facts = {"absolute": absolute, "squared": squared, "divergence": divergence, "spread": mean.std()}
+    return absolute + squared + edges * _edge_error(error) + pull * divergence, facts
+
+
+def decoder_loss(params, vae, sizes: Any, images: jax.Array, key: jax.Array, edges: float = 0.0):
+    """Absolute and squared error of reconstructions from fixed latents with some noise."""
+    mean, _ = autoencoder_kl.encode(vae, sizes.vae, images)
+    latents = mean + 0.1 * jax.random.normal(key, mean.shape)
+    error = autoencoder_kl.decode(vae | {"decoder": params}, sizes.vae, latents) - images
+    absolute, squared = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
+    return absolute + squared + edges * _edge_error(error), {"absolute": absolute, "squared": squared}
+
+
+def _edge_error(error: jax.Array) -> jax.Array:
+    """Mean absolute difference between neighbours of `error [B, H, W, 3]`."""
+    return sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2)) / 2
+
+
+def clip_loss(params, sizes: Any, batch, key: jax.Array):
+    """Contrast over the whole batch, both ways, and once more within each family."""
+    pixels = (augment(key, batch["images"].astype(jnp.float32) / 255) - CLIP_MEAN) / CLIP_STD
+    images = clip.embed_image(params, sizes.reward, pixels)
+    texts = clip.embed_text(params, sizes.reward, batch["tokens"].astype(jnp.int32))
+    logits = jnp.minimum(clip.logit_scale(params), 100.0) * images @ texts.T  # [image, text]
+    size = len(logits)
+    same = jnp.arange(size) // FAMILY
+    family = jnp.where(same[:, None] == same, logits, -jnp.inf)
+    losses = [-jnp.mean(jnp.diagonal(jax.nn.log_softmax(x, axis))) for x in (logits, family) for axis in (0, 1)]
+    facts = {
+        "retrieval": jnp.mean(logits.argmax(1) == jnp.arange(size)),
+        "siblings": jnp.mean(family.argmax(1) == jnp.arange(size)),
+        "scale": clip.logit_scale(params),
+    }
+    return sum(losses) / 4, facts
+
+
+def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Noise, blur and a change of brightness and contrast, each of a random strength an image."""
+    keys = jax.random.split(key, 5)
+    strength = jax.random.uniform(keys[0], (4, len(images), 1, 1, 1))
+    blurred = images
+    for axis in (1, 2):
+        blurred = (jnp.roll(blurred, 1, axis) + 2 * blurred + jnp.roll(blurred, -1, axis)) / 4
+    images = images + (blurred - images) * strength[0]
+    images = images + 0.06 * strength[1] * jax.random.normal(keys[1], images.shape)
+    tint = jax.random.uniform(keys[2], (len(images), 1, 1, 3), minval=-0.05, maxval=0.05)
+    return jnp.clip(images * (1 + 0.1 * (strength[2] - 0.5)) + tint * strength[3], 0, 1)
+
+
+def init_dit(key: jax.Array, sizes: Any):
+    text_key, dit_key = jax.random.split(key)
+    return {"text_encoder": decoder_lm.init(text_key, sizes.text), "transformer": z_image.init(dit_key, sizes.dit)}
+
+
+def dit_loss(params, sizes: Any, batch, key: jax.Array):
+    """Flow matching: the velocity from image to noise at a logit-normal noise level."""
+    latents = batch["latents"]
+    sigma_key, noise_key = jax.random.split(key)
+    sigma = jax.nn.sigmoid(0.4 + 1.2 * jax.random.normal(sigma_key, (len(latents),)))
+    noise = jax.random.normal(noise_key, latents.shape)
+    blend = sigma[:, None, None, None]
+    features = decoder_lm.hidden_state(params["text_encoder"], sizes.text, batch["tokens"])
+    refined = z_image.refine_caption(params["transformer"], sizes.dit, features, batch["lengths"])
+    noisy = (1 - blend) * latents + blend * noise
+    predicted = z_image.velocity(params["transformer"], sizes.dit, noisy, sigma, refined)
+    errors = jnp.mean((predicted - (noise - latents)) ** 2, axis=(1, 2, 3))
+    high = jnp.sum(errors * (sigma > 0.8)) / jnp.maximum(1, jnp.sum(sigma > 0.8))
+    return jnp.mean(errors), {"high": high}

@@ -1,0 +1,171 @@
+"""Trains the second demo's networks from nothing: `python examples/train_demo2.py --work DIR`.
+
+Stages: the tokenizers, the autoencoder, its decoder once more, the CLIP that drives the search, the diffusion
+transformer with its text encoder, and a CLIP trained apart that only measures.
+Each can be run alone, killed at any time and run again: it continues from its latest checkpoint in the work folder,
+with the batches and keys that it would have seen.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import demo_models
+import demo_training
+import tyro
+from demo2 import batches, probes
+from demo2.sizes import SIZES, Sizes
+from demo_losses import clip_loss, decoder_loss, dit_loss, init_dit, vae_loss
+
+from ses_jax.models import autoencoder_kl, clip
+
+Stage = Literal["tokenizer", "vae", "decoder", "clip", "dit", "held-out-clip"]
+STEPS: dict[str, int] = {"vae": 3000, "decoder": 800, "clip": 2000, "dit": 7000, "held-out-clip": 2000}
+HELD_OUT_SEED = 1000  # added to the seed of the CLIP that only measures
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Trains the second demo's networks.
+
+    Attributes:
+      work: folder for checkpoints, pools of scenes and logs.
+      stage: which stage to run.
+      steps: length of the stage's whole schedule; None for its default.
+      minutes: stop a stage after so long, to continue another time.
+      save_seconds: save whenever the last time was so long ago.
+      probe_every: steps between evaluations by the judge.
+      seed: of data, initial weights and noise.
+      sizes: "tiny" for a quick check of the machinery.
+    """
+
+    work: Path
+    stage: Stage | Literal["all"] = "all"
+    steps: int | None = None
+    minutes: float = float("inf")
+    save_seconds: float = 150
+    probe_every: int = 500
+    seed: int = 0
+    sizes: Literal["demo", "tiny"] = "demo"
+
+
+def main(args: Arguments) -> None:
+    stages: dict[str, Callable[[Arguments, Sizes], None]] = {
+        "tokenizer": train_tokenizers,
+        "vae": train_vae,
+        "decoder": train_decoder,
+        "clip": train_clip,
+        "dit": train_dit,
+        "held-out-clip": train_held_out_clip,
+    }
+    for name in stages if args.stage == "all" else [args.stage]:
+        stages[name](args, SIZES[args.sizes])
+
+
+def train_tokenizers(args: Arguments, sizes: Sizes) -> None:
+    """Trains both tokenizers, under a temporary name first: a folder that exists is whole."""
+    folder = tokenizers(args)
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        demo_models.train_tokenizers(partial, batches.caption_sample(sizes.captions, args.seed))
+        partial.rename(folder)
+
+
+def train_vae(args: Arguments, sizes: Sizes) -> None:
+    """Trains the autoencoder, edges weighing as much as areas."""
+    _train(
+        args,
+        "vae",
+        lambda key: autoencoder_kl.init(key, sizes.vae),
+        demo_models.adamw(1.5e-3),
+        lambda params, images, key: vae_loss(params, sizes, images, key, edges=1.0, pull=3e-4),
+        lambda step: batches.picture_batch(step, sizes.pictures, args.seed),
+        average_decay=0.995,
+        probe=probes.rebuilder(sizes),
+    )
+
+
+def train_decoder(args: Arguments, sizes: Sizes) -> None:
+    """Trains the decoder on, for latents that are not quite right; the encoder, and so the latents, stay."""
+    _, vae = demo_training.load(args.work / "vae")
+    probe = probes.rebuilder(sizes)
+    _train(
+        args,
+        "decoder",
+        lambda key: vae["decoder"],
+        demo_models.adamw(1e-3),
+        lambda params, images, key: decoder_loss(params, vae, sizes, images, key, edges=1.0),
+        lambda step: batches.picture_batch(step, sizes.pictures, args.seed + 1),
+        average_decay=0.99,
+        probe=lambda params: probe(vae | {"decoder": params}),
+    )
+
+
+def train_clip(args: Arguments, sizes: Sizes) -> None:
+    """Trains the reward on scenes and their siblings."""
+    _clip(args, sizes, "clip", args.seed)
+
+
+def train_held_out_clip(args: Arguments, sizes: Sizes) -> None:
+    """Trains a CLIP from other weights on other data, to measure what the first one only claims."""
+    _clip(args, sizes, "held-out-clip", args.seed + HELD_OUT_SEED)
+
+
+def train_dit(args: Arguments, sizes: Sizes) -> None:
+    """Trains the transformer and its text encoder together on the encoded pool."""
+    pool, vae = args.work / "pool", load_vae(args)
+    tokenizer, _ = demo_models.load_tokenizers(tokenizers(args))
+    batches.make_pool(pool, sizes, vae, tokenizer, args.seed)
+    statistics = batches.latent_statistics(pool, sizes.buckets[0])
+    (args.work / "latents.json").write_text(json.dumps(statistics))
+    _train(
+        args,
+        "dit",
+        lambda key: init_dit(key, sizes),
+        demo_models.muon(3e-3, 1e-3),
+        lambda params, batch, key: dit_loss(params, sizes, batch, key),
+        batches.pool_batches(pool, sizes, statistics, tokenizer, args.seed),
+        probe=probes.sampler(vae, sizes, statistics, tokenizer),
+    )
+
+
+def load_vae(args: Arguments) -> Any:
+    """The autoencoder with its decoder as it was trained on."""
+    (_, vae), (_, decoder) = demo_training.load(args.work / "vae"), demo_training.load(args.work / "decoder")
+    return vae | {"decoder": decoder}
+
+
+def tokenizers(args: Arguments) -> Path:
+    """The folder of both tokenizers."""
+    return args.work / "tokenizers"
+
+
+def _clip(args: Arguments, sizes: Sizes, name: str, seed: int) -> None:
+    pool = args.work / f"{name}-pool"
+    _, tokenizer = demo_models.load_tokenizers(tokenizers(args))
+    batches.make_rebuilt(pool, sizes, load_vae(args), tokenizer, seed)
+    _train(
+        args,
+        name,
+        lambda key: clip.init(key, sizes.reward),
+        demo_models.muon(3e-3, 1e-3),
+        lambda params, batch, key: clip_loss(params, sizes, batch, key),
+        batches.family_batches(pool, sizes, tokenizer, seed),
+        average_decay=0.99,
+        seed=seed,
+        probe=probes.ranker(sizes, tokenizer),
+    )
+
+
+def _train(args: Arguments, stage: str, *parts: Any, seed: int | None = None, **options: Any) -> None:
+    limits = demo_training.Limits(
+        args.steps or STEPS[stage], args.minutes, save_seconds=args.save_seconds, probe_every=args.probe_every
+    )
+    seed = args.seed if seed is None else seed
+    demo_training.train(args.work / stage, *parts, limits, seed=seed, **options)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,94 @@
+"""`train_demo2` at toy sizes: every stage runs, and an interrupted one continues to the very same weights."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import demo_models
+import demo_training
+import train_demo2
+from demo2 import batches
+from demo2.sizes import DEMO, TINY
+
+STAGES = ("vae", "decoder", "clip", "dit", "held-out-clip")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> train_demo2.Arguments:
+    """All stages without a stop."""
+    args = train_demo2.Arguments(work=tmp_path_factory.mktemp("straight"), steps=2, sizes="tiny")
+    train_demo2.main(args)
+    return args
+
+
+def test_an_interrupted_training_continues_to_the_same_weights(straight, tmp_path):
+    for minutes in (0.0, float("inf")):  # the first run stops after one step
+        train_demo2.main(dataclasses.replace(straight, work=tmp_path, stage="vae", minutes=minutes))
+        steps, found = demo_training.load(tmp_path / "vae")
+        assert steps == (1 if minutes == 0 else 2)
+    jax.tree.map(np.testing.assert_array_equal, found, demo_training.load(straight.work / "vae")[1])
+
+
+def test_batches_are_of_all_buckets_and_follow_from_the_step(straight):
+    tokenizer, _ = demo_models.load_tokenizers(train_demo2.tokenizers(straight))
+    sizes = dataclasses.replace(TINY, buckets=tuple(dataclasses.replace(b, share=0.5) for b in TINY.buckets))
+    statistics = json.loads((straight.work / "latents.json").read_text())
+    first, second = (batches.pool_batches(straight.work / "pool", sizes, statistics, tokenizer, 0) for _ in range(2))
+    shapes = set()
+    for step in range(12):
+        batch = first(step)
+        jax.tree.map(np.testing.assert_array_equal, batch, second(step))
+        shapes.add(batch["latents"].shape[2:])
+    assert len(shapes) == len(sizes.buckets)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_and_evaluations_are_logged(straight, stage):
+    for file in ("losses", "probes"):
+        rows = [json.loads(line) for line in (straight.work / stage / f"{file}.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == 2
+        assert np.isfinite(list(rows[-1].values())).all()
+    assert len(rows[-1]) > 2
+
+
+def test_a_pool_continues_where_it_stopped(straight, tmp_path):
+    tokenizer, _ = demo_models.load_tokenizers(train_demo2.tokenizers(straight))
+    whole = straight.work / "pool"
+    names = sorted(path.name for path in whole.iterdir())
+    assert len(names) == sum(-(-b.pool // TINY.shard) for b in TINY.buckets)
+    for name in names[1:]:
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    batches.make_pool(tmp_path, TINY, train_demo2.load_vae(straight), tokenizer, straight.seed)
+    for name in names:
+        found, wanted = np.load(tmp_path / name), np.load(whole / name)
+        for key in wanted.files:
+            np.testing.assert_array_equal(found[key], wanted[key])
+
+
+def test_both_clips_saw_other_data_from_other_weights(straight):
+    first, second = (np.load(straight.work / f"{name}-pool" / "families-000.npz") for name in ("clip", "held-out-clip"))
+    assert not np.array_equal(first["tokens"], second["tokens"])
+    kernels = [demo_training.load(straight.work / name)[1] for name in ("clip", "held-out-clip")]
+    assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, kernels), strict=True))
+
+
+def test_prompts_fit(straight):
+    prompt_tokenizer, clip_tokenizer = demo_models.load_tokenizers(train_demo2.tokenizers(straight))
+    texts = batches.caption_sample(1000, seed=1)
+    _, lengths = demo_models.tokenize_prompts(prompt_tokenizer, texts, length=100)
+    assert lengths.max() <= demo_models.PROMPT_LENGTH
+    assert max(len(ids) for ids in clip_tokenizer(texts)["input_ids"]) <= demo_models.PROMPT_LENGTH
+
+
+def test_shares_of_buckets_add_up_and_sides_fit_the_networks():
+    for sizes in (DEMO, TINY):
+        for buckets in (sizes.pictures, sizes.buckets):
+            assert sum(b.share for b in buckets) == pytest.approx(1)
+        side = sizes.vae.downscale * sizes.dit.patch_size
+        assert all(b.height % side == b.width % side == 0 for b in sizes.buckets)
