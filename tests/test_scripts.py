@@ -2,11 +2,16 @@
 
 import importlib
 import json
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
+
+from ses_jax.planner import plan as planner
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -58,3 +63,14 @@ def test_script_starts(script, tmp_path, monkeypatch, capsys):
     for file in tmp_path.glob("*.json"):
         assert json.loads(file.read_text())["environment"]["platform"] == "cpu"
     assert bool(out) == any(tmp_path.glob("*.json"))
+
+
+def test_what_a_gpu_is_asked_for_are_scripts_with_options_that_exist(monkeypatch):
+    path = ROOT / "benchmarks" / "on_gpu.sh"
+    subprocess.run(["bash", "-n", path], check=True)
+    commands = re.findall(r"^within (\d+) python (\w+)\.py (.*)$", path.read_text(), re.MULTILINE)
+    assert sum(int(minutes) for minutes, _, _ in commands) < 40
+    monkeypatch.syspath_prepend(str(path.parent))
+    for _, script, options in commands:
+        asked = tyro.cli(importlib.import_module(script).Arguments, args=options.split())
+        assert asked.model in planner.published()

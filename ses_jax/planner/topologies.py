@@ -217,7 +217,16 @@ def _tpus(device: str, count: int) -> list[Any]:
     if jax.default_backend() != "tpu":
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(f"{tpu.kind}:{tpu.sizes[size]}", platform="tpu").devices[:count]
+    shape = tpu.sizes[size]
+    return topologies.get_topology_desc(
+        f"{tpu.kind}:{shape}", platform="tpu", chips_per_host_bounds=_host(shape)
+    ).devices[:count]
+
+
+def _host(shape: str) -> tuple[int, ...]:
+    """The chips of one host along the axes of a topology such as "2x4": at most a square of four."""
+    sides = [int(side) for side in shape.split("x")] + [1]
+    return tuple(min(side, most) for side, most in zip(sides, (2, 2, 1), strict=False))
 
 
 def _gpus(device: str, count: int) -> list[Any]:

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Measures at real sizes, on random bfloat16 weights, what only a GPU can tell; one of 80 GB, within 40 minutes.
+#
+#     pip install -e ".[benchmark]" "jax[cuda12]" torch diffusers && bash benchmarks/on_gpu.sh
+#
+# Every script writes its JSON under benchmarks/results. One that fails, or takes more than its minutes, does not keep
+# the others from running.
+set -uo pipefail
+cd "$(dirname "$0")" || exit
+
+within() { # within MINUTES COMMAND...
+  local minutes=$1
+  shift
+  echo "+ $*"
+  timeout "${minutes}m" "$@" || echo "failed or stopped after ${minutes} minutes: $*"
+}
+
+within 8 python throughput.py black-forest-labs/FLUX.2-klein-4B --batch 1 4 10 --against diffusers
+within 12 python throughput.py black-forest-labs/FLUX.1-dev --batch 1 4 10 --steps 4 --against diffusers
+within 5 python reward_share.py --model black-forest-labs/FLUX.2-klein-4B --repeats 3
+within 5 python reward_share.py --model Tongyi-MAI/Z-Image-Turbo --repeats 3
+within 8 python reward_share.py --model black-forest-labs/FLUX.1-dev --repeats 1
