@@ -39,7 +39,7 @@ class Recorder:
     """A compiled function that notes the text of every program it runs."""
 
     def __init__(self, compiled):
-        self.compiled, self.lower, self.knows, self.texts = compiled, compiled.lower, compiled.knows, []
+        self.compiled, self.lower, self.texts = compiled, compiled.lower, []
 
     def __call__(self, *args):
         self.texts.append(self.compiled.lower(*args).as_text())

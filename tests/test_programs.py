@@ -1,9 +1,7 @@
 """Compiled programs: shared by what is equal, kept within a bound, gone when they are dropped."""
 
-import dataclasses
 import functools
 import gc
-import threading
 from pathlib import Path
 
 import jax
@@ -13,7 +11,7 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax.engine import generation, models, runner, tasks
+from ses_jax.engine import models
 from ses_jax.loading import programs
 from ses_jax.loading.programs import comparable, compiled
 from ses_jax.rewards import scorers
@@ -183,30 +181,3 @@ def test_a_checkpoint_that_was_written_again_is_loaded_again(monkeypatch, tmp_pa
     (tmp_path / "weights").write_text("23")
     models.find_pipeline(str(tmp_path), band="unpacked")
     assert len(loaded) == 3
-
-
-def test_final_renders_are_compiled_beside_the_generations(compilations, fresh_programs):
-    pipeline = toy.pipeline()
-    config = ses_jax.SearchConfig(**{k: v for k, v in SETTINGS.items() if k != "progress"}).resolve(pipeline)
-    task = tasks.prepare(pipeline, toy.brightness(), config, ["a"], [0])
-    thread = runner.compile_finals(pipeline, task)
-    thread.join()
-    before = compilations()
-    rows = generation.Rows(jnp.zeros((2, *task.noise.shape[1:])), jnp.zeros(2, jnp.int32))
-    how = config, task.program.chunk
-    runner.render(pipeline, task.params[0], rows, task.inputs.condition, how)
-    assert compilations() == before
-    assert runner.compile_finals(pipeline, task) is None
-    names = [t.name for t in threading.enumerate()]
-    assert thread.name not in names
-
-
-def test_a_render_that_does_not_compile_says_so_in_the_end(fresh_programs):
-    def decode(params, latents):
-        if len(latents) == 2:
-            raise ZeroDivisionError("two are too many")
-        return toy.pipeline().decode(params, latents)
-
-    pipeline = dataclasses.replace(toy.pipeline(), decode=decode)
-    with pytest.raises(ZeroDivisionError, match="two are too many"):
-        ses_jax.search("a", model=pipeline, reward=toy.brightness(), **SETTINGS | {"budget": 3, "population": 3})

@@ -1,8 +1,6 @@
 """Runs a search for one or more prompts at once: generations, final renders, results."""
 
-import contextlib
 import math
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from jaxtyping import Array, Float
 
 from ses_jax.engine import generation, memory, records, resume
 from ses_jax.engine.config import RenderConfig, SearchConfig
-from ses_jax.engine.generation import Model, Program, Rows, Scored, State
+from ses_jax.engine.generation import Program, Rows, Scored, State
 from ses_jax.engine.progress import Report, progress_bar
 from ses_jax.engine.result import SearchResult, to_image
 from ses_jax.engine.tasks import Task, generation_count, initial_state, model_of, prepare
@@ -82,14 +80,11 @@ def search_prompts(
         resume.begin(state_folder, _identity(pipeline, reward, config, prompts, indices))
     task = prepare(pipeline, reward, config, prompts, indices)
     times.append(time.perf_counter())
-    compiling = compile_finals(pipeline, task)
     title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
     with progress_bar(title, config.budget * len(prompts), enabled=progress) as report:
         task, outcome = _generations(task, state_folder, report)
     times.append(time.perf_counter())
     histories = [_history(task, outcome.scored, i) for i in range(len(prompts))]
-    if compiling:
-        compiling.join()
     finals = _finals(task, pipeline, outcome.state)
     times.append(time.perf_counter())
 
@@ -186,7 +181,9 @@ def render(
 ) -> Float[Array, "r H W 3"]:
     """Images of rows with all steps, `how` being the config and how many rows to take at a time."""
     config, chunk = how
-    model, arrays = _renderer(pipeline, rows, condition, config)
+    model = model_of(pipeline, config)
+    sigmas = jnp.asarray(pipeline.sigmas(config.steps, config.height, config.width))
+    arrays = partition.replicate(pipeline.mesh, ((sigmas, condition), rows))
     while True:
         try:
             return jax.block_until_ready(generation.render(model, chunk, params, *arrays))
@@ -194,33 +191,6 @@ def render(
             if not memory.is_exhausted(error) or chunk == 1:
                 raise
             chunk = memory.half(min(chunk, len(rows.owner)))
-
-
-def _renderer(pipeline: Pipeline, rows: Rows, condition: Any, config: RenderConfig) -> tuple[Model, tuple[Any, Rows]]:
-    """What `generation.render` takes besides a chunk and params."""
-    sigmas = jnp.asarray(pipeline.sigmas(config.steps, config.height, config.width))
-    return model_of(pipeline, config), partition.replicate(pipeline.mesh, ((sigmas, condition), rows))
-
-
-def compile_finals(pipeline: Pipeline, task: Task) -> threading.Thread | None:
-    """Starts to compile the final renders, which takes a while, beside the generations; None if that was done before.
-
-    What goes wrong here goes wrong once more, and is said, where they are rendered.
-    """
-    count = 2 * len(task.prompts)
-    rows = Rows(jnp.zeros((count, *task.noise.shape[1:]), jnp.float32), jnp.zeros(count, jnp.int32))
-    model, arrays = _renderer(pipeline, rows, task.inputs.condition, task.config)
-    arguments = model, task.program.chunk, task.params[0], *arrays
-    if generation.render.knows(*arguments):
-        return None
-
-    def compile_program():
-        with contextlib.suppress(Exception):
-            generation.render.lower(*arguments).compile()
-
-    thread = threading.Thread(target=compile_program, name="compile the final renders", daemon=True)
-    thread.start()
-    return thread
 
 
 def _total(

@@ -69,10 +69,6 @@ class Compiled:
         """As `jax.jit(...).lower`; what is compiled from it is not compiled again by a call."""
         return self._of(args).lower(*args[self._static :])
 
-    def knows(self, *args: Any) -> bool:
-        """Whether it was called with these static arguments before and still has the program."""
-        return self._of(args)._cache_size() > 0
-
     def cache_size(self) -> int:
         """How many programs are kept."""
         return sum(jitted._cache_size() for jitted in self._alive)
