@@ -1,12 +1,14 @@
 """Hundreds of calls one after the other, in every form that the README shows: what grows, and what is compiled again.
 
 `python benchmarks/loops.py` runs each form in a process of its own on the demo, and prints memory, memory mappings and
-compilations after the first calls and at the end.
+compilations after the first calls and at the end. Forms that `loops.json` has already, with as many calls, are not run
+again: what is interrupted goes on, and who wants all of it anew removes the file.
 """
 
 import concurrent.futures
 import dataclasses
 import gc
+import json
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -80,16 +82,24 @@ FORMS: dict[str, Callable[[str, Any, Any], Any]] = {
 def main(args: Arguments) -> dict[str, Any]:
     """Runs the forms; raises AssertionError if something grew or was compiled again."""
     context = multiprocessing.get_context("spawn")
-    results = {}
+    results = done(args)
     for form in args.forms or FORMS:
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-            results[form] = pool.submit(run, form, args.calls).result()
-        print(f"{form}: " + ", ".join(f"{name} {old:g} -> {new:g}" for name, (old, new) in results[form].items()))
-    arguments = dataclasses.asdict(args) | {"out": None}
-    print(common.save("loops", {"arguments": arguments, "warm_up": WARM_UP, "forms": results}, args.out))
+        if form not in results:
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+                results[form] = pool.submit(run, form, args.calls).result()
+            common.save("loops", {"calls": args.calls, "warm_up": WARM_UP, "forms": results}, args.out)
+        marks = (f"{name} {old:g} -> {new:g}" for name, (old, new) in results[form].items())
+        print(f"{form}: {', '.join(marks)}", flush=True)
     for form, result in results.items():
         check(form, result, args)
     return results
+
+
+def done(args: Arguments) -> dict[str, Any]:
+    """The forms that were run already, with as many calls."""
+    path = args.out / "loops.json"
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    return saved["forms"] if saved.get("calls") == args.calls else {}
 
 
 def run(form: str, calls: int) -> dict[str, tuple[float, float]]:

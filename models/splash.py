@@ -9,8 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
 
 # The kernel's rows of memory hold as many numbers.
@@ -102,6 +100,10 @@ def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
 
 def _local(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, blocks: Blocks, interpret: bool) -> jax.Array:
     """Attention of the rows and heads of one device."""
+    # Here, as importing them takes everybody a quarter of a second, and few need them.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     queries, keys = q.shape[1], k.shape[1]
     block_q, block_kv = even_block(queries, blocks.queries, LANES), even_block(keys, blocks.keys, blocks.compute)
     q = _filled(q, block_q)

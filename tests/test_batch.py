@@ -305,7 +305,7 @@ def test_two_processes_may_write_a_file_at_once(tmp_path):
 def test_real_kills_at_random_moments(whole, tmp_path):
     rng = random.Random(0)
     known = {}
-    for _ in range(3):
+    for _ in range(2):
         process = batch_runs.start(tmp_path, sleep=0.03)
         count = len(known)
         while len(finished(tmp_path)) <= count:

@@ -21,8 +21,8 @@ def test_notebook_runs_without_torch(tmp_path):
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     first.source = WITHOUT_TORCH + first.source
     for cell in notebook.cells:
-        cell.source = cell.source.replace("budget=20", "budget=3, population=2, elites=1, preview_steps=3, steps=4")
-        cell.source = cell.source.replace("noise=result.noise[None])", "noise=result.noise[None], steps=4)")
+        cell.source = cell.source.replace("budget=20", "budget=3, population=2, elites=1, preview_steps=2, steps=2")
+        cell.source = cell.source.replace("noise=result.noise[None])", "noise=result.noise[None], steps=2)")
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]

@@ -113,7 +113,7 @@ def alone(load):
     return run(load(None))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", ["model=8", "data=2,model=4"])  # candidates alone are spread by the toy below
 def test_a_mesh_changes_no_result(load, alone, mesh):
     found = run(load(mesh), prompts_at_once=2)
     for ours, expected in zip(found, alone, strict=True):

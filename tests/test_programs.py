@@ -16,7 +16,7 @@ from ses_jax.loading import programs
 from ses_jax.loading.programs import comparable, compiled
 from ses_jax.rewards import scorers
 
-SETTINGS = {"budget": 4, "population": 2, "elites": 1, "steps": 1, "preview_steps": 1, "progress": False}
+SETTINGS = {"budget": 4, "population": 2, "elites": 1, "steps": 2, "preview_steps": 2, "progress": False}
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ FORMS = {
         reward=ses_jax.load_reward("clip", source=demo.folder / "clip"),
         **SETTINGS,
     ),
-    "generate": lambda prompt, demo: ses_jax.generate("demo", prompt, steps=1),
+    "generate": lambda prompt, demo: ses_jax.generate("demo", prompt, steps=2),
 }
 
 

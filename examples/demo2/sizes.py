@@ -81,7 +81,7 @@ DEMO = Sizes(
     probe=50,
 )
 TINY = Sizes(
-    vae=autoencoder_kl.Config(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4),
+    vae=autoencoder_kl.Config(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4),
     reward=clip.Config(
         text=clip.Tower(16, 32, layers=1, heads=2),
         vision=clip.Tower(16, 32, layers=1, heads=2),
