@@ -111,7 +111,7 @@ def _fits_splash(q: jax.Array, k: jax.Array, *, causal: bool, masked: bool) -> b
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, key_lengths: Any) -> jax.Array:
     lengths = jnp.full(len(k), k.shape[1]) if key_lengths is None else jnp.asarray(key_lengths)
-    blocks = splash.blocks_for(target.device().device_kind)
+    blocks = splash.blocks_for(target.device().device_kind, q.shape[3])
     out = splash.attention(q, k, v, lengths.astype(jnp.int32), blocks=blocks, mesh=target.mesh())
     return out.reshape(*out.shape[:2], -1)
 

@@ -25,7 +25,8 @@ class Blocks(NamedTuple):
     compute: int
 
 
-# By the start of a device's kind: the fastest of those that jax-ml's tokamax measured on the chip at 4,096 tokens.
+# By the start of a device's kind: the fastest of those that jax-ml's tokamax measured on the chip at 4,096 tokens, with
+# heads of 128.
 BLOCKS = {
     "TPU v5p": Blocks(1024, 2048, 256),
     "TPU v5": Blocks(1024, 2048, 256),
@@ -41,9 +42,14 @@ def fits(q: jax.Array, k: jax.Array) -> bool:
     return q.dtype == jnp.bfloat16 and same_heads and q.shape[3] % LANES == 0 and k.shape[1] >= SHORTEST
 
 
-def blocks_for(device_kind: str) -> Blocks:
-    """The blocks of a kind of device, as `jax.Device.device_kind` names it."""
-    return next((blocks for kind, blocks in BLOCKS.items() if device_kind.startswith(kind)), DEFAULT_BLOCKS)
+def blocks_for(device_kind: str, head_dim: int = LANES) -> Blocks:
+    """The blocks of a kind of device, as `jax.Device.device_kind` names it.
+
+    The autoencoders' one head of 512 would take more than a chip's vector memory, so there they are smaller.
+    """
+    blocks = next((blocks for kind, blocks in BLOCKS.items() if device_kind.startswith(kind)), DEFAULT_BLOCKS)
+    queries, keys = (max(size * 2 * LANES // max(head_dim, 2 * LANES), blocks.compute) for size in blocks[:2])
+    return blocks._replace(queries=queries, keys=keys)
 
 
 def attention(
@@ -113,7 +119,9 @@ def _local(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, blocks:
     kernel = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     seen = jnp.arange(k.shape[1]) < lengths[:, None]
     segments = kernels.SegmentIds(q=jnp.ones(q.shape[:2], jnp.int32), kv=seen.astype(jnp.int32))
-    out = jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segments)
+    # Products of bfloat16 are exact in float32; a compiler that is asked for more, as users may, refuses them.
+    with jax.default_matmul_precision("default"):
+        out = jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segments)
     return jnp.swapaxes(out, 1, 2)[:, :queries]
 
 

@@ -20,7 +20,7 @@ from ses_jax import cli
 from ses_jax.engine import generation, memory, outline
 from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import partition
-from ses_jax.models import blip, clip, score_head
+from ses_jax.models import attention, blip, clip, score_head
 from ses_jax.planner import compilation, hlo, topologies, workload
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
@@ -193,6 +193,28 @@ def test_a_refused_program_says_how_much_it_needs():
     assert needed >= 4 * 50000 * 1000 * 1024 > topologies.limit_bytes("v6e")
     with pytest.raises(jax.errors.JaxRuntimeError, match="other words"):
         memory.refused_bytes(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: other words"))
+
+
+LONG = [("v6e", (4, 16384, 1, 512)), *((d, s) for d in ("v5e", "v5p", "v6e", "tpu7x") for s in
+        [(4, 16384, 1, 512), (2, 4096, 24, 128), (2, 4096, 24, 256)])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "shape"), [LONG[0], *(pytest.param(*c, marks=pytest.mark.compilers) for c in LONG)])
+def test_attention_of_full_size_fits_the_vector_memory(device, shape):
+    """Of the autoencoders' middle at 1024 x 1024, and of transformers."""
+    chip = topologies.target_mesh(device, "data=1")
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(chip, P()))
+
+    @jax.jit
+    def attend(q, k, v):
+        with partition.compiled_for(chip):
+            return attention.attention(q, k, v)
+
+    with topologies.no_flags():
+        program = attend.lower(x, x, x).compile()
+    assert hlo.SPLASH in program.as_text()
+    score_bytes = 2 * shape[0] * shape[1] ** 2 * shape[2]
+    assert program.memory_analysis().temp_size_in_bytes < score_bytes / 2
 
 
 def compile_toy(chunk):

@@ -72,8 +72,9 @@ def test_blocks_are_even_and_cover_all(length, most, multiple):
 
 
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5p", "TPU v6 lite", "TPU7x", "TPU v99"])
-def test_blocks_of_every_device_fit_the_kernel(kind):
-    blocks = splash.blocks_for(kind)
+@pytest.mark.parametrize("head_dim", [128, 256, 512])
+def test_blocks_of_every_device_fit_the_kernel(kind, head_dim):
+    blocks = splash.blocks_for(kind, head_dim)
     assert blocks.keys % blocks.compute == 0
     assert blocks.compute % splash.LANES == 0
     assert blocks.queries % splash.LANES == 0
