@@ -18,11 +18,15 @@ SHORTEST = 1024
 
 
 class Blocks(NamedTuple):
-    """At most so many queries and keys at a time; keys are multiplied `compute` at a time, which divides `keys`."""
+    """At most so many queries and keys at a time; keys are multiplied `compute` at a time, which divides `keys`.
+
+    `head_dim` is the longest head that the chip's vector memory holds so many of.
+    """
 
     queries: int
     keys: int
     compute: int
+    head_dim: int = LANES
 
 
 # By the start of a device's kind: the fastest of those that jax-ml's tokamax measured on the chip at 4,096 tokens, with
@@ -30,8 +34,8 @@ class Blocks(NamedTuple):
 BLOCKS = {
     "TPU v5p": Blocks(1024, 2048, 256),
     "TPU v5": Blocks(1024, 2048, 256),
-    "TPU v6": Blocks(2048, 2048, 512),
-    "TPU7x": Blocks(1024, 2048, 512),
+    "TPU v6": Blocks(2048, 2048, 512, 256),
+    "TPU7x": Blocks(1024, 2048, 512, 256),
 }
 DEFAULT_BLOCKS = Blocks(1024, 1024, 512)
 
@@ -45,11 +49,11 @@ def fits(q: jax.Array, k: jax.Array) -> bool:
 def blocks_for(device_kind: str, head_dim: int = LANES) -> Blocks:
     """The blocks of a kind of device, as `jax.Device.device_kind` names it.
 
-    The autoencoders' one head of 512 would take more than a chip's vector memory, so there they are smaller.
+    They are smaller for the one head of 512 in the middle of autoencoders.
     """
     blocks = next((blocks for kind, blocks in BLOCKS.items() if device_kind.startswith(kind)), DEFAULT_BLOCKS)
-    queries, keys = (max(size * 2 * LANES // max(head_dim, 2 * LANES), blocks.compute) for size in blocks[:2])
-    return blocks._replace(queries=queries, keys=keys)
+    shrink = -(-head_dim // blocks.head_dim)
+    return blocks._replace(queries=blocks.queries // shrink, keys=max(blocks.keys // shrink, blocks.compute))
 
 
 def attention(

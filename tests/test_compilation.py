@@ -184,6 +184,16 @@ def test_topologies_have_the_devices_that_they_should(name):
     assert topologies.target_mesh(name, "data=1,model=2").devices.shape == (1, 2)
 
 
+def test_a_program_that_cannot_be_read_is_measured_all_the_same(monkeypatch):
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure (hlo_instruction.cc:390)")
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    program = compile_toy(chunk=8).programs["generation"]
+    assert program.temporary_bytes > 0
+    assert (program.readable, program.seconds, program.attention) == (False, None, "unknown kernels")
+
+
 def test_a_refused_program_says_how_much_it_needs():
     target = topologies.target_mesh("v6e", "data=1,model=1")
     shape = jax.ShapeDtypeStruct((50000, 1000, 1024), jnp.float32, sharding=NamedSharding(target, P()))
@@ -212,7 +222,8 @@ def test_attention_of_full_size_fits_the_vector_memory(device, shape):
 
     with topologies.no_flags():
         program = attend.lower(x, x, x).compile()
-    assert hlo.SPLASH in program.as_text()
+    text = compilation._text(program)
+    assert not text or hlo.SPLASH in text
     score_bytes = 2 * shape[0] * shape[1] ** 2 * shape[2]
     assert program.memory_analysis().temp_size_in_bytes < score_bytes / 2
 

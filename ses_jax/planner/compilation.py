@@ -36,6 +36,7 @@ class Program:
       collectives: by kind, `count` and `bytes` of all that run.
       kernels: by name, how often those run that XLA did not make: cuDNN's, cuBLAS's and Mosaic's.
       seconds: a TPU's compiler's estimate; None for other devices and unknown clocks.
+      readable: whether the program's text could be read, which the last three are from.
     """
 
     compile_seconds: float
@@ -46,10 +47,13 @@ class Program:
     collectives: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
     kernels: Mapping[str, int] = dataclasses.field(default_factory=dict)
     seconds: float | None = None
+    readable: bool = True
 
     @property
     def attention(self) -> str:
         """The fused attention kernels that it calls, or XLA."""
+        if not self.readable:
+            return "unknown kernels"
         fused = [name for name in self.kernels if any(word in name for word in ("fmha", "attention", hlo.SPLASH))]
         return ", ".join(fused) or "XLA"
 
@@ -165,7 +169,8 @@ def _compile(target: Target, name: str, lower: Callable[[], jax.stages.Lowered])
         return Program(seconds, 0, memory.refused_bytes(error), refusal=str(error).strip())
     seconds = time.perf_counter() - start
     LOG.info("compiled %s for %s in %.0f s", name, target.device, seconds)
-    sizes, found = compiled.memory_analysis(), list(hlo.instructions(compiled.as_text()))
+    sizes, text = compiled.memory_analysis(), _text(compiled)
+    found = list(hlo.instructions(text)) if text else []
     return Program(
         compile_seconds=seconds,
         argument_bytes=sizes.argument_size_in_bytes,
@@ -173,8 +178,18 @@ def _compile(target: Target, name: str, lower: Callable[[], jax.stages.Lowered])
         output_bytes=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         collectives=hlo.collectives(found),
         kernels=hlo.kernels(found),
-        seconds=_seconds(target.device, found),
+        seconds=_seconds(target.device, found) if text else None,
+        readable=bool(text),
     )
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """The optimised program, empty where the compiler is newer than JAX, whose parser then may not know all of it."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        LOG.warning("the optimised program cannot be read: %s", str(error).splitlines()[0])
+        return ""
 
 
 def _seconds(device: str, found: list[hlo.Instruction]) -> float | None:
