@@ -21,7 +21,7 @@ from common import RESULTS, save
 import ses_jax
 from ses_jax.loading import programs
 from ses_jax.planner import topologies
-from ses_jax.planner.plan import published
+from ses_jax.planner.tables import published
 
 NAME = "compiled"
 # By device, how many of them.

@@ -21,7 +21,10 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.planner": (
         {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.models"},
-        ["plan", "compilation", "workload", "footprint", "flops", "hlo", "topologies", "devices"],
+        [
+            *("plan", "tables", "advice", "need", "compilation", "workload", "footprint", "flops", "hlo"),
+            *("topologies", "devices"),
+        ],
     ),
     "ses_jax.engine": (
         {"ses_jax.searchers", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading"},

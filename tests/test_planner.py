@@ -11,9 +11,9 @@ import ses_jax
 from ses_jax import cli
 from ses_jax.engine.config import SearchConfig
 from ses_jax.pipelines.registry import abstract_pipeline
-from ses_jax.planner import devices, flops, footprint
-from ses_jax.planner import plan as planner
-from ses_jax.planner.plan import Machine, plan_on
+from ses_jax.planner import advice, devices, flops, footprint, need, tables
+from ses_jax.planner.need import Machine
+from ses_jax.planner.plan import plan_on
 from ses_jax.planner.workload import Work
 
 TURBO = "Tongyi-MAI/Z-Image-Turbo"
@@ -112,8 +112,16 @@ def test_the_largest_chunk_that_fits(work):
     assert 1 < plan.chunk < 100
     assert plan.fits
     assert plan.search_bytes <= plan.limit_bytes
-    wider = planner._need(crowd, machine("5090"), plan.chunk + 1)
+    wider = need.need_of(crowd, machine("5090"), plan.chunk + 1)
     assert wider.search > plan.limit_bytes
+
+
+@pytest.mark.parametrize(("name", "share", "told"), [("4090", 0.8, True), ("4090", 0.7, False), ("v6e", 0.8, False)])
+def test_a_gpu_that_must_be_filled_takes_more_than_jax_does_by_default(name, share, told):
+    needed = need.Need(encode=0, search=int(share * devices.device(name).memory))
+    lines = list(advice.memory_fraction(needed, machine(name)))
+    assert len(lines) == told
+    assert all("XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in line for line in lines)
 
 
 @pytest.mark.parametrize("name", ["4090", "v5e"])
@@ -178,14 +186,14 @@ def test_shell(capsys):
 
 
 def test_overview(work):
-    header, rule, row = planner.overview(["h200"], [TURBO]).splitlines()
+    header, rule, row = tables.overview(["h200"], [TURBO]).splitlines()
     assert header == "| model | h200 |"
     assert rule == "| --- | --- |"
     assert row.startswith(f"| `{TURBO}` | chunk 10, ")
-    assert planner._cell(work, "4090").startswith("chunk 10, offloaded, ")
-    assert planner._cell(work, "v5e").startswith("2 devices, ")
+    assert tables._cell(work, "4090").startswith("chunk 10, offloaded, ")
+    assert tables._cell(work, "v5e").startswith("2 devices, ")
 
 
 def test_every_published_model_is_known():
-    assert TURBO in planner.published()
-    assert "demo" not in planner.published()
+    assert TURBO in tables.published()
+    assert "demo" not in tables.published()

@@ -1,6 +1,9 @@
 """What a search needs and how long it takes, said without weights and without the device.
 
 plan         `plan`, `Plan`
+tables       plans for people
+advice       what makes a search fit
+need         bytes, candidates at a time and seconds on a machine
 compilation  what a device's own compiler says, without the device
 workload     the programs of a search as shapes
 flops        floating point operations of a traced program

@@ -1,0 +1,149 @@
+"""What a search needs on a machine: bytes on each device, candidates at a time, seconds.
+
+Weights are counted leaf by leaf where the mesh puts them, temporaries from the jaxpr (`footprint`). Time is the longer
+of arithmetic, at a stated share of the device's peak, and of reading the weights once a step; traffic between devices
+is not in it. On a mesh the temporaries count as if no network were split, which errs on the safe side.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from ses_jax.engine import memory
+from ses_jax.loading import partition
+from ses_jax.pipelines.registry import FAMILIES
+from ses_jax.planner import devices as machines
+from ses_jax.planner import footprint, topologies
+from ses_jax.planner.workload import Work
+
+# Of a device's memory; the rest is the runtime's and lost between arrays.
+USABLE = 0.92
+
+
+class Machine(NamedTuple):
+    """Where a search is to run."""
+
+    name: str
+    mesh: str
+    offload: bool
+    utilization: float
+
+    @property
+    def device(self) -> machines.Device:
+        return machines.device(self.name)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Sizes by axis."""
+        axes = partition.parse_axes(self.mesh)
+        if min(axes.values()) < 1:
+            raise ValueError(f"mesh {self.mesh!r}: a plan needs the size of every axis")
+        return axes
+
+    def to_compile_for(self) -> Mesh:
+        """The mesh, of devices that need not be there; raises ValueError as `topologies.target_mesh` does."""
+        machines.device(self.name)  # the list of all devices, rather than of those with a compiler
+        return topologies.target_mesh(self.name, self.mesh)
+
+
+class Need(NamedTuple):
+    """Bytes per device in the two phases of a search."""
+
+    encode: int
+    search: int
+
+    def fits(self, machine: Machine) -> bool:
+        return max(self) <= limit_bytes(machine)
+
+
+def weights_of(work: Work, machine: Machine, params: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes per device by network."""
+    mesh = partition.abstract_mesh(machine.mesh)
+    parts = FAMILIES[work.pipeline.family].COMPONENTS
+    return {name: partition.bytes_per_device(mesh, parts[name].partition, tree) for name, tree in params.items()}
+
+
+def lying(work: Work, machine: Machine) -> Need:
+    """The weights that lie on a device: without offloading all networks, all the time."""
+    reward = footprint.size_of(work.scorer.params)
+    if not machine.offload:
+        everything = sum(weights_of(work, machine, work.pipeline.params).values()) + reward
+        return Need(everything, everything)
+    text = weights_of(work, machine, work.pipeline.text_params(work.pipeline.params))
+    return Need(*(sum(part.values()) + reward for part in (text, weights_of(work, machine, work.image_params))))
+
+
+def need_of(work: Work, machine: Machine, chunk: int) -> Need:
+    """Weights and temporaries."""
+    weights = lying(work, machine)
+    # Denoised along the data axis, decoded and scored on all devices.
+    step = work.step(_rows(chunk, machine.axes[partition.DATA]))
+    config, platform = work.config, topologies.platform(machine.name)
+    most = memory.decoded_at_once(config.height, config.width, platform)
+    finish = work.finish(memory.even_part(_rows(chunk, device_count(machine)), most))
+    return Need(
+        encode=weights.encode + work.encode.temporary_bytes,
+        search=weights.search + max(step.temporary_bytes, finish.temporary_bytes),
+    )
+
+
+def chunk_of(work: Work, machine: Machine) -> int:
+    """The most candidates at a time that fit, by bisection; those that the caller wants if so."""
+    most = min(work.config.population, work.config.budget)
+    if work.config.chunk:
+        return min(work.config.chunk, most)
+    low, high = 1, most + 1
+    while high - low > 1:
+        middle = high - 1 if low == 1 and high == most + 1 else (low + high) // 2
+        low, high = (middle, high) if need_of(work, machine, middle).fits(machine) else (low, middle)
+    return low
+
+
+def candidates_seconds(work: Work, machine: Machine, chunk: int) -> float:
+    """All generations' candidates, whole chunks and what is left over."""
+    config = work.config
+    chunks, rest = divmod(min(config.population, config.budget), chunk)
+    generation = chunks * _render_seconds(work, machine, chunk, config.preview_steps)
+    if rest:
+        generation += _render_seconds(work, machine, rest, config.preview_steps)
+    return math.ceil(config.budget / config.population) * generation
+
+
+def other_seconds(work: Work, machine: Machine) -> float:
+    """Encoding one prompt, and the two final images."""
+    encode = work.encode.flops / (machine.device.flops * machine.utilization * machine.axes[partition.MODEL])
+    return encode + _render_seconds(work, machine, 2, work.config.steps)
+
+
+def _render_seconds(work: Work, machine: Machine, count: int, steps: int) -> float:
+    """From noise to scores for candidates that are made at once."""
+    rate = machine.device.flops * machine.utilization
+    axes = machine.axes
+    arithmetic = work.step(1).flops * _rows(count, axes[partition.DATA]) / (rate * axes[partition.MODEL])
+    reading = sum(weights_of(work, machine, work.image_params).values()) / machine.device.bandwidth
+    return steps * max(arithmetic, reading) + work.finish(1).flops * _rows(count, device_count(machine)) / rate
+
+
+def _rows(count: int, devices: int) -> int:
+    """Of so many candidates, those of the busiest device."""
+    return -(-count // devices)
+
+
+def device_count(machine: Machine) -> int:
+    """How many devices the mesh has."""
+    return math.prod(machine.axes.values())
+
+
+def limit_bytes(machine: Machine) -> int:
+    """Bytes of each device that programs may use."""
+    return int(USABLE * machine.device.memory)
+
+
+def fits_somehow(work: Work, machine: Machine) -> bool:
+    """Whether one candidate at a time fits; a mesh that the weights do not divide over does not."""
+    try:
+        return need_of(work, machine, 1).fits(machine)
+    except ValueError:
+        return False
