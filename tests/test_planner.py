@@ -9,9 +9,10 @@ import pytest
 
 import ses_jax
 from ses_jax import cli
+from ses_jax.engine import flops
 from ses_jax.engine.config import SearchConfig
 from ses_jax.pipelines.registry import abstract_pipeline
-from ses_jax.planner import devices, flops, footprint
+from ses_jax.planner import devices, footprint
 from ses_jax.planner import plan as planner
 from ses_jax.planner.plan import Machine, plan_on
 from ses_jax.planner.workload import Work

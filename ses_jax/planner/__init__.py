@@ -3,7 +3,6 @@
 plan         `plan`, `Plan`
 compilation  what a device's own compiler says, without the device
 workload     the programs of a search as shapes
-flops        floating point operations of a traced program
 footprint    bytes of its temporaries
 hlo          what is in an optimised program
 topologies   devices that need not be there, for compilers
