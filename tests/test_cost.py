@@ -135,23 +135,39 @@ def test_the_default_budget():
 
 
 def test_rows_may_have_their_own_kind_of_budget(tmp_path):
-    rows = [{"prompt": "a"}, {"prompt": "b", "budget": 5}, {"prompt": "c", "nfe": "9"}, {"prompt": "d", "nfe": 2}]
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "b", "budget": 5},
+        {"prompt": "c", "nfe": "9", "searcher": "zero-order,parents=1"},
+        {"prompt": "d", "nfe": 2},
+    ]
     run = {"model": pipeline(), "reward": REWARD, **SETTINGS} | {"budget": None, "nfe": 12}
     summary = ses_jax.search_many(rows, out=tmp_path, **run)
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line.get("scored") for line in lines] == [4, 5, 3, None]
     assert summary["failed"] == 1
+    saved = [json.loads(line)["overrides"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    zero_order = {"name": "zero-order", "parents": 1, "mutation": 0.35, "anneal": 50, "space": "whole"}
+    assert saved == [{}, {"budget": 5}, {"nfe": 9, "searcher": zero_order}, {"nfe": 2}]
+    assert json.loads((tmp_path / "00002" / "result.json").read_text())["config"]["searcher"] == zero_order
     assert "nfe=2 is less than the 3" in lines[3]["error"]
+
+
+class PlannedError(Exception):
+    """What was to be planned."""
 
 
 def test_a_plan_counts_the_same(monkeypatch):
     source = "Tongyi-MAI/Z-Image-Turbo"
     tiny.publish(monkeypatch, source)
-    works = []
-    monkeypatch.setattr(planner, "plan_on", lambda work, machine: works.append(work))
-    with pytest.raises(TypeError):  # no plan comes back
+
+    def stop(work, machine):
+        raise PlannedError(work)
+
+    monkeypatch.setattr(planner, "plan_on", stop)
+    with pytest.raises(PlannedError) as planned:
         ses_jax.plan(source, tokens=32, nfe=83, height=128, width=128, preview_steps=4, guidance=2.0)
-    (work,) = works
+    work = planned.value.args[0]
     assert work.config.budget == 83 // (4 * 2)
     model = abstract_pipeline(source, mesh=partition.parse_mesh("data=1", jax.devices()[:1]))
     task = outline.outline(model, Reward((Part("clip", scorer=work.scorer),)), work.config, work.tokens)

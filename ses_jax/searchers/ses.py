@@ -42,7 +42,11 @@ class Ses(Options):
     explore: int = option(
         0, whole(at_least=0), "the first so many candidates are whole noises, and the best of them lends its high bands"
     )
-    space: str = option("low", one_of("low", "whole", "bands"), "what is searched: the low band, or whole noise")
+    space: str = option(
+        "low",
+        one_of("low", "whole", "bands"),
+        "what is searched: the low band, or whole noise; `bands` where `explore` is set",
+    )
 
     def __post_init__(self):
         super().__post_init__()
