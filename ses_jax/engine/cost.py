@@ -58,7 +58,8 @@ class Rate(NamedTuple):
     """What one image takes.
 
     Attributes:
-      evaluations: a step's, in network evaluations.
+      evaluations: a step's, in network evaluations. Of a step at another size it would be the share of `step` at full
+        size, and a gradient would be three.
       step, finish: FLOPs of a step, and of decoding and scoring; None where they cannot be counted.
     """
 
