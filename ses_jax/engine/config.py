@@ -51,19 +51,19 @@ class SearchConfig(RenderConfig):
         at_least=1,
         reference="ses_eval_budget",
     )
-    nfe: int | None = setting(
-        None,
-        WHOLE,
-        "instead of budget, the most network evaluations that previews may take; a step is one of them, and two with "
-        "classifier-free guidance",
-        at_least=1,
-    )
     preview_steps: int | None = setting(
         None,
         WHOLE,
         "denoising steps of a candidate; the default is never more than steps",
         at_least=1,
         reference="ses_inference_steps",
+    )
+    nfe: int | None = setting(
+        None,
+        WHOLE,
+        "instead of budget, the most network evaluations that previews may take; a step is one of them, and two with "
+        "classifier-free guidance",
+        at_least=1,
     )
     searcher: str | Mapping[str, Any] | Searcher = setting(
         "ses",
