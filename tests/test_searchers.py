@@ -79,7 +79,7 @@ def test_climbs_above_independent_noises(spec):
 
 @pytest.mark.parametrize("spec", ["zero-order", "zero-order,mutation=0.2,anneal=0", "best-of-n"])
 def test_stays_on_the_shell(spec):
-    """The norm of Gaussian noise of 128 numbers is their root, give or take a sixteenth of it, whatever was selected."""
+    """The norm of Gaussian noise of 128 numbers is their root within a sixteenth or so, whatever was selected."""
     noise, _ = run(registry.load(spec), 8, along_target, jnp.arange(24))
     norm = np.linalg.norm(noise.reshape(24, 8, POPULATION, -1), axis=-1) / TARGET.size**0.5
     assert np.abs(norm - 1).max() < 0.35
