@@ -63,7 +63,7 @@ def main(args: Arguments) -> Path:
         chunk=args.chunk,
     ).resolve(pipeline)
     task = tasks.prepare(pipeline, reward, config, ["a red circle left of a blue square"], [0])
-    state = generation.init(task.program, task.inputs.low.shape, elites=config.elites, generations=1)
+    state = tasks.first_state(task)
     shape = pipeline.noise_shape(config.height, config.width)
     noise = jax.random.normal(jax.random.key(1), (args.population, *shape))
     step = functools.partial(

@@ -14,10 +14,10 @@ import random_weights
 from phases import Job
 
 import ses_jax
+from ses_jax.engine import flops
 from ses_jax.pipelines import sampler
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.registry import abstract_pipeline
-from ses_jax.planner import flops
 from ses_jax.rewards import scorers
 
 MATMUL_SIZES = {"cpu": 1024}  # elsewhere 16384

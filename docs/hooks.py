@@ -1,12 +1,14 @@
 """What the pages take from the code and the repository while they are built.
 
 settings   `<!-- settings -->` becomes the table of what `search` takes, read from the code
+searchers  `<!-- searchers -->` becomes the table of searchers' options, likewise
 rooms      `<!-- rooms -->` becomes what the packages of the project say of themselves
 compiled   `<!-- compiled -->` becomes the tables of `benchmarks/compiled.py`
 pictures   those in `benchmarks/results/` become files of the site
 """
 
 import ast
+import dataclasses
 import json
 import re
 import textwrap
@@ -20,6 +22,7 @@ from mkdocs.structure.files import File, Files
 
 from ses_jax.engine.config import Placement, RunConfig, SearchConfig
 from ses_jax.engine.settings import fields
+from ses_jax.searchers.registry import SEARCHERS
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "benchmarks" / "results"
@@ -80,6 +83,16 @@ def settings() -> list[tuple[str, str, str]]:
     return [(name, _default(field.default), _meaning(field)) for name, field in known.items()]
 
 
+def searchers_table() -> str:
+    """Markdown table of every searcher's options."""
+    rows = ["| searcher | option | default | meaning |", "|---|---|---|---|"]
+    for name, kind in SEARCHERS.items():
+        for option in dataclasses.fields(kind):
+            meaning = option.metadata["doc"][0].upper() + option.metadata["doc"][1:]
+            rows.append(f"| `{name}` | `{option.name}` | `{str(option.default).lower()}` | {meaning}. |")
+    return "\n".join(rows)
+
+
 def compiled() -> str:
     """A table a kind and number of devices, from what their compilers said."""
     path = PICTURES / "compiled.json"
@@ -128,6 +141,7 @@ COMPILED = """\
 |---|---|---|---|---|---|---|---|"""
 MARKS = {
     "<!-- settings -->": settings_table,
+    "<!-- searchers -->": searchers_table,
     "<!-- rooms -->": rooms,
     "<!-- compiled -->": compiled,
 }

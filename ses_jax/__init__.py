@@ -14,6 +14,7 @@ if not (Path(__file__).parent / "models").exists():
 from ses_jax.batch.run import search_many
 from ses_jax.engine import models as _models
 from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.cost import Cost
 from ses_jax.engine.result import SearchResult
 from ses_jax.engine.search import generate, search
 from ses_jax.loading import programs as _programs
@@ -21,6 +22,7 @@ from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.registry import load_pipeline
 from ses_jax.planner.plan import Plan, plan
 from ses_jax.rewards.reward import Reward, load_reward
+from ses_jax.searchers.searcher import Searcher
 
 
 def clear_caches() -> None:
@@ -30,11 +32,13 @@ def clear_caches() -> None:
 
 
 __all__ = [
+    "Cost",
     "Pipeline",
     "Plan",
     "Reward",
     "SearchConfig",
     "SearchResult",
+    "Searcher",
     "clear_caches",
     "generate",
     "load_pipeline",

@@ -37,6 +37,12 @@ IN_THE_SHELL: dict[str, tuple[Any, Any, str]] = {
         None,
         'guidance scale, in the model\'s own convention, or its own options such as "scale=3.5,true_cfg=4"',
     ),
+    "searcher": (
+        str,
+        "ses",
+        'what proposes candidates: "ses", "best-of-n" or "zero-order", with options as in "ses,explore=20", or an '
+        'object of your own "module:object"',
+    ),
     "mesh": (str | None, None, 'devices to spread over, such as "data=4,model=2"'),
 }
 LOADING = {
@@ -79,6 +85,8 @@ def arguments(chosen: Any) -> dict[str, Any]:
         given["load"] |= {"offload_text_encoder": True} if given.pop("offload_text_encoder") else {}
     if given.get("reward") is not None:
         given["reward"] = _parse_reward(given["reward"])
+    if ":" in given.get("searcher", ""):
+        given["searcher"] = _parse_part(given["searcher"], "searcher")
     if "report" in given:
         given["report"] = {_parse_part(name): 1.0 for name in given["report"]} or None
     return given
@@ -305,8 +313,8 @@ def _parse_options(options: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def _parse_part(name: str) -> Any:
-    """A reward's name as it is; `"module:function"` as the function, modules of the current folder included."""
+def _parse_part(name: str, kind: str = "reward") -> Any:
+    """A name as it is; `"module:function"` as the function, modules of the current folder included."""
     if ":" not in name:
         return name
     module, _, function = name.partition(":")
@@ -314,6 +322,6 @@ def _parse_part(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r}: {error}") from error
+        raise ValueError(f"{kind} {name!r}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())

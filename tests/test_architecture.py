@@ -22,8 +22,8 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     "ses_jax.planner": (
         {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.models"},
         [
-            *("plan", "tables", "advice", "need", "compilation", "workload", "footprint", "flops", "hlo"),
-            *("topologies", "devices"),
+            *("plan", "tables", "advice", "need", "compilation", "workload", "footprint", "hlo", "topologies"),
+            "devices",
         ],
     ),
     "ses_jax.engine": (
@@ -36,15 +36,20 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "tasks",
             "resume",
             "records",
+            "result",
+            "cost",
             "generation",
             "config",
             "settings",
-            "result",
             "progress",
             "memory",
+            "flops",
         ],
     ),
-    "ses_jax.searchers": (set(), ["cem", "wavelet"]),
+    "ses_jax.searchers": (
+        set(),
+        ["registry", "ses", "zero_order", "best_of_n", "searcher", "space", "options", "cem", "elites", "wavelet"],
+    ),
     "ses_jax.rewards": (
         {"ses_jax.loading", "ses_jax.convert", "ses_jax.models"},
         ["reward", "scorers", "preprocess", "resample", "mixture", "images"],

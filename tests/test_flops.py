@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from ses_jax.engine import flops
 from ses_jax.models import attention
 from ses_jax.pipelines.registry import abstract_pipeline
-from ses_jax.planner import flops
 
 # TFLOP at 1024 x 1024, batch 1: a forward with so many prompt tokens, how many forwards guidance takes, the decoder.
 # The references as counted by torch's FlopCounterMode on the real configs (Z-Image by formula; Qwen's decoder as 2-D

@@ -23,11 +23,11 @@ from parity import (
 )
 
 import ses_jax
-from ses_jax.engine import generation
 from ses_jax.loading import hub
 from ses_jax.models import autoencoder_kl_bn
 from ses_jax.pipelines import flux2
 from ses_jax.pipelines import registry as pipelines
+from ses_jax.searchers import wavelet
 
 TAPS = (1, 2, 3)  # of 4 layers
 LONG = "a very detailed painting of " + "many " * 300
@@ -187,7 +187,7 @@ def test_both_bands_make_the_same_image_of_the_same_numbers(pairs, kind):
 def test_dimension_of_the_search_at_a_megapixel(band, dimension):
     pipeline = pipelines.abstract_pipeline("black-forest-labs/FLUX.2-dev", band=band)
     noise = jax.ShapeDtypeStruct(pipeline.noise_shape(1024, 1024), jnp.float32)
-    low, _ = jax.eval_shape(lambda x: generation.split(x, "db1", pipeline.defaults.level), noise)
+    low, _ = jax.eval_shape(lambda x: wavelet.split(x, level=pipeline.defaults.level), noise)
     assert low.size == dimension
 
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ses_jax.engine import generation
+from ses_jax.engine import flops, generation
 from ses_jax.pipelines.registry import abstract_pipeline
-from ses_jax.planner import flops, footprint
+from ses_jax.planner import footprint
 
 SIDE = 64
 ARRAY = 4 * SIDE * SIDE

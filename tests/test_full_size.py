@@ -16,6 +16,9 @@ from ses_jax.pipelines.guidance import Guided
 from ses_jax.rewards import reward as rewards
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
+from ses_jax.searchers import space
+from ses_jax.searchers.searcher import Problem
+from ses_jax.searchers.ses import Ses
 
 CLIP_H = clip.Config(
     text=clip.Tower(1024, 4096, 24, 16, "gelu"), vision=clip.Tower(1280, 5120, 32, 16, "gelu"), projection_dim=1024
@@ -55,6 +58,7 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
     assert condition.positive.tokens.shape == (1, 64, 3840)
     assert (condition.negative is not None) == guided
 
+    problem = Problem(space.make("low", "db1", 4, tuple(shape)), POPULATION, elites=5)
     program = generation.Program(
         model=generation.Model(
             functools.partial(family.velocity, z_image.Config()),
@@ -63,23 +67,22 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
         score=rewards.DeviceScores((functools.partial(scorers.clip_score, CLIP_H, Preprocessor()),)),
         weights=(1.0,),
         standardize=False,
-        wavelet="db1",
-        shape=shape[1:],
-        population=POPULATION,
+        searcher=Ses(),
+        problem=problem,
         evaluated=POPULATION,
         chunk=5,
     )
-    low, high = jax.eval_shape(lambda x: generation.split(x, "db1", 4), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    points, rest = jax.eval_shape(problem.space.split, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     inputs = generation.Inputs(
         key=jax.random.key(0)[None],
-        low=low,
-        high=high,
+        base=points,
+        rest=rest,
         condition=condition,
         text=(jax.ShapeDtypeStruct((1, 1024), jnp.float32),),
         sigmas=schedule.static_shift_sigmas(STEPS, 3.0),
         budget=jnp.int32(50),
     )
-    state = generation.init(program, low.shape, elites=5, generations=5)
+    state = generation.init(program, 1, generations=5)
     step = functools.partial(generation.generation_step, program)
     after, scored = jax.eval_shape(step, (params, (params["clip"],)), inputs, jnp.int32(0), state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

@@ -9,9 +9,10 @@ import pytest
 
 import ses_jax
 from ses_jax import cli
+from ses_jax.engine import flops
 from ses_jax.engine.config import SearchConfig
 from ses_jax.pipelines.registry import abstract_pipeline
-from ses_jax.planner import advice, devices, flops, footprint, need, tables
+from ses_jax.planner import advice, devices, footprint, need, tables
 from ses_jax.planner.need import Machine
 from ses_jax.planner.plan import plan_on
 from ses_jax.planner.workload import Work

@@ -53,6 +53,11 @@ class Row:
         name = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", self.id))[:_MAX_NAME].strip(".")
         return re.sub(r"\.(jsonl?)$", r"_\1", name) or "_"
 
+    def as_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values, but for what metadata may hold."""
+        plain = {name: _SETTINGS[name].metadata["kind"].plain(value) for name, value in self.overrides.items()}
+        return dataclasses.asdict(self) | {"overrides": plain}
+
 
 def read_rows(prompts: Source) -> list[Row]:
     """Rows of a prompt file, or of a list of strings and mappings.

@@ -138,7 +138,9 @@ def _row_config(work: _Work | None, row: Row) -> tuple[SearchConfig | None, str 
     if work is None or row.error is not None:
         return None, row.error
     try:
-        return dataclasses.replace(work.config, **row.overrides).resolve(work.pipeline), None
+        # A row's own budget, in either form, stands in the place of the run's.
+        own = dict.fromkeys(("budget", "nfe")) if row.overrides.keys() & {"budget", "nfe"} else {}
+        return dataclasses.replace(work.config, **(own | row.overrides)).resolve(work.pipeline), None
     except ValueError as error:
         return None, str(error)
 

@@ -206,7 +206,7 @@ def _success(row: Row, summary: Mapping[str, Any]) -> Outcome:
 
 
 def _row_line(row: Row) -> str:
-    return _line(dataclasses.asdict(row)).rstrip("\n")
+    return _line(row.as_json()).rstrip("\n")
 
 
 def _line(value: Any) -> str:

@@ -10,7 +10,9 @@ config       `SearchConfig` and the other settings
 settings     what a setting is
 result       `SearchResult` and its folder
 records      what a search notes down
+cost         what it took: network evaluations, FLOPs, seconds
 progress     what it shows
 resume       what it saves on its way
 memory       how many candidates at a time fit on a device
+flops        floating point operations of a traced program
 """

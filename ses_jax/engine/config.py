@@ -6,11 +6,14 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ses_jax.engine.settings import ANY, GUIDANCE, TEXT, TRUTH, WHOLE, Settings, described, setting
+from ses_jax.engine.settings import ANY, GUIDANCE, SEARCHER, TEXT, TRUTH, WHOLE, Settings, described, setting
 from ses_jax.pipelines.base import Guidance, Pipeline
+from ses_jax.pipelines.guidance import forwards
 from ses_jax.searchers import wavelet
+from ses_jax.searchers.searcher import Searcher
 
 SEEDS = 2**64
+BUDGET = 50
 
 
 @described
@@ -41,10 +44,10 @@ class RenderConfig(Settings):
 class SearchConfig(RenderConfig):
     """Settings of a search. None means the model's own default."""
 
-    budget: int = setting(
-        50,
+    budget: int | None = setting(
+        None,
         WHOLE,
-        "how many candidates are scored, the base noise among them",
+        f"how many candidates are scored, the base noise among them; {BUDGET} if nfe is not given either",
         at_least=1,
         reference="ses_eval_budget",
     )
@@ -54,6 +57,19 @@ class SearchConfig(RenderConfig):
         "denoising steps of a candidate; the default is never more than steps",
         at_least=1,
         reference="ses_inference_steps",
+    )
+    nfe: int | None = setting(
+        None,
+        WHOLE,
+        "instead of budget, the most network evaluations that previews may take; a step is one of them, and two with "
+        "classifier-free guidance",
+        at_least=1,
+    )
+    searcher: str | Mapping[str, Any] | Searcher = setting(
+        "ses",
+        SEARCHER,
+        "what proposes candidates: ses, best-of-n or zero-order, with options as in ses,explore=20, or an object of "
+        "your own",
     )
     population: int = setting(10, WHOLE, "candidates per generation", at_least=2)
     elites: int = setting(5, WHOLE, "how many of the best candidates shape the next generation", at_least=1)
@@ -70,14 +86,22 @@ class SearchConfig(RenderConfig):
         super().__post_init__()
         if self.elites >= self.population:
             raise ValueError(f"elites={self.elites} must be at least 1 and less than population={self.population}")
+        if self.budget is not None and self.nfe is not None:
+            raise ValueError(f"budget={self.budget} and nfe={self.nfe} exclude each other; give one of them")
 
-    def resolve(self, pipeline: Pipeline) -> "SearchConfig":
-        """This config with the model's defaults filled in, checked against the model.
+    def resolve(self, pipeline: Pipeline, tokens: Any = None) -> "SearchConfig":
+        """This config with the model's defaults filled in, checked against the model; nfe becomes a budget.
+
+        Args:
+          pipeline: the model.
+          tokens: of any prompt, for nfe; None asks the pipeline's tokenizer.
 
         Raises:
-          ValueError: for sizes, wavelets or levels that the model's latents do not allow.
+          ValueError: for sizes, wavelets or levels that the model's latents do not allow, and for an nfe that is not
+            enough for one candidate.
         """
         filled = self.with_defaults(pipeline)
+        filled = dataclasses.replace(filled, budget=_budget(filled, pipeline, tokens), nfe=None)
         check_size(pipeline, filled.height, filled.width)
         wavelet.check(self.wavelet, filled.level, pipeline.noise_shape(filled.height, filled.width)[1:])
         return filled
@@ -87,6 +111,18 @@ class SearchConfig(RenderConfig):
         filled = super().with_defaults(pipeline)
         preview_steps = self.preview_steps or min(pipeline.defaults.preview_steps, filled.steps)
         return dataclasses.replace(filled, preview_steps=preview_steps)
+
+
+def _budget(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> int:
+    """How many candidates are scored; of what nfe pays for, as many as fit."""
+    if config.nfe is None:
+        return BUDGET if config.budget is None else config.budget
+    if tokens is None:
+        tokens = pipeline.tokenize([""], guidance=config.guidance, negative_prompt=config.negative_prompt)
+    each = config.preview_steps * forwards(tokens)
+    if config.nfe < each:
+        raise ValueError(f"nfe={config.nfe} is less than the {each} network evaluations of one candidate")
+    return config.nfe // each
 
 
 @described

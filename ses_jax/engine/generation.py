@@ -22,7 +22,10 @@ from ses_jax.loading import partition
 from ses_jax.loading.programs import compiled
 from ses_jax.pipelines import sampler
 from ses_jax.rewards import mixture
-from ses_jax.searchers import cem, wavelet
+from ses_jax.searchers import elites
+from ses_jax.searchers.elites import Elites
+from ses_jax.searchers.searcher import Problem, Searcher
+from ses_jax.searchers.space import Space
 
 
 class Model(NamedTuple):
@@ -46,8 +49,8 @@ class Program(NamedTuple):
       score: `(params, images, texts) -> [n, parts]`, the reward's parts on the device; None if there are none.
       weights: of all parts in the sum.
       standardize: whether parts are standardised over all candidates so far before they are summed.
-      shape: `(h, w)` of the latents.
-      population: samples drawn a generation.
+      searcher: what proposes points.
+      problem: what it is over; its population is drawn a generation.
       evaluated: how many of them are denoised; fewer than drawn only where the whole budget is smaller.
       chunk: how many rows are denoised at a time.
     """
@@ -56,9 +59,8 @@ class Program(NamedTuple):
     score: Callable[..., Array] | None
     weights: tuple[float, ...]
     standardize: bool
-    wavelet: str
-    shape: tuple[int, int]
-    population: int
+    searcher: Searcher
+    problem: Problem
     evaluated: int
     chunk: int
 
@@ -68,16 +70,16 @@ class Inputs(NamedTuple):
 
     Attributes:
       key: `[P]`; draws of generation g come from `fold_in(key, g)`.
-      low: `[P, C, a, b]`, low bands of the base noise.
-      high: their high bands.
+      base: `[P, *S]`, the points of the base noise: in the low band `[P, C, a, b]`.
+      rest: of the noise, beside the points.
       condition, text: the prompts for the model and for the reward, leading axis P.
       sigmas: `[preview_steps + 1]`.
       budget: int scalar, how many candidates are scored a prompt.
     """
 
     key: Array
-    low: Array
-    high: Any
+    base: Any
+    rest: Any
     condition: Any
     text: Any
     sigmas: Array
@@ -95,18 +97,25 @@ class Archive(NamedTuple):
     """All candidates so far, for a mixture whose scores change as the population grows.
 
     Attributes:
-      lows: `[P, generations * n, C, a, b]`.
+      points: `[P, generations * n, *S]`.
       components: `[P, generations * n, parts]`, NaN where there is no candidate yet.
     """
 
-    lows: Array
+    points: Any
     components: Array
 
 
 class State(NamedTuple):
-    """The search between two generations; the archive is None unless scores are standardised."""
+    """The search between two generations.
 
-    cem: cem.State
+    Attributes:
+      searcher: the searcher's own.
+      best: the best point so far and its score, `[P, 1, ...]`.
+      archive: None unless scores are standardised.
+    """
+
+    searcher: Any
+    best: Elites
     archive: Archive | None
 
 
@@ -117,16 +126,19 @@ class Scored(NamedTuple):
     low_rms: Array
 
 
-def init(program: Program, low_shape: tuple[int, ...], *, elites: int, generations: int) -> State:
-    """The state before the first generation, for low bands of shape `[P, C, a, b]`."""
-    prompts, *shape = low_shape
+def init(program: Program, prompts: int, *, generations: int) -> State:
+    """The state before the first generation."""
     archive = None
     if program.standardize:
         rows = generations * program.evaluated
         unknown = jnp.full((rows, len(program.weights)), jnp.nan, jnp.float32)
-        archive = Archive(jnp.zeros((rows, *shape), jnp.float32), unknown)
-    state = State(cem.init(tuple(shape), elites=elites), archive)
-    return jax.tree.map(lambda x: jnp.repeat(x[None], prompts, axis=0), state)
+        archive = Archive(elites.none(program.problem.space.like, rows).points, unknown)
+    return jax.tree.map(lambda x: jnp.repeat(x[None], prompts, axis=0), State(*_fresh(program), archive))
+
+
+def _fresh(program: Program) -> tuple[Any, Elites]:
+    """The states of a searcher that knows nothing, and of the best so far."""
+    return program.searcher.init(program.problem), elites.none(program.problem.space.like, 1)
 
 
 @compiled(static=1)
@@ -139,49 +151,50 @@ def generation_step(
       params: `(pipeline's, reward's)`.
       generation: int scalar, from 0.
     """
-    lows = propose(program, inputs, generation, state)
+    points = propose(program, inputs, generation, state)
 
     def components(images, owner):
         return _components(program, params, inputs, images, owner)
 
-    scores = _preview(program, params[0], inputs, lows, components)
-    return tell(program, inputs, generation, state, lows, scores.reshape(*lows.shape[:2], -1))
+    scores = _preview(program, params[0], inputs, points, components)
+    return tell(program, inputs, generation, state, points, scores.reshape(-1, program.evaluated, scores.shape[-1]))
 
 
 @compiled(static=1)
 def candidates(
     program: Program, params: Any, inputs: Inputs, generation: Array, state: State
-) -> tuple[Array, Array, Array]:
+) -> tuple[Any, Array, Array]:
     """For a reward with parts on the host, `update` being the rest of the generation.
 
     Returns:
-      Low bands `[P, n, C, a, b]`, and by row their previews `[P * n, H, W, 3]` and the device parts' components
+      Points `[P, n, *S]`, and by row their previews `[P * n, H, W, 3]` and the device parts' components
       `[P * n, device parts]`.
     """
-    lows = propose(program, inputs, generation, state)
+    points = propose(program, inputs, generation, state)
 
     def images_and_components(images, owner):
         return images, _components(program, params, inputs, images, owner)
 
-    return lows, *_preview(program, params[0], inputs, lows, images_and_components)
+    return points, *_preview(program, params[0], inputs, points, images_and_components)
 
 
-def propose(program: Program, inputs: Inputs, generation: Array, state: State) -> Float[Array, "p n c a b"]:
-    """This generation's low bands; a prompt's very first candidate is its base noise's own."""
+def propose(program: Program, inputs: Inputs, generation: Array, state: State) -> Any:
+    """This generation's points `[P, n, *S]`; a prompt's very first candidate is its base noise's own."""
 
-    def of_prompt(key, low, search):
-        lows = cem.ask(jax.random.fold_in(key, generation), search, program.population)[: program.evaluated]
-        return lows.at[0].set(jnp.where(generation == 0, low, lows[0]))
+    def of_prompt(key, base, search):
+        key = jax.random.fold_in(key, generation)
+        points = program.searcher.ask(program.problem, key, search, jnp.asarray(generation))
+        points = jax.tree.map(lambda x: x[: program.evaluated], points)
+        return jax.tree.map(lambda x, own: x.at[0].set(jnp.where(generation == 0, own, x[0])), points, base)
 
     # Every device draws all of them: they are small, and splitting them would cost a sum over devices.
-    return partition.constrain(program.model.mesh, jax.vmap(of_prompt)(inputs.key, inputs.low, state.cem))
+    return partition.constrain(program.model.mesh, jax.vmap(of_prompt)(inputs.key, inputs.base, state.searcher))
 
 
-def _preview(program: Program, params: Any, inputs: Inputs, lows: Array, finish: Callable) -> Any:
-    """`finish(images, owner)` of the few-step images of low bands `[P, n, C, a, b]`, by row."""
-    merge_one = functools.partial(wavelet.merge, wavelet=program.wavelet, shape=program.shape)
-    noise = partition.constrain(program.model.mesh, jax.vmap(merge_one)(lows, inputs.high))
-    owner = jnp.repeat(jnp.arange(len(lows)), lows.shape[1])
+def _preview(program: Program, params: Any, inputs: Inputs, points: Any, finish: Callable) -> Any:
+    """`finish(images, owner)` of the few-step images of points `[P, n, *S]`, by row."""
+    noise = partition.constrain(program.model.mesh, jax.vmap(program.problem.space.merge)(points, inputs.rest))
+    owner = jnp.repeat(jnp.arange(len(noise)), noise.shape[1])
     rows = Rows(noise.reshape(-1, *noise.shape[2:]), owner)
     return _images(program.model, program.chunk, params, (inputs.sigmas, inputs.condition), rows, finish)
 
@@ -195,26 +208,34 @@ def _components(program: Program, params: Any, inputs: Inputs, images: Array, ow
 
 
 def tell(
-    program: Program, inputs: Inputs, generation: Array, state: State, lows: Array, components: Array
+    program: Program, inputs: Inputs, generation: Array, state: State, points: Any, components: Array
 ) -> tuple[State, Scored]:
     """The new state, from components `[P, n, parts]`; candidates beyond the budget are hidden from it."""
-    index = generation * program.population + jnp.arange(components.shape[1])
+    index = generation * program.problem.population + jnp.arange(components.shape[1])
     components = jnp.where((index < inputs.budget)[:, None], components, jnp.nan)
+    lows = program.problem.space.low(points)
     low_rms = jnp.sqrt(jnp.mean(jnp.square(lows), axis=range(2, lows.ndim)))
-    told = jax.vmap(functools.partial(_tell, program, generation))(state, lows, components)
+    told = jax.vmap(functools.partial(_tell, program, generation))(state, points, components)
     return partition.constrain(program.model.mesh, (told, Scored(components, low_rms)))
 
 
-def _tell(program: Program, generation: Array, state: State, lows: Array, components: Array) -> State:
+def _tell(program: Program, generation: Array, state: State, points: Any, components: Array) -> State:
     """One prompt's new state."""
     if state.archive is None:
-        return State(cem.tell(state.cem, lows, mixture.plain_sum(components, program.weights)), None)
-    rows = generation * len(lows) + jnp.arange(len(lows))
-    archive = Archive(state.archive.lows.at[rows].set(lows), state.archive.components.at[rows].set(components))
+        scores = mixture.plain_sum(components, program.weights)
+        return State(*_told(program, (state.searcher, state.best), points, scores), None)
+    rows = generation * len(components) + jnp.arange(len(components))
+    archive = jax.tree.map(lambda old, new: old.at[rows].set(new), state.archive, Archive(points, components))
     scores = mixture.standardized_sum(archive.components, program.weights, archive.components)
     # New candidates move everybody's scores. Elites are the best of all so far, so telling all at once is the same.
-    fresh = cem.init(lows.shape[1:], elites=state.cem.elite_scores.size)
-    return State(cem.tell(fresh, archive.lows, scores), archive)
+    return State(*_told(program, _fresh(program), archive.points, scores), archive)
+
+
+def _told(program: Program, states: tuple[Any, Elites], points: Any, scores: Array) -> tuple[Any, Elites]:
+    """The searcher's state and the best so far, after scored points."""
+    scores = elites.finite(scores)
+    searcher, best = states
+    return program.searcher.tell(program.problem, searcher, points, scores), elites.best(best, points, scores)
 
 
 def _images(
@@ -293,16 +314,16 @@ def encode(function: Callable[[Any, Any], Any], mesh: Mesh | None, params: Any, 
         return partition.constrain(mesh, function(params, tokens))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def split(noise: Array, name: str, level: int) -> tuple[Array, Any]:
-    """`wavelet.split`, compiled."""
-    return wavelet.split(noise, wavelet=name, level=level)
+@functools.partial(jax.jit, static_argnums=0)
+def split(space: Space, noise: Array) -> tuple[Any, Any]:
+    """Points of noise and their rest, compiled."""
+    return space.split(noise)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def merge(low: Array, high: Any, name: str, shape: tuple[int, int]) -> Array:
-    """`wavelet.merge` of every prompt's one low band, compiled."""
-    return wavelet.merge(low, high, wavelet=name, shape=shape)
+@functools.partial(jax.jit, static_argnums=0)
+def winners(space: Space, best: Elites, rest: Any) -> Float[Array, "p c h w"]:
+    """The noise of every prompt's best point, compiled."""
+    return space.merge(jax.tree.map(lambda x: x[:, 0], best.points), rest)
 
 
 def owned(tree: Any, owner: Int[Array, " r"]) -> Any:

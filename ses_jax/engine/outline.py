@@ -14,14 +14,11 @@ import jax.numpy as jnp
 from ses_jax.engine import generation, tasks
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.generation import Rows
-from ses_jax.engine.tasks import Task
+from ses_jax.engine.tasks import FINALS, Task
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards import reward as rewards
 from ses_jax.rewards.reward import Reward
-
-# Of a prompt, winner and base are rendered with all steps.
-FINALS = 2
 
 
 def outline(pipeline: Pipeline, reward: Reward, config: SearchConfig, tokens: Any) -> Task:

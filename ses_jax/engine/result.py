@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ses_jax.engine.cost import Cost
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SearchResult:
@@ -33,6 +35,7 @@ class SearchResult:
         finite), best (so far), low_rms (root mean square of the low band; 1 for fresh noise), and components, the
         parts' own scores, where there are several.
       config: the settings of the search, all defaults filled in.
+      cost: network evaluations, FLOPs and seconds: `search` of the candidates, `finals` of winner and base.
       timings: seconds of each phase, and images per second of the search.
       interrupted: whether the search was stopped before its budget was spent.
     """
@@ -48,6 +51,7 @@ class SearchResult:
     components: dict[str, dict[str, float | None]]
     history: list[dict[str, Any]]
     config: dict[str, Any]
+    cost: Cost
     timings: dict[str, float]
     interrupted: bool = False
 
@@ -61,6 +65,7 @@ class SearchResult:
             "components": self.components,
             "scored": len(self.history),
             "interrupted": self.interrupted,
+            "cost": self.cost.as_json(),
             "timings": self.timings,
             "config": self.config,
         }

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.engine import generation, memory, records, resume
+from ses_jax.engine import cost, generation, memory, records, resume
 from ses_jax.engine.config import RenderConfig, SearchConfig
+from ses_jax.engine.cost import Cost
 from ses_jax.engine.generation import Program, Rows, Scored, State
 from ses_jax.engine.progress import Report, progress_bar
 from ses_jax.engine.result import SearchResult, to_image
-from ses_jax.engine.tasks import Task, generation_count, initial_state, model_of, prepare
+from ses_jax.engine.tasks import FINALS, Task, generation_count, initial_state, model_of, prepare
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards import mixture
@@ -44,6 +45,15 @@ class Finals(NamedTuple):
     noise: np.ndarray
     images: np.ndarray
     components: np.ndarray
+
+
+class Account(NamedTuple):
+    """What a result says of how it came about."""
+
+    history: list[records.Row]
+    config: dict[str, Any]
+    cost: Cost
+    timings: dict[str, float]
 
 
 def search_prompts(
@@ -89,11 +99,11 @@ def search_prompts(
     times.append(time.perf_counter())
 
     timings = _timings(times, sum(len(history) for history in histories))
+    spent = _cost(task, len(histories[0]), timings)
     settings = config.as_json() | {"chunk": task.program.chunk, "family": pipeline.family, "reward": reward.name}
-    return [
-        _result(task, i, outcome, histories[i], finals, settings | {"prompt_index": int(index)}, timings)
-        for i, index in enumerate(indices)
-    ]
+    settings = [settings | {"prompt_index": int(index)} for index in indices]
+    accounts = [Account(*facts, spent, timings) for facts in zip(histories, settings, strict=True)]
+    return [_result(task, i, outcome, finals, account) for i, account in enumerate(accounts)]
 
 
 def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task, Outcome]:
@@ -120,7 +130,7 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
             resume.save(folder, index + 1, state, parts)
         done = min((index + 1) * population, task.config.budget)
         rate = prompts * (done - first * population) / (time.perf_counter() - start)
-        report(prompts * done, index, float(np.max(np.asarray(state.cem.best_score))), rate)
+        report(prompts * done, index, float(np.max(np.asarray(state.best.scores))), rate)
     columns = (np.concatenate(column, axis=1)[:, : task.config.budget] for column in zip(*parts, strict=True))
     return task, Outcome(state, Scored(*columns), interrupted)
 
@@ -141,12 +151,12 @@ def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
     """One generation, as one compiled program, or as two with the parts on the host between them."""
     if not task.reward.on_host:
         return generation.generation_step(task.program, task.params, task.inputs, index, state)
-    lows, images, device = generation.candidates(task.program, task.params, task.inputs, index, state)
-    count = lows.shape[1]
+    points, images, device = generation.candidates(task.program, task.params, task.inputs, index, state)
+    count = task.program.evaluated
     texts = [prompt for prompt in task.prompts for _ in range(count)]
     components = rewards.host_components(task.reward, np.asarray(device), images, texts)
     components = jnp.asarray(components).reshape(len(task.prompts), count, -1)
-    return generation.update(task.program, task.inputs, index, state, lows, components)
+    return generation.update(task.program, task.inputs, index, state, points, components)
 
 
 def _history(task: Task, scored: Scored, prompt: int) -> list[records.Row]:
@@ -165,7 +175,7 @@ def _history(task: Task, scored: Scored, prompt: int) -> list[records.Row]:
 def _finals(task: Task, pipeline: Pipeline, state: State) -> Finals:
     """Renders and scores the winners and the bases."""
     program, inputs, prompts = task.program, task.inputs, task.prompts
-    winners = generation.merge(state.cem.best_sample, inputs.high, program.wavelet, program.shape)
+    winners = generation.winners(program.problem.space, state.best, inputs.rest)
     noise = jnp.stack([jnp.asarray(np.asarray(winners)), task.noise], axis=1).reshape(-1, *winners.shape[1:])
     owner = jnp.repeat(jnp.arange(len(prompts)), 2)
     images = render(pipeline, task.params[0], Rows(noise, owner), inputs.condition, (task.config, program.chunk))
@@ -219,10 +229,18 @@ def _timings(times: Sequence[float], images: int) -> dict[str, float]:
     return {"encode": encoded, "search": searched, "render": rendered, "images_per_second": images / searched}
 
 
-def _result(
-    task: Task, i: int, outcome: Outcome, history: list, finals: Finals, settings: dict, timings: dict
-) -> SearchResult:
+def _cost(task: Task, scored: int, timings: dict[str, float]) -> Cost:
+    """Of each prompt, which has its part of the batch's seconds."""
+    rate, count = cost.rate(task.program, task.params, task.inputs), len(task.prompts)
+    return Cost(
+        search=rate.spent(scored, task.config.preview_steps, timings["search"] / count),
+        finals=rate.spent(FINALS, task.config.steps, timings["render"] / count),
+    )
+
+
+def _result(task: Task, i: int, outcome: Outcome, finals: Finals, account: Account) -> SearchResult:
     """The result of prompt `i`."""
+    history = account.history
     names = [part.name for part in task.reward.parts]
     final_score, baseline_final = _total(task.program, finals.components[i], outcome.scored.components[i]).tolist()
     image, baseline_image = (to_image(pixels) for pixels in finals.images[i])
@@ -236,8 +254,6 @@ def _result(
         baseline_score=math.nan if history[0]["score"] is None else history[0]["score"],
         baseline_final_score=baseline_final,
         components=records.part_scores(names, history, finals.components[i]),
-        history=history,
-        config=settings,
-        timings=timings,
+        **account._asdict(),
         interrupted=outcome.interrupted,
     )

@@ -1,4 +1,4 @@
-"""The search: conditions, generations of the Cross-Entropy Method over the low band, the winner's render.
+"""The search: conditions, generations of what a searcher proposes, the winner's render.
 
 prompt -> condition
 seed -> noise -> split -> ask -> merge -> denoise -> decode -> reward -> tell -> (next generation)

@@ -13,6 +13,8 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ses_jax.searchers import registry
+
 
 class Kind(NamedTuple):
     """A kind of values.
@@ -21,11 +23,13 @@ class Kind(NamedTuple):
       meaning: in messages, after "is not".
       check: from what a caller passes to the value; raises TypeError or ValueError for anything else.
       parse: the same from text, as tables and the shell have it.
+      plain: from the value to plain JSON values.
     """
 
     meaning: str
     check: Callable[[Any], Any]
     parse: Callable[[str], Any]
+    plain: Callable[[Any], Any] = lambda value: dict(value) if isinstance(value, Mapping) else value
 
 
 def setting(
@@ -59,8 +63,7 @@ class Settings:
 
     def as_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+        return {f.name: f.metadata["kind"].plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 def described(group: type[Settings]) -> type[Settings]:
@@ -131,8 +134,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         return None
     try:
         value = field.metadata["kind"].check(value)
-    except (TypeError, ValueError, OverflowError):
-        raise _refusal(field, value) from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise (error if str(error).startswith(f"{field.name}=") else _refusal(field, value)) from None
     least, below = field.metadata["at_least"], field.metadata["below"]
     if least is not None and value < least:
         raise ValueError(f"{field.name}={value} must be at least {least}")
@@ -193,4 +196,5 @@ TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 TRUTH = Kind("true or false", _truth, lambda text: TRUTHS[text.strip().lower()])
 TEXT = Kind("text", _text, _text)
 GUIDANCE = Kind("a number, or options such as scale=3.5,true_cfg=4", _guidance, _guidance_text)
+SEARCHER = Kind("a searcher", registry.load, registry.load, registry.describe)
 ANY = Kind("anything", lambda value: value, lambda text: text)

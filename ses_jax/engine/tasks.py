@@ -22,6 +22,11 @@ from ses_jax.loading.programs import comparable
 from ses_jax.pipelines.base import Guidance, Pipeline
 from ses_jax.rewards import reward as rewards
 from ses_jax.rewards.reward import Reward
+from ses_jax.searchers import space
+from ses_jax.searchers.searcher import Problem
+
+# Of a prompt, winner and base are rendered with all steps.
+FINALS = 2
 
 
 class Task(NamedTuple):
@@ -62,9 +67,9 @@ def draw(pipeline: Pipeline, config: SearchConfig, indices: Sequence[int]) -> tu
     noise_keys, keys = zip(*(prompt_keys(config.seed, index) for index in indices), strict=True)
     shape = pipeline.noise_shape(config.height, config.width)
     noise = jnp.stack([base_noise(key, shape) for key in noise_keys])
-    low, high = generation.split(noise, config.wavelet, config.level)
+    base, rest = generation.split(problem_of(pipeline, config).space, noise)
     sigmas = jnp.asarray(pipeline.sigmas(config.preview_steps, config.height, config.width))
-    return noise, Inputs(jnp.stack(keys), low, high, None, None, sigmas, jnp.int32(config.budget))
+    return noise, Inputs(jnp.stack(keys), base, rest, None, None, sigmas, jnp.int32(config.budget))
 
 
 def assemble(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], inputs: Inputs) -> Task:
@@ -79,6 +84,13 @@ def model_of(pipeline: Pipeline, config: RenderConfig) -> Model:
     return Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh, decoded)
 
 
+def problem_of(pipeline: Pipeline, config: SearchConfig) -> Problem:
+    """What the config's searcher is over, for noise of the config's size."""
+    shape = tuple(pipeline.noise_shape(config.height, config.width))
+    searched = space.make(config.searcher.space, config.wavelet, config.level, shape)
+    return Problem(searched, config.population, config.elites)
+
+
 def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str]) -> Program:
     evaluated = min(config.population, config.budget)
     rows = evaluated * len(prompts)
@@ -88,9 +100,8 @@ def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
         weights=reward.weights,
         # Standardising a single part would change its scores and not their order.
         standardize=config.standardize and np.count_nonzero(reward.weights) > 1,
-        wavelet=config.wavelet,
-        shape=pipeline.noise_shape(config.height, config.width)[1:],
-        population=config.population,
+        searcher=config.searcher,
+        problem=problem_of(pipeline, config),
         evaluated=evaluated,
         chunk=min(config.chunk or rows, rows),
     )
@@ -119,8 +130,7 @@ def initial_state(task: Task) -> State:
 
 def first_state(task: Task) -> State:
     """The state before the first generation, wherever it lies."""
-    generations = generation_count(task.config)
-    return generation.init(task.program, task.inputs.low.shape, elites=task.config.elites, generations=generations)
+    return generation.init(task.program, len(task.prompts), generations=generation_count(task.config))
 
 
 def generation_count(config: SearchConfig) -> int:

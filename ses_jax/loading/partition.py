@@ -14,6 +14,7 @@ counts, and a leaf that none matches is an error.
 import contextlib
 import functools
 import re
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,6 +149,11 @@ def constrain(mesh: Mesh | None, tree: Any, *axes: str) -> Any:
 def compiled_for(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     """Inside a compiled function: what is traced in it runs on a mesh; None is the default device."""
     return target.compiled_for(mesh)
+
+
+def compiled_for_none() -> contextlib.AbstractContextManager[None]:
+    """Inside a compiled function that is only traced, and read: no device's own kernels, whatever devices there are."""
+    return target.compiled_for(types.SimpleNamespace(platform="cpu", device_kind="cpu"))
 
 
 def platform(mesh: Mesh | None) -> str:

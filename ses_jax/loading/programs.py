@@ -69,6 +69,10 @@ class Compiled:
         """As `jax.jit(...).lower`; what is compiled from it is not compiled again by a call."""
         return self._of(args).lower(*args[self._static :])
 
+    def jaxpr(self, *args: Any) -> Any:
+        """The jaxpr of a call; what was traced is not traced again."""
+        return self._of(args).trace(*args[self._static :]).jaxpr.jaxpr
+
     def cache_size(self) -> int:
         """How many programs are kept."""
         return sum(jitted._cache_size() for jitted in self._alive)

@@ -38,6 +38,11 @@ def guided(rows: Any, count: int, options: Mapping[str, float]) -> Guided:
     )
 
 
+def forwards(condition: Any) -> int:
+    """How many forwards of the network a step takes for a prompt, by its tokens or its condition."""
+    return 2 if isinstance(condition, Guided) and condition.negative is not None else 1
+
+
 def each_branch(encoder: Callable[[Any], Any], tokens: Guided) -> Guided:
     """Each branch through the text encoders."""
     negative = None if tokens.negative is None else encoder(tokens.negative)

@@ -6,7 +6,6 @@ advice       what makes a search fit
 need         bytes, candidates at a time and seconds on a machine
 compilation  what a device's own compiler says, without the device
 workload     the programs of a search as shapes
-flops        floating point operations of a traced program
 footprint    bytes of its temporaries
 hlo          what is in an optimised program
 topologies   devices that need not be there, for compilers

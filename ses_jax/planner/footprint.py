@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from ses_jax.planner import flops
+from ses_jax.engine import flops
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 VIEWS = ("reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "sharding_constraint", "optimization_barrier")

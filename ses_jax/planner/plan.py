@@ -30,7 +30,7 @@ from ses_jax.rewards.reward import Part, Reward
 
 REWARD = "reward"
 # The settings of a search that make it take more or less.
-PLANNED = ("height", "width", "population", "budget", "preview_steps", "steps", "guidance", "chunk")
+PLANNED = ("height", "width", "population", "budget", "nfe", "preview_steps", "steps", "guidance", "chunk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,9 @@ def plan(
     for name in settings:
         if name not in PLANNED:
             raise TypeError(f"plan() got an unexpected argument {name!r}; settings are {', '.join(PLANNED)}")
-    config = SearchConfig(elites=1, **settings).resolve(pipeline)
+    config = SearchConfig(elites=1, **settings)
+    blank = pipeline.blank_tokens(1, tokens, guidance=config.with_defaults(pipeline).guidance)
+    config = config.resolve(pipeline, blank)
     work = Work(pipeline, config, tokens)
     planned = plan_on(work, machine)
     return _compiled(planned, work, machine) if compile else planned

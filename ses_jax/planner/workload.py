@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ses_jax.engine import flops
 from ses_jax.engine.config import SearchConfig
 from ses_jax.models import clip
 from ses_jax.pipelines.base import Pipeline
-from ses_jax.planner import flops, footprint
+from ses_jax.planner import footprint
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
 from ses_jax.rewards.scorers import Scorer

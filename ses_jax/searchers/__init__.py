@@ -1,5 +1,13 @@
 """What proposes candidates and learns from their scores: pure functions that know nothing of models or rewards.
 
-wavelet   `split`, `merge`: the low band of a noise tensor, which is what is searched
-cem       `init -> (ask -> tell) * generations`: the Cross-Entropy Method
+registry    searchers by name, with their options
+searcher    what a searcher is: `init -> (ask -> tell) * generations`
+ses         Spectral Evolution Search: the Cross-Entropy Method over the low band
+zero_order  local mutation of the best
+best_of_n   independent noises
+space       what is searched: the low band, or whole noise
+options     what an option of a searcher is
+cem         the Cross-Entropy Method
+elites      the best so far
+wavelet     `split`, `merge`: the low band of a noise tensor
 """

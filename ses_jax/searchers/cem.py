@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ses_jax.searchers import elites as best_so_far
+from ses_jax.searchers.elites import Elites
+
 MIN_VARIANCE = 1e-9
 EXTRA_VARIANCE = 1e-7
 
@@ -23,8 +26,6 @@ class State(NamedTuple):
       variance: `[*S]`, of the sampling distribution, per element.
       elite_samples: `[k, *S]`, best first.
       elite_scores: `[k]`, descending, -inf where there is no elite yet.
-      best_sample: `[*S]`, the best sample so far; zeros before there is one.
-      best_score: scalar, -inf before there is one.
       count: how many samples have had a finite score.
     """
 
@@ -32,22 +33,23 @@ class State(NamedTuple):
     variance: Float[Array, "*shape"]
     elite_samples: Float[Array, "k *shape"]
     elite_scores: Float[Array, " k"]
-    best_sample: Float[Array, "*shape"]
-    best_score: Float[Array, ""]
     count: Int[Array, ""]
+
+    @property
+    def best_sample(self) -> Float[Array, "*shape"]:
+        """`[*S]`, the best sample so far; zeros before there is one."""
+        return self.elite_samples[0]
+
+    @property
+    def best_score(self) -> Float[Array, ""]:
+        """Its score, -inf before there is one."""
+        return self.elite_scores[0]
 
 
 def init(shape: tuple[int, ...], *, elites: int = 5) -> State:
     """A search over arrays of `shape` from the standard normal distribution, keeping `elites` samples."""
-    return State(
-        mean=jnp.zeros(shape, jnp.float32),
-        variance=jnp.ones(shape, jnp.float32),
-        elite_samples=jnp.zeros((elites, *shape), jnp.float32),
-        elite_scores=jnp.full(elites, -jnp.inf, jnp.float32),
-        best_sample=jnp.zeros(shape, jnp.float32),
-        best_score=jnp.float32(-jnp.inf),
-        count=jnp.int32(0),
-    )
+    mean = jnp.zeros(shape, jnp.float32)
+    return State(mean, jnp.ones(shape, jnp.float32), *best_so_far.none(mean, elites), count=jnp.int32(0))
 
 
 def ask(key: PRNGKeyArray, state: State, population: int) -> Float[Array, "population *shape"]:
@@ -61,25 +63,16 @@ def tell(state: State, samples: Float[Array, "n *shape"], scores: Float[Array, "
 
     The elites become the best of the old elites and the new samples (on equal scores, the earlier one stays ahead); the
     mean becomes their mean and the variance their unbiased variance + 1e-7. With one elite the variance stays, with
-    none the distribution does. A sample whose score is not finite never becomes elite or best.
+    none the distribution does. A sample whose score is not finite never becomes elite.
     """
-    scores = jnp.where(jnp.isfinite(scores), scores, -jnp.inf).astype(jnp.float32)
-    pool = jnp.concatenate([state.elite_samples, samples])
-    pool_scores = jnp.concatenate([state.elite_scores, scores])
-    order = jnp.argsort(-pool_scores, stable=True)[: state.elite_scores.size]
-    elites, elite_scores = pool[order], pool_scores[order]
-
-    mean, variance = _moments(elites, jnp.isfinite(elite_scores))
-    held = jnp.isfinite(elite_scores).sum()
-    best = jnp.argmax(scores)
-    improved = scores[best] > state.best_score
+    found = best_so_far.best(Elites(state.elite_samples, state.elite_scores), samples, scores)
+    mean, variance = _moments(found.points, jnp.isfinite(found.scores))
+    held = jnp.isfinite(found.scores).sum()
     return State(
         mean=jnp.where(held > 0, mean, state.mean),
         variance=jnp.where(held > 1, variance + EXTRA_VARIANCE, state.variance),
-        elite_samples=elites,
-        elite_scores=elite_scores,
-        best_sample=jnp.where(improved, samples[best], state.best_sample),
-        best_score=jnp.where(improved, scores[best], state.best_score),
+        elite_samples=found.points,
+        elite_scores=found.scores,
         count=state.count + jnp.isfinite(scores).sum(dtype=jnp.int32),
     )
 
