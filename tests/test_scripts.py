@@ -18,6 +18,9 @@ SCRIPTS = {
     "benchmarks/effect.py": ["--prompts", "1", "--budgets", "1", "--pictures", "1", "--picture-budgets", "0"],
     "benchmarks/loops.py": ["--calls", "2", "--forms", "generate", "--growth", "1e9", "--maps", "10000"],
     "benchmarks/reward_share.py": ["--population", "2", "--repeats", "1", "--preview-steps", "1"],
+    "benchmarks/searchers.py": [
+        *("--searchers", "zero-order", "--budgets", "2", "--prompts", "2", "--at-once", "2"),
+    ],
     "benchmarks/search_vs_torch.py": ["--budget", "2", "--repeats", "1", "--threads", "1"],
     "examples/measure_demo.py": ["--prompts", "2", "--steps", "1"],
 }
