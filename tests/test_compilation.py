@@ -140,15 +140,20 @@ def test_cycles_and_kernels_of_a_tpus_program():
     assert hlo.collectives(found) == {"all-gather": {"count": 12, "bytes": 12 * 16 * 128 * 2}}
 
 
-def test_splash_attention_is_counted_by_its_shapes():
+@pytest.mark.parametrize("rows", ["", "2,"])
+def test_splash_attention_is_counted_by_its_shapes(rows):
+    """Its metadata goes over lines, some of which begin as the end of a computation does."""
     kernel = "%k = bf16[8,128]{1,0} custom-call(%f)"
-    shapes = "s8[1]{0}, bf16[2,3,256,128]{3,2,1,0}, bf16[2,3,384,128]{3,2,1,0}, bf16[2,3,384,128]{3,2,1,0}, s32[2,256]"
+    queries, keys = (f"bf16[{rows}3,{length},128]{{2,1,0}}" for length in (256, 384))
+    shapes = f"s8[1,3,3]{{2,1,0}}, {queries}, {keys}, {keys}, s32[256,128]{{1,0}}"
     splash = kernel.replace("%k", "%splash_mha_fwd.2")
     text = TPU_PROGRAM.replace(kernel, splash).replace('"flops"', '"no"').replace("%k)", "%splash_mha_fwd.2)")
-    text = text.replace('"tpu_custom_call"', f'"tpu_custom_call", operand_layout_constraints={{{shapes}}}')
+    more = f'operand_layout_constraints={{{shapes}}}, frontend_attributes={{kernel_metadata={{\n"a":1\n}}}}'
+    text = text.replace('"tpu_custom_call"', f'"tpu_custom_call", {more}')
     found = list(hlo.instructions(text))
+    assert len(found) == len(list(hlo.instructions(TPU_PROGRAM)))
     assert hlo.kernels(found) == {"mosaic splash_mha_fwd": 12}
-    assert hlo.kernel_flops(found) == 12 * 4 * 2 * 3 * 256 * 384 * 128
+    assert hlo.kernel_flops(found) == 12 * 4 * (2 if rows else 1) * 3 * 256 * 384 * 128
 
 
 def test_a_loop_of_unknown_length_is_an_error():

@@ -95,11 +95,12 @@ def kernel_flops(found: list[Instruction]) -> int:
 def _flops(line: str) -> int:
     if said := re.search(r'"flops":"?(\d+)', line):
         return int(said[1])
-    arrays = [[int(size) for size in sizes.split(",")] for _, sizes in ARRAY.findall(line.partition("constraints=")[2])]
-    heads = [sizes for sizes in arrays if len(sizes) == 4]  # queries, keys, values, [rows, heads, tokens, channels]
+    arrays = ARRAY.findall(line.partition("constraints=")[2])
+    # Queries, keys and values, [rows, heads, tokens, channels]; a single row has no axis.
+    heads = [[int(size) for size in sizes.split(",")] for dtype, sizes in arrays if dtype.startswith(("bf", "f"))]
     if SPLASH not in line or len(heads) < 3:
         return 0
-    return 4 * math.prod(heads[0]) * heads[1][2]
+    return 4 * math.prod(heads[0]) * heads[1][-2]
 
 
 def _kernel_name(line: str) -> str:
@@ -114,11 +115,13 @@ def _parse(text: str) -> Program:
     computations: dict[str, list[str]] = {}
     current, entry = None, None
     for line in text.splitlines():
-        if line.startswith("}"):
+        if line == "}":
             current = None
-        elif not line.startswith(" ") and (match := COMPUTATION.match(line)):
+        elif current is None and (match := COMPUTATION.match(line)):
             current = computations.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
+        elif current and not line.startswith(" "):
+            current[-1] += line  # what a kernel says of itself has lines of its own
         elif current is not None:
             current.append(line)
     if entry is None:
