@@ -28,6 +28,9 @@ os.environ.update(
     JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+    # XLA's threads. By default as many as there are devices, which two collectives at once can all keep waiting for
+    # each other: such tests stood still every few runs.
+    NPROC="32",
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
 )
