@@ -55,8 +55,8 @@ def test_bytes_of_a_search(work):
     assert plan.weights["reward"] == pytest.approx(2 * 986e6, rel=0.01)
     everything = sum(plan.weights.values())
     assert plan.encode_bytes == everything + work.encode.temporary_bytes
-    # Two images of a megapixel are decoded at a time.
-    assert plan.search_bytes == everything + max(work.step(10).temporary_bytes, work.finish(2).temporary_bytes)
+    # An image of a megapixel is decoded at a time.
+    assert plan.search_bytes == everything + max(work.step(10).temporary_bytes, work.finish(1).temporary_bytes)
     assert plan.fits
     assert plan.chunk == 10
     assert plan.limit_bytes == pytest.approx(0.92 * devices.DEVICES["h200"].memory)

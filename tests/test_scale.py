@@ -130,7 +130,7 @@ def test_images_may_be_decoded_in_parts(monkeypatch, mesh, images):
     mesh = partition.parse_mesh(mesh)
     run = {"reward": toy.brightness(), **SETTINGS}
     expected = ses_jax.search(PROMPTS[:2], model=toy.pipeline(), **run)
-    monkeypatch.setattr(memory, "DECODED_PIXELS", {"cpu": images * 16 * 16})
+    monkeypatch.setattr(memory, "DECODED_PIXELS", images * 16 * 16)
     pipeline = toy.pipeline(mesh)
     seen = []
 
@@ -160,10 +160,9 @@ def test_decoding_in_parts_takes_less_memory(folder):
 
 
 def test_how_many_images_are_decoded_at_once():
-    assert memory.decoded_at_once(1024, 1024, "gpu") == 2
-    assert memory.decoded_at_once(1024, 1024, "tpu") == 4
-    assert memory.decoded_at_once(2048, 2048, "gpu") == 1
-    assert memory.decoded_at_once(64, 64, "cpu") == 512
+    assert memory.decoded_at_once(1024, 1024) == memory.decoded_at_once(2048, 2048) == 1
+    assert memory.decoded_at_once(512, 512) == 4
+    assert memory.decoded_at_once(64, 64) == 256
 
 
 class Exhausted:

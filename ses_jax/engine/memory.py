@@ -11,21 +11,21 @@ import jax
 LOG = logging.getLogger("ses_jax")
 # XLA's own bookkeeping and fragmentation need some room.
 USABLE = 0.95
-# Of all images that a device decodes at a time, by platform; elsewhere 2 megapixels.
-DECODED_PIXELS = {"tpu": 2**20}
+# Of all images that a device decodes at a time.
+DECODED_PIXELS = 2**20
 # A TPU's compiler refuses what the device can't hold, in these words.
 REFUSAL = r"total memory required for [^(]*\(([\d.]+)([KMGT]?)\)"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def decoded_at_once(height: int, width: int, platform: str) -> int:
+def decoded_at_once(height: int, width: int) -> int:
     """How many images of a size in pixels a device decodes and scores at a time.
 
-    The temporaries of one megapixel are 1.3 GB on an NVIDIA GPU, which has nothing from taking more of them at once.
-    A TPU's compiler lays several out so that they take far more: FLUX.2's autoencoder 16.4 GB and 1,022 million cycles
-    for four, 1.5 GB and 118 million for one.
+    The temporaries of one megapixel are 1.3 GB on an NVIDIA GPU, which has nothing from taking more of them at once,
+    and where memory is short they would leave less of it to denoising. A TPU's compiler lays several out so that they
+    take far more: FLUX.2's autoencoder 16.4 GB and 1,022 million cycles for four, 1.5 GB and 118 million for one.
     """
-    return max(1, DECODED_PIXELS.get(platform, 2**21) // (height * width))
+    return max(1, DECODED_PIXELS // (height * width))
 
 
 def even_part(count: int, most: int | None) -> int:

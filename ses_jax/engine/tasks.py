@@ -80,7 +80,7 @@ def assemble(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
 
 def model_of(pipeline: Pipeline, config: RenderConfig) -> Model:
     """What compiled programs know of a pipeline, for images of the config's size."""
-    decoded = memory.decoded_at_once(config.height, config.width, partition.platform(pipeline.mesh))
+    decoded = memory.decoded_at_once(config.height, config.width)
     return Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh, decoded)
 
 

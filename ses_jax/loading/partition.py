@@ -156,12 +156,6 @@ def compiled_for_none() -> contextlib.AbstractContextManager[None]:
     return target.compiled_for(types.SimpleNamespace(platform="cpu", device_kind="cpu"))
 
 
-def platform(mesh: Mesh | None) -> str:
-    """What kind of devices a mesh has, as JAX names it ("cpu", "gpu", "tpu"); None is the default device."""
-    with compiled_for(mesh):
-        return target.device().platform
-
-
 def device_of(params: Any) -> jax.Device | None:
     """One of the devices that params lie on; None for params of the host or without arrays."""
     placed = (leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))

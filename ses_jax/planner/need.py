@@ -80,8 +80,7 @@ def need_of(work: Work, machine: Machine, chunk: int) -> Need:
     weights = lying(work, machine)
     # Denoised along the data axis, decoded and scored on all devices.
     step = work.step(_rows(chunk, machine.axes[partition.DATA]))
-    config, platform = work.config, topologies.platform(machine.name)
-    most = memory.decoded_at_once(config.height, config.width, platform)
+    most = memory.decoded_at_once(work.config.height, work.config.width)
     finish = work.finish(memory.even_part(_rows(chunk, device_count(machine)), most))
     return Need(
         encode=weights.encode + work.encode.temporary_bytes,
