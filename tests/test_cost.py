@@ -31,7 +31,7 @@ def pipeline(ran=None):
     def forward(prompt, latents):
         if ran is not None:
             jax.debug.callback(ran, latents[:, 0, 0, 0])
-        return latents @ jnp.eye(16) * 0.5
+        return latents @ jnp.eye(latents.shape[-1]) * 0.5
 
     def velocity(params, latents, sigma, condition):
         both = both_branches(forward, condition, latents)
@@ -49,9 +49,12 @@ def pipeline(ran=None):
     return dataclasses.replace(toy.pipeline(), encode=lambda params, tokens: tokens, **functions)
 
 
-REWARD = Reward(
-    (Part("sum", scorer=toy.scorer("sum", lambda images: images.reshape(-1, 768) @ jnp.full(768, 1 / 768))),)
-)
+def flat_mean(images):
+    flat = images.reshape(len(images), -1)
+    return flat @ jnp.full(flat.shape[1], 1 / flat.shape[1])
+
+
+REWARD = Reward((Part("sum", scorer=toy.scorer("sum", flat_mean)),))
 
 
 @pytest.mark.parametrize(("guidance", "branches"), [(0.0, 1), (3.0, 2)])
