@@ -6,10 +6,10 @@ runner       generations, final renders, results of one or more prompts at once
 outline      a search as shapes, and its programs lowered
 tasks        a search made ready: prompts encoded, noise split, weights placed
 generation   the compiled part
-looks        of it, cheaper looks at candidates before their full previews
-previews     of it, few-step images and their scores
-program      what it is given and gives
-denoising    of it, rows of noise to images
+looks        cheaper looks at candidates, before the full previews of the best
+previews     few-step images of candidates, and their scores
+program      what a compiled generation is given and gives
+denoising    rows of noise to images, on meshes and in chunks
 config       `SearchConfig` and the other settings
 settings     what a setting is
 fidelity     which looks there are

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from ses_jax.engine import evaluations
@@ -137,7 +136,8 @@ def _budget(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> int:
         # The longest prompts leave the least to gain from half the size; no prompt may take more than nfe.
         text = LONG if config.fidelity.halves else ""
         tokens = pipeline.tokenize([text], guidance=config.guidance, negative_prompt=config.negative_prompt)
-    half = _half(config, pipeline, tokens) if config.fidelity.halves else Fraction(1)
+    size = config.height, config.width
+    half = evaluations.share_of_half(pipeline, tokens, *size) if config.fidelity.halves else Fraction(1)
 
     def taken(budget):
         steps = config.fidelity.evaluations(budget, config.population, config.preview_steps, half)
@@ -148,18 +148,6 @@ def _budget(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> int:
         raise ValueError(f"nfe={config.nfe} is less than the {each} network evaluations of one candidate")
     whole = int(config.nfe // taken(config.population)) * config.population
     return next(n for n in range(whole + config.population, 0, -1) if taken(n) <= config.nfe)
-
-
-def _half(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> Fraction:
-    """What a step at half the height and width counts for."""
-    params = (evaluations.shapes(part(pipeline.params)) for part in (pipeline.text_params, pipeline.image_params))
-    text, image = params
-    condition = jax.eval_shape(pipeline.encode, text, tokens)
-    sizes = ((config.height, config.width), (config.height // 2, config.width // 2))
-    counted = [
-        evaluations.step_flops(pipeline.velocity, image, pipeline.noise_shape(*size), condition) for size in sizes
-    ]
-    return evaluations.half_share(*counted)
 
 
 def _check_half(config: SearchConfig, pipeline: Pipeline) -> None:

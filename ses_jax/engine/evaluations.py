@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ses_jax.engine import flops
 from ses_jax.loading import partition
 from ses_jax.loading.programs import compiled
+from ses_jax.pipelines.base import Pipeline
 
 # Of the tokens; where FLOPs cannot be counted.
 QUARTER = Fraction(1, 4)
@@ -45,6 +46,14 @@ def step_flops(velocity: Callable[..., Any], params: Any, shape: tuple[int, ...]
 def half_share(whole: int | None, half: int | None) -> Fraction:
     """What a step at half the height and width counts for: its share of the FLOPs of one at full size."""
     return Fraction(half, whole) if whole and half is not None else QUARTER
+
+
+def share_of_half(pipeline: Pipeline, tokens: Any, height: int, width: int) -> Fraction:
+    """The share of a pipeline's images of so many pixels, for prompts of so many tokens; nothing is compiled or run."""
+    text, image = (shapes(part(pipeline.params)) for part in (pipeline.text_params, pipeline.image_params))
+    condition = jax.eval_shape(pipeline.encode, text, tokens)
+    sizes = pipeline.noise_shape(height, width), pipeline.noise_shape(height // 2, width // 2)
+    return half_share(*(step_flops(pipeline.velocity, image, tuple(size), condition) for size in sizes))
 
 
 @compiled(static=1)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from ses_jax.engine import denoising
@@ -49,15 +50,18 @@ class Field(NamedTuple):
 def previewed(
     program: Program, params: Any, inputs: Inputs, generation: Array, points: Any
 ) -> tuple[Float[Array, "p n parts"], Float[Array, "p n looks"]]:
-    """What full previews and looks say of points `[P, n, *S]`, NaN of those that did not get there."""
+    """What full previews and looks say of points `[P, n, *S]`, NaN of those that did not get there.
+
+    What a look says is -inf where it is not finite.
+    """
     count = program.evaluated
     field = _everyone(program, inputs, generation, noise_of(program, inputs, points))
     looks, taken = [], 0
     for place, look in enumerate(program.fidelity.looks):
         field, seen = _look(program, params, inputs, (place, taken), field)
-        totals = field.hide(_totals(program, field.hide(seen, jnp.nan)), jnp.nan)
+        totals = field.hide(jax.vmap(elites.finite)(_totals(program, field.hide(seen, jnp.nan))), jnp.nan)
         looks.append(field.in_place(totals, count))
-        field = _best(program, look, generation, field, totals)
+        field = _best(program.model.mesh, look, generation, field, totals)
         taken = look.steps if look.kind == EARLY else taken
     found = _finish(program, params, inputs, taken, field)
     return field.in_place(found, count), jnp.stack(looks, axis=-1)
@@ -122,7 +126,7 @@ def _totals(program: Program, seen: Float[Array, "p m parts"]) -> Float[Array, "
     return jax.vmap(of_prompt)(seen)
 
 
-def _best(program: Program, look: Look, generation: Array, field: Field, totals: Float[Array, "p m"]) -> Field:
+def _best(mesh: Mesh | None, look: Look, generation: Array, field: Field, totals: Float[Array, "p m"]) -> Field:
     """Those that go on. The base noise, first of all, always does; what has no finite score comes last."""
     scores = jax.vmap(elites.finite)(totals)
     scores = scores.at[:, 0].set(jnp.where(generation == 0, jnp.inf, scores[:, 0]))
@@ -131,4 +135,4 @@ def _best(program: Program, look: Look, generation: Array, field: Field, totals:
     taken = jax.vmap(lambda x, of: x[of])
     arrays = (taken(x, chosen) for x in (field.index, field.noise, field.latents))
     kept = jnp.array([look.kept(count) for count in range(scores.shape[1] + 1)])
-    return Field(*partition.constrain(program.model.mesh, tuple(arrays)), kept[field.counted])
+    return Field(*partition.constrain(mesh, tuple(arrays)), kept[field.counted])

@@ -93,7 +93,8 @@ class Scored(NamedTuple):
     Attributes:
       components: `[P, n, parts]`, NaN where there was no full preview.
       low_rms: `[P, n]`, root mean squares of the low bands.
-      looks: `[P, n, looks]`, what each said, NaN where it was not taken; None where there are no looks.
+      looks: `[P, n, looks]`, what each said, -inf where that was not finite and NaN where it was not taken; None where
+        there are no looks.
     """
 
     components: Array

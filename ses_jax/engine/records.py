@@ -37,9 +37,8 @@ def history(names: Sequence[str], scored: Scored, scores: Float[np.ndarray, " n"
 
 
 def _looks(looks: Float[np.ndarray, " looks"]) -> list[float | None]:
-    """What looks said, as far as they were taken; None for one that was not finite and yet went on."""
-    taken = np.flatnonzero(~np.isnan(looks))
-    return [_finite(look) for look in looks[: taken[-1] + 1 if taken.size else 0]]
+    """What those looks said that were taken; None for one that was not finite."""
+    return [_finite(look) for look in looks if not math.isnan(look)]
 
 
 def part_scores(
