@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 from fractions import Fraction
 
@@ -12,7 +13,7 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax.engine import fidelity, looks, resume, tasks
+from ses_jax.engine import fidelity, looks, outline, resume, tasks
 from ses_jax.engine import search as engine
 from ses_jax.engine.fidelity import Look, Stage
 from ses_jax.loading import partition
@@ -243,6 +244,26 @@ def test_a_killed_search_goes_on_bit_equal(tmp_path, monkeypatch, looked):
     found = ses_jax.search(PROMPTS[0], fidelity=PLAN, **run)
     assert found.history == looked.history
     np.testing.assert_array_equal(found.noise, looked.noise)
+
+
+def test_an_outline_is_of_the_program_that_runs():
+    model = pipeline(mesh=partition.parse_mesh("data=2,model=1", jax.devices()[:2]))
+    config = ses_jax.SearchConfig(fidelity=PLAN, chunk=7, budget=13, preview_steps=4).resolve(model)
+    task = tasks.prepare(model, REWARD, config, PROMPTS, [0, 1])
+    runs = tasks.lower_generation(task, tasks.initial_state(task), 7).as_text()
+    shapes = outline.outline(model, REWARD, config, model.tokenize(PROMPTS))
+    assert outline.lower_generation(shapes, 7).as_text() == runs
+
+
+def test_rows_of_a_file_may_have_their_own_looks(tmp_path):
+    host = ses_jax.load_reward(lambda images, prompts: np.asarray(images).mean(axis=(1, 2, 3)), traceable=False)
+    rows = [{"prompt": "a", "fidelity": "full"}, {"prompt": "b", "fidelity": "early9:0.5"}, {"prompt": "c"}]
+    summary = ses_jax.search_many(rows[:2], out=tmp_path, model=PIPELINE, reward=host, **SETTINGS)
+    assert summary["failed"] == 1
+    assert json.loads((tmp_path / "00000" / "result.json").read_text())["config"]["fidelity"] == "full"
+    assert "early9 needs more than preview_steps=4" in (tmp_path / "results.jsonl").read_text()
+    with pytest.raises(ValueError, match="needs rewards that JAX can trace"):
+        ses_jax.search_many(rows, out=tmp_path / "host", model=PIPELINE, reward=host, fidelity="half:0.5", **SETTINGS)
 
 
 @pytest.mark.quick
