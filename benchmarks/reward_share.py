@@ -20,7 +20,7 @@ import random_weights
 import tyro
 
 import ses_jax
-from ses_jax.engine import generation, tasks
+from ses_jax.engine import denoising, generation, tasks
 from ses_jax.pipelines import sampler
 from ses_jax.pipelines.registry import abstract_pipeline
 from ses_jax.rewards import reward as rewards
@@ -99,7 +99,7 @@ def parts(task: tasks.Task) -> tuple[Callable[..., Any], Callable[..., Any]]:
     program = task.program
 
     def owned(tree: Any, rows: jax.Array) -> Any:
-        return generation.owned(tree, jnp.zeros(len(rows), jnp.int32))
+        return denoising.owned(tree, jnp.zeros(len(rows), jnp.int32))
 
     @jax.jit
     def denoise(params, inputs, noise):
@@ -108,14 +108,14 @@ def parts(task: tasks.Task) -> tuple[Callable[..., Any], Callable[..., Any]]:
             condition = owned(inputs.condition, rows)
             return sampler.denoise(lambda x, sigma: velocity(x, sigma, condition), rows, inputs.sigmas)
 
-        return generation.in_chunks(run, noise, program.chunk)
+        return denoising.in_chunks(run, noise, program.chunk)
 
     @jax.jit
     def decode_and_score(params, inputs, latents):
         def run(rows):
             return program.score(params[1], program.model.decode(params[0], rows), owned(inputs.text, rows))
 
-        return generation.in_chunks(run, latents, program.chunk)
+        return denoising.in_chunks(run, latents, program.chunk)
 
     return denoise, decode_and_score
 

@@ -43,6 +43,12 @@ IN_THE_SHELL: dict[str, tuple[Any, Any, str]] = {
         'what proposes candidates: "ses", "best-of-n" or "zero-order", with options as in "ses,explore=20", or an '
         'object of your own "module:object"',
     ),
+    "fidelity": (
+        str,
+        "full",
+        'how candidates are scored: "full", by a preview each; "auto"; or by cheaper looks after which only the best '
+        'go on, as in "half:0.3", "early3:0.5" or "half:0.5>early4:0.5"',
+    ),
     "mesh": (str | None, None, 'devices to spread over, such as "data=4,model=2"'),
 }
 LOADING = {

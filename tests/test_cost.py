@@ -31,7 +31,7 @@ def pipeline(ran=None):
     def forward(prompt, latents):
         if ran is not None:
             jax.debug.callback(ran, latents[:, 0, 0, 0])
-        return latents @ jnp.eye(16) * 0.5
+        return latents @ jnp.eye(latents.shape[-1]) * 0.5
 
     def velocity(params, latents, sigma, condition):
         both = both_branches(forward, condition, latents)
@@ -49,9 +49,12 @@ def pipeline(ran=None):
     return dataclasses.replace(toy.pipeline(), encode=lambda params, tokens: tokens, **functions)
 
 
-REWARD = Reward(
-    (Part("sum", scorer=toy.scorer("sum", lambda images: images.reshape(-1, 768) @ jnp.full(768, 1 / 768))),)
-)
+def flat_mean(images):
+    flat = images.reshape(len(images), -1)
+    return flat @ jnp.full(flat.shape[1], 1 / flat.shape[1])
+
+
+REWARD = Reward((Part("sum", scorer=toy.scorer("sum", flat_mean)),))
 
 
 @pytest.mark.parametrize(("guidance", "branches"), [(0.0, 1), (3.0, 2)])
@@ -151,6 +154,38 @@ def test_rows_may_have_their_own_kind_of_budget(tmp_path):
     assert saved == [{}, {"budget": 5}, {"nfe": 9, "searcher": zero_order}, {"nfe": 2}]
     assert json.loads((tmp_path / "00002" / "result.json").read_text())["config"]["searcher"] == zero_order
     assert "nfe=2 is less than the 3" in lines[3]["error"]
+
+
+# Half the height and width is an eighth of the FLOPs of these products.
+HALF_STEP, QUARTER_OF_THE_PIXELS = STEP // 8, (DECODE + SCORE) // 4
+
+
+def test_looks_counted_by_hand():
+    """Of 7 candidates, 4 and 3 a generation: 2 and 2 go on from half the size, 1 and 1 from there to the end."""
+    run = {"model": pipeline(), "reward": REWARD, "guidance": 3.0, **SETTINGS}
+    spent = ses_jax.search("a", fidelity="half:0.5>early1:0.3", chunk=3, **run).cost.search
+    assert spent.images == 7 + 4 + 2
+    assert spent.nfe == 2 * (7 * 3 / 8 + 4 * 1 + 2 * 2)
+    halves = 7 * (6 * HALF_STEP + QUARTER_OF_THE_PIXELS)
+    assert spent.flops == halves + (4 * 2 + 2 * 4) * STEP + 6 * (DECODE + SCORE)
+
+
+def test_looks_take_as_many_evaluations_as_really_run():
+    """A generation that is full; those that go on from an early look don't begin again."""
+    rows = []
+    run = {"model": pipeline(lambda x: rows.append(x.size)), "reward": REWARD, "guidance": 3.0, **SETTINGS}
+    result = ses_jax.search("a", fidelity="steps2:0.75>early1:0.5", **run | {"budget": 4})
+    jax.effects_barrier()
+    assert sum(rows) == result.cost.search.nfe + result.cost.finals.nfe
+    assert result.cost.search.nfe == 2 * (4 * 2 + 3 * 1 + 2 * 2)
+    assert isinstance(result.cost.search.nfe, int)
+
+
+@pytest.mark.parametrize(("plan", "nfe", "budget"), [("half:0.5", 33, 8), ("half:0.5", 29, 6), ("early1:0.25", 24, 8)])
+def test_a_budget_in_evaluations_buys_more_looks(plan, nfe, budget):
+    """A generation of 4 takes 2 * (4 * 3 / 8 + 2 * 3) = 15 and 2 * (4 * 1 + 1 * 2) = 12."""
+    config = SearchConfig(population=4, elites=2, preview_steps=3, steps=5, nfe=nfe, fidelity=plan, guidance=3.0)
+    assert config.resolve(pipeline()).budget == budget
 
 
 class PlannedError(Exception):

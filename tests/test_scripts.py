@@ -16,6 +16,9 @@ from ses_jax.planner import plan as planner
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "benchmarks/effect.py": ["--prompts", "1", "--budgets", "1", "--pictures", "1", "--picture-budgets", "0"],
+    "benchmarks/fidelities.py": [
+        *("--prompts", "1", "--noises", "3", "--preview-steps", "2", "--looks", "half1", "early1"),
+    ],
     "benchmarks/loops.py": ["--calls", "2", "--forms", "generate", "--growth", "1e9", "--maps", "10000"],
     "benchmarks/reward_share.py": ["--population", "2", "--repeats", "1", "--preview-steps", "1"],
     "benchmarks/searchers.py": [

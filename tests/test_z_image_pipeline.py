@@ -21,7 +21,9 @@ from parity import (
 
 import ses_jax
 from ses_jax.engine import generation
+from ses_jax.engine.tasks import base_noise, prompt_keys
 from ses_jax.pipelines import base, z_image
+from ses_jax.searchers import wavelet
 
 LONG = "a very detailed painting of " + "many " * 300
 VARIANTS = {
@@ -156,6 +158,20 @@ def test_bfloat16_weights_run_and_stay_close(pipeline):
 
 def test_a_search_runs_and_its_preview_is_the_generated_one(pipeline):
     assert_a_search_previews_what_is_generated(pipeline, size=(32, 48), level=1)
+
+
+def test_a_look_at_half_the_size_is_an_image_of_that_size(pipeline):
+    """Of the same candidate: here the base noise, which goes on alone."""
+    size = {"height": 64, "width": 32}
+    result = ses_jax.search(
+        "a cat", model=pipeline, reward=toy.brightness(), budget=2, population=2, elites=1, level=1, preview_steps=2,
+        steps=1, fidelity="half:0.5", progress=False, **size,
+    )  # fmt: skip
+    noise = base_noise(prompt_keys(0, 0)[0], pipeline.noise_shape(64, 32))
+    image = ses_jax.generate(pipeline, "a cat", noise=wavelet.half(noise)[None], height=32, width=16, steps=2)
+    np.testing.assert_allclose(result.history[0]["looks"], [image.mean()], atol=1e-5)
+    assert [row["score"] is None for row in result.history] == [False, True]
+    assert 0.25 < result.cost.search.nfe / (2 * 2) - 0.5 < 1  # text is not halved
 
 
 def test_prompts_of_one_token_bucket_share_one_compilation(pipeline, fresh_programs):

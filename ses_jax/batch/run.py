@@ -23,7 +23,7 @@ from ses_jax.batch.run_folder import Outcome, Run
 from ses_jax.engine import models
 from ses_jax.engine import resume as saved_search
 from ses_jax.engine import search as engine
-from ses_jax.engine.config import Placement, RunConfig, SearchConfig
+from ses_jax.engine.config import Placement, RunConfig, SearchConfig, check_looks
 from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.settings import gather, takes
 from ses_jax.loading import partition
@@ -91,7 +91,7 @@ def search_many(
     if any(row.error is None for row in pending):
         mesh = partition.parse_mesh(place.mesh, jax.local_devices())
         pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **load})
-        config.resolve(pipeline)
+        check_looks(config.resolve(pipeline), reward)
         work = _Work(run, pipeline, reward, config, how.resume)
     run.start(described)
     at_once = 1 if work is None or work.reward.one_prompt_at_a_time else how.prompts_at_once
@@ -140,7 +140,9 @@ def _row_config(work: _Work | None, row: Row) -> tuple[SearchConfig | None, str 
     try:
         # A row's own budget, in either form, stands in the place of the run's.
         own = dict.fromkeys(("budget", "nfe")) if row.overrides.keys() & {"budget", "nfe"} else {}
-        return dataclasses.replace(work.config, **(own | row.overrides)).resolve(work.pipeline), None
+        config = dataclasses.replace(work.config, **(own | row.overrides)).resolve(work.pipeline)
+        check_looks(config, work.reward)
+        return config, None
     except ValueError as error:
         return None, str(error)
 

@@ -6,8 +6,14 @@ runner       generations, final renders, results of one or more prompts at once
 outline      a search as shapes, and its programs lowered
 tasks        a search made ready: prompts encoded, noise split, weights placed
 generation   the compiled part
+looks        cheaper looks at candidates, before the full previews of the best
+previews     few-step images of candidates, and their scores
+program      what a compiled generation is given and gives
+denoising    rows of noise to images, on meshes and in chunks
 config       `SearchConfig` and the other settings
 settings     what a setting is
+fidelity     which looks there are
+evaluations  what a network evaluation is
 result       `SearchResult` and its folder
 records      what a search notes down
 cost         what it took: network evaluations, FLOPs, seconds

@@ -2,18 +2,24 @@
 
 import dataclasses
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from jax.sharding import Mesh
 
-from ses_jax.engine.settings import ANY, GUIDANCE, SEARCHER, TEXT, TRUTH, WHOLE, Settings, described, setting
+from ses_jax.engine import evaluations
+from ses_jax.engine.fidelity import Fidelity
+from ses_jax.engine.settings import ANY, FIDELITY, GUIDANCE, SEARCHER, TEXT, TRUTH, WHOLE, Settings, described, setting
 from ses_jax.pipelines.base import Guidance, Pipeline
 from ses_jax.pipelines.guidance import forwards
+from ses_jax.rewards.reward import Reward
 from ses_jax.searchers import wavelet
 from ses_jax.searchers.searcher import Searcher
 
 SEEDS = 2**64
 BUDGET = 50
+# More words than any family reads.
+LONG = "a " * 2000
 
 
 @described
@@ -65,6 +71,12 @@ class SearchConfig(RenderConfig):
         "classifier-free guidance",
         at_least=1,
     )
+    fidelity: str | Fidelity = setting(
+        "full",
+        FIDELITY,
+        "how candidates are scored: full, by a preview each; auto; or by cheaper looks after which only the best go "
+        'on, as in "half:0.3", "early3:0.5" or "half:0.5>early4:0.5"',
+    )
     searcher: str | Mapping[str, Any] | Searcher = setting(
         "ses",
         SEARCHER,
@@ -101,8 +113,11 @@ class SearchConfig(RenderConfig):
             enough for one candidate.
         """
         filled = self.with_defaults(pipeline)
-        filled = dataclasses.replace(filled, budget=_budget(filled, pipeline, tokens), nfe=None)
         check_size(pipeline, filled.height, filled.width)
+        filled.fidelity.check(filled.preview_steps)
+        if filled.fidelity.halves:
+            _check_half(filled, pipeline)
+        filled = dataclasses.replace(filled, budget=_budget(filled, pipeline, tokens), nfe=None)
         wavelet.check(self.wavelet, filled.level, pipeline.noise_shape(filled.height, filled.width)[1:])
         return filled
 
@@ -114,15 +129,44 @@ class SearchConfig(RenderConfig):
 
 
 def _budget(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> int:
-    """How many candidates are scored; of what nfe pays for, as many as fit."""
+    """How many candidates are scored, or looked at; of what nfe pays for, as many as fit."""
     if config.nfe is None:
         return BUDGET if config.budget is None else config.budget
     if tokens is None:
-        tokens = pipeline.tokenize([""], guidance=config.guidance, negative_prompt=config.negative_prompt)
-    each = config.preview_steps * forwards(tokens)
-    if config.nfe < each:
+        # The longest prompts leave the least to gain from half the size; no prompt may take more than nfe.
+        text = LONG if config.fidelity.halves else ""
+        tokens = pipeline.tokenize([text], guidance=config.guidance, negative_prompt=config.negative_prompt)
+    size = config.height, config.width
+    half = evaluations.share_of_half(pipeline, tokens, *size) if config.fidelity.halves else Fraction(1)
+
+    def taken(budget):
+        steps = config.fidelity.evaluations(budget, config.population, config.preview_steps, half)
+        return forwards(tokens) * steps
+
+    if config.nfe < taken(1):
+        each = f"{float(taken(1)):g}"
         raise ValueError(f"nfe={config.nfe} is less than the {each} network evaluations of one candidate")
-    return config.nfe // each
+    whole = int(config.nfe // taken(config.population)) * config.population
+    return next(n for n in range(whole + config.population, 0, -1) if taken(n) <= config.nfe)
+
+
+def _check_half(config: SearchConfig, pipeline: Pipeline) -> None:
+    """Raises ValueError unless the model can make images of half the size, from half the noise."""
+    multiple = 2 * pipeline.size_multiple
+    for name, value in (("height", config.height), ("width", config.width)):
+        if value % multiple:
+            below = max(value // multiple, 1) * multiple
+            raise ValueError(
+                f"fidelity={str(config.fidelity)!r} looks at half the size, so {name}={value} must be a multiple of "
+                f"{multiple}; try {below} or {below + multiple}, or looks without half"
+            )
+    channels, rows, columns = pipeline.noise_shape(config.height, config.width)
+    half = tuple(pipeline.noise_shape(config.height // 2, config.width // 2))
+    if (channels, rows, columns) != (half[0], 2 * half[1], 2 * half[2]):
+        raise ValueError(
+            f"fidelity={str(config.fidelity)!r} looks at half the size, but the noise {half} of such images is not "
+            f"half of {(channels, rows, columns)}; choose looks without half"
+        )
 
 
 @described
@@ -167,6 +211,16 @@ class RunConfig(Settings):
         False, TRUTH, "save the search after every generation, and go on from there if an unfinished one is found"
     )
     progress: bool = setting(True, TRUTH, "whether progress is shown")
+
+
+def check_looks(config: SearchConfig, reward: Reward) -> None:
+    """Raises ValueError for looks of a reward that is not compiled into the search."""
+    if config.fidelity.looks and reward.on_host:
+        names = ", ".join(part.name for part in reward.parts if part.on_host)
+        raise ValueError(
+            f"fidelity={str(config.fidelity)!r} needs rewards that JAX can trace, and {names} is not; "
+            'use fidelity="full"'
+        )
 
 
 def check_size(pipeline: Pipeline, height: int, width: int) -> None:

@@ -1,18 +1,22 @@
 """What a search took: network evaluations, FLOPs, seconds.
 
 A network evaluation (NFE) is one forward of the network for one image at full size. A step is one, and two with
-classifier-free guidance. Counted are the candidates that were scored, each for itself: what a batch is filled up with
-costs time and is no part of the account.
+classifier-free guidance; at half the height and width it counts by its share of the FLOPs. Counted are the candidates
+that were scored or looked at, each for itself: what a batch is filled up with costs time and is no part of the account.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ses_jax.engine import flops
-from ses_jax.engine.generation import Inputs, Program
+from ses_jax.engine import evaluations, flops
+from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.fidelity import Stage
+from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading import partition
 from ses_jax.loading.programs import compiled
 from ses_jax.pipelines.guidance import forwards
@@ -23,8 +27,8 @@ class Spent:
     """What some images took.
 
     Attributes:
-      images: how many.
-      nfe: network evaluations.
+      images: how many were decoded and scored, looks among them.
+      nfe: network evaluations; a fraction where some were of half the size.
       flops: of network, decoder and the reward's parts on the device, by the convention of `flops`; None where a part
         cannot be counted.
       seconds: this prompt's share of those that its batch took, compilation included; of a search that was continued,
@@ -32,7 +36,7 @@ class Spent:
     """
 
     images: int
-    nfe: int
+    nfe: int | float
     flops: int | None
     seconds: float
 
@@ -58,8 +62,7 @@ class Rate(NamedTuple):
     """What one image takes.
 
     Attributes:
-      evaluations: a step's, in network evaluations. Of a step at another size it would be the share of `step` at full
-        size, and a gradient would be three.
+      evaluations: a step's at full size, in network evaluations.
       step, finish: FLOPs of a step, and of decoding and scoring; None where they cannot be counted.
     """
 
@@ -67,31 +70,59 @@ class Rate(NamedTuple):
     step: int | None
     finish: int | None
 
-    def spent(self, images: int, steps: int, seconds: float) -> Spent:
-        """What so many images of so many steps took."""
-        counted = None if self.step is None or self.finish is None else images * (steps * self.step + self.finish)
-        return Spent(images, images * steps * self.evaluations, counted, seconds)
+    def flops(self, images: int, steps: int) -> int | None:
+        """Of so many images of so many steps."""
+        return None if self.step is None or self.finish is None else images * (steps * self.step + self.finish)
 
 
-def rate(program: Program, params: Any, inputs: Inputs) -> Rate:
-    """What an image of a search takes, read from its functions; nothing is compiled or run."""
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), (inputs.condition, inputs.text))
-    condition, text = one
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    latents = jax.ShapeDtypeStruct((1, *program.problem.space.shape), jnp.float32)
-    sigma = jax.ShapeDtypeStruct((1,), jnp.float32)
+class Rates(NamedTuple):
+    """What one image takes at full size, and at half the height and width; None where there is none of those."""
+
+    full: Rate
+    half: Rate | None
+
+    def spent(self, stages: Sequence[Stage], seconds: float) -> Spent:
+        """What images took."""
+        share = self.half and evaluations.half_share(self.full.step, self.half.step)
+        steps = sum(stage.images * stage.steps * (share if stage.half else Fraction(1)) for stage in stages)
+        counted = [(self.half if stage.half else self.full).flops(stage.images, stage.steps) for stage in stages]
+        return Spent(
+            images=sum(stage.images for stage in stages),
+            nfe=_number(self.full.evaluations * steps),
+            flops=None if None in counted else sum(counted),
+            seconds=seconds,
+        )
+
+
+def search_stages(config: SearchConfig, candidates: int) -> list[Stage]:
+    """What the first so many candidates of a search went through."""
+    whole, rest = divmod(candidates, config.population)
+    counts = [config.population] * whole + [rest] * (rest > 0)
+    return [stage for count in counts for stage in config.fidelity.stages(count, config.preview_steps)]
+
+
+def rates(program: Program, params: Any, inputs: Inputs) -> Rates:
+    """What images of a search take."""
+    return Rates(rate(program, params, inputs), rate(program, params, inputs, part=2) if program.half else None)
+
+
+def rate(program: Program, params: Any, inputs: Inputs, *, part: int = 1) -> Rate:
+    """What an image of a search takes, read from its functions; nothing is compiled or run.
+
+    Args:
+      program, params, inputs: of the search.
+      part: 2 is half the height and width.
+    """
+    condition, text = evaluations.one((inputs.condition, inputs.text))
+    channels, height, width = program.problem.space.shape
+    shape = channels, height // part, width // part
+    params, latents = evaluations.shapes(params), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    step = evaluations.step_flops(program.model.velocity, params[0], shape, condition)
     try:
-        step = flops.count_jaxpr(_step.jaxpr(program.model.velocity, params[0], latents, sigma, condition))
         finish = flops.count_jaxpr(_finish.jaxpr(program.model.decode, program.score, params, latents, text))
-    except Exception:  # of a user's function, such as a loop of unknown length: no reason to lose a search
-        step = finish = None
+    except Exception:  # of a user's function too
+        finish = None
     return Rate(forwards(condition), step, finish)
-
-
-@compiled(static=1)
-def _step(velocity: Any, params: Any, latents: Any, sigma: Any, condition: Any) -> Any:
-    with partition.compiled_for_none():
-        return velocity(params, latents, sigma, condition)
 
 
 @compiled(static=2)
@@ -99,3 +130,7 @@ def _finish(decode: Any, score: Any, params: Any, latents: Any, text: Any) -> An
     with partition.compiled_for_none():
         images = decode(params[0], latents)
         return images if score is None else score(params[1], images, text)
+
+
+def _number(count: Fraction) -> int | float:
+    return count.numerator if count.denominator == 1 else float(count)

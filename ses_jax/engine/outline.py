@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ses_jax.engine import generation, tasks
 from ses_jax.engine.config import SearchConfig
-from ses_jax.engine.generation import Rows
+from ses_jax.engine.denoising import Rows
 from ses_jax.engine.tasks import FINALS, Task
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ses_jax.engine.generation import Scored
+from ses_jax.engine.program import Scored
 
 Row = dict[str, Any]
 
@@ -17,20 +17,28 @@ def history(names: Sequence[str], scored: Scored, scores: Float[np.ndarray, " n"
 
     Args:
       names: of the reward's parts; their own scores are noted where there are several.
-      scored: components `[n, parts]` and root mean squares `[n]` of all candidates.
+      scored: components `[n, parts]`, root mean squares `[n]` and, where there are some, looks `[n, looks]` of all
+        candidates.
       scores: `[n]`, what the components add up to.
       population: candidates a generation.
     """
     rows: list[Row] = []
     best = None
-    for index, (score, components, low_rms) in enumerate(zip(scores, scored.components, scored.low_rms, strict=True)):
+    for index, (score, components, low_rms) in enumerate(zip(scores, *scored[:2], strict=True)):
         finite = _finite(score)
         best = finite if best is None or (finite is not None and finite > best) else best
         row = {"index": index, "generation": index // population, "score": finite, "best": best}
         if len(names) > 1:
             row["components"] = {name: _finite(value) for name, value in zip(names, components, strict=True)}
         rows.append(row | {"low_rms": float(low_rms)})
-    return rows
+    if scored.looks is None:
+        return rows
+    return [row | {"looks": _looks(looks)} for row, looks in zip(rows, scored.looks, strict=True)]
+
+
+def _looks(looks: Float[np.ndarray, " looks"]) -> list[float | None]:
+    """What those looks said that were taken; None for one that was not finite."""
+    return [_finite(look) for look in looks if not math.isnan(look)]
 
 
 def part_scores(

@@ -32,8 +32,9 @@ class SearchResult:
       components: where the reward has several parts, or others are reported, each part's own score, baseline_score,
         final_score and baseline_final_score, by its name.
       history: one plain dict a candidate, in the order they were scored: index, generation, score (None if it was not
-        finite), best (so far), low_rms (root mean square of the low band; 1 for fresh noise), and components, the
-        parts' own scores, where there are several.
+        finite, or where a look stopped it), best (so far), low_rms (root mean square of the low band; 1 for fresh
+        noise), components, the parts' own scores, where there are several, and looks, what each look said of it, where
+        there are any.
       config: the settings of the search, all defaults filled in.
       cost: network evaluations, FLOPs and seconds: `search` of the candidates, `finals` of winner and base.
       timings: seconds of each phase, and images per second of the search.

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ses_jax.engine.generation import Scored, State
+from ses_jax.engine.program import Scored, State
 from ses_jax.engine.result import write
 from ses_jax.loading import checkpoint
 
@@ -46,8 +46,8 @@ def save(folder: Path | None, generations: int, state: State, parts: Sequence[Sc
     """Writes the state after so many generations with all their scores, then removes the one before."""
     if folder is None:
         return
-    scored = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
-    tree = {"state": jax.tree.leaves(jax.device_get(state)), "scored": list(scored)}
+    scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1), *parts)
+    tree = {"state": jax.tree.leaves(jax.device_get(state)), "scored": jax.tree.leaves(scored)}
     checkpoint.save(folder / f"{generations:06d}", tree)
     for old in _saved(folder)[:-1]:
         shutil.rmtree(old)

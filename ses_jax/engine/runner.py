@@ -14,7 +14,9 @@ from jaxtyping import Array, Float
 from ses_jax.engine import cost, generation, memory, records, resume
 from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.cost import Cost
-from ses_jax.engine.generation import Program, Rows, Scored, State
+from ses_jax.engine.denoising import Rows
+from ses_jax.engine.fidelity import Stage
+from ses_jax.engine.program import Program, Scored, State
 from ses_jax.engine.progress import Report, progress_bar
 from ses_jax.engine.result import SearchResult, to_image
 from ses_jax.engine.tasks import FINALS, Task, generation_count, initial_state, model_of, prepare
@@ -131,8 +133,8 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
         done = min((index + 1) * population, task.config.budget)
         rate = prompts * (done - first * population) / (time.perf_counter() - start)
         report(prompts * done, index, float(np.max(np.asarray(state.best.scores))), rate)
-    columns = (np.concatenate(column, axis=1)[:, : task.config.budget] for column in zip(*parts, strict=True))
-    return task, Outcome(state, Scored(*columns), interrupted)
+    scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1)[:, : task.config.budget], *parts)
+    return task, Outcome(state, scored, interrupted)
 
 
 def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State, Scored]:
@@ -161,9 +163,8 @@ def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
 
 def _history(task: Task, scored: Scored, prompt: int) -> list[records.Row]:
     """The rows of one prompt; raises ValueError if there is no finite score."""
-    components = scored.components[prompt]
-    names = [part.name for part in task.reward.parts]
-    one = Scored(components, scored.low_rms[prompt])
+    one = jax.tree.map(lambda x: x[prompt], scored)
+    components, names = one.components, [part.name for part in task.reward.parts]
     rows = records.history(names, one, _total(task.program, components, components), task.config.population)
     if rows[-1]["best"] is None:
         raise ValueError(
@@ -231,10 +232,10 @@ def _timings(times: Sequence[float], images: int) -> dict[str, float]:
 
 def _cost(task: Task, scored: int, timings: dict[str, float]) -> Cost:
     """Of each prompt, which has its part of the batch's seconds."""
-    rate, count = cost.rate(task.program, task.params, task.inputs), len(task.prompts)
+    rates, count = cost.rates(task.program, task.params, task.inputs), len(task.prompts)
     return Cost(
-        search=rate.spent(scored, task.config.preview_steps, timings["search"] / count),
-        finals=rate.spent(FINALS, task.config.steps, timings["render"] / count),
+        search=rates.spent(cost.search_stages(task.config, scored), timings["search"] / count),
+        finals=rates.spent([Stage(False, task.config.steps, FINALS)], timings["render"] / count),
     )
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 
 from ses_jax.engine import resume as saved_search
 from ses_jax.engine import runner
-from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_size
-from ses_jax.engine.generation import Rows
+from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_looks, check_size
+from ses_jax.engine.denoising import Rows
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
 from ses_jax.engine.result import SearchResult, writable_folder
 from ses_jax.engine.runner import search_prompts
@@ -56,6 +56,7 @@ def search(
     folder = None if out is None else writable_folder(out)
     pipeline, reward = load_models(run.model, run.reward, report, {"mesh": place.mesh, **(place.load or {})})
     config = config.resolve(pipeline)
+    check_looks(config, reward)
 
     results: list[SearchResult] = []
     at_once = 1 if reward.one_prompt_at_a_time else run.prompts_at_once

@@ -13,6 +13,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ses_jax.engine import fidelity
 from ses_jax.searchers import registry
 
 
@@ -197,4 +198,5 @@ TRUTH = Kind("true or false", _truth, lambda text: TRUTHS[text.strip().lower()])
 TEXT = Kind("text", _text, _text)
 GUIDANCE = Kind("a number, or options such as scale=3.5,true_cfg=4", _guidance, _guidance_text)
 SEARCHER = Kind("a searcher", registry.load, registry.load, registry.describe)
+FIDELITY = Kind(fidelity.FORMS, fidelity.load, fidelity.load, fidelity.describe)
 ANY = Kind("anything", lambda value: value, lambda text: text)

@@ -16,7 +16,9 @@ from jaxtyping import Array, Float
 
 from ses_jax.engine import generation, memory
 from ses_jax.engine.config import RenderConfig, SearchConfig
-from ses_jax.engine.generation import Inputs, Model, Program, State
+from ses_jax.engine.denoising import Model
+from ses_jax.engine.fidelity import EARLY, HALF
+from ses_jax.engine.program import Inputs, Program, State
 from ses_jax.loading import partition
 from ses_jax.loading.programs import comparable
 from ses_jax.pipelines.base import Guidance, Pipeline
@@ -69,7 +71,19 @@ def draw(pipeline: Pipeline, config: SearchConfig, indices: Sequence[int]) -> tu
     noise = jnp.stack([base_noise(key, shape) for key in noise_keys])
     base, rest = generation.split(problem_of(pipeline, config).space, noise)
     sigmas = jnp.asarray(pipeline.sigmas(config.preview_steps, config.height, config.width))
-    return noise, Inputs(jnp.stack(keys), base, rest, None, None, sigmas, jnp.int32(config.budget))
+    seen = _sigmas_of_looks(pipeline, config)
+    return noise, Inputs(jnp.stack(keys), base, rest, None, None, sigmas, jnp.int32(config.budget), seen)
+
+
+def _sigmas_of_looks(pipeline: Pipeline, config: SearchConfig) -> tuple[Array | None, ...]:
+    """By look; None for those that are a part of the preview."""
+
+    def of_look(look):
+        part = 2 if look.kind == HALF else 1
+        size = config.height // part, config.width // part
+        return None if look.kind == EARLY else jnp.asarray(pipeline.sigmas(look.steps or config.preview_steps, *size))
+
+    return tuple(map(of_look, config.fidelity.looks))
 
 
 def assemble(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], inputs: Inputs) -> Task:
@@ -78,9 +92,9 @@ def assemble(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
     return Task(_program(pipeline, reward, config, prompts), reward, params, inputs, None, tuple(prompts), config)
 
 
-def model_of(pipeline: Pipeline, config: RenderConfig) -> Model:
-    """What compiled programs know of a pipeline, for images of the config's size."""
-    decoded = memory.decoded_at_once(config.height, config.width)
+def model_of(pipeline: Pipeline, config: RenderConfig, *, part: int = 1) -> Model:
+    """What compiled programs know of a pipeline, for images of the config's size, or half of it: part 2."""
+    decoded = memory.decoded_at_once(config.height // part, config.width // part)
     return Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh, decoded)
 
 
@@ -104,6 +118,8 @@ def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
         problem=problem_of(pipeline, config),
         evaluated=evaluated,
         chunk=min(config.chunk or rows, rows),
+        fidelity=config.fidelity,
+        half=model_of(pipeline, config, part=2) if config.fidelity.halves else None,
     )
 
 

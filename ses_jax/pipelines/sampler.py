@@ -1,4 +1,4 @@
-"""Flow-matching Euler sampler: one scan from noise to latents."""
+"""Flow-matching Euler sampler: one scan from noise to latents, or as far as it goes."""
 
 from collections.abc import Callable
 
@@ -32,3 +32,31 @@ def denoise(
     sigmas = jnp.asarray(sigmas, jnp.float32)
     latents, _ = jax.lax.scan(step, jnp.asarray(noise, jnp.float32), (sigmas[:-1], jnp.diff(sigmas)))
     return latents
+
+
+def predict(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    latents: Float[Array | np.ndarray, "batch *shape"],
+    sigmas: Float[Array | np.ndarray, " steps_plus_1"],
+) -> tuple[Float[Array, "batch *shape"], Float[Array, "batch *shape"]]:
+    """Some steps of `denoise`, and where they lead if nothing changes.
+
+    Args:
+      velocity: as for `denoise`.
+      latents: `[B, ...]` at `sigmas[0]`.
+      sigmas: `[steps + 1]`, decreasing, a part of those of `denoise`.
+
+    Returns:
+      The latents at `sigmas[-1]`, and the clean latents that the last step's velocity predicts, `latents - sigma *
+      velocity`; both `[B, ...]` float32. This takes no evaluation beyond the steps.
+    """
+
+    def step(carry, at):
+        latents, _ = carry
+        sigma, delta = at
+        v = velocity(latents, jnp.broadcast_to(sigma, latents.shape[:1])).astype(jnp.float32)
+        return (latents + delta * v, latents - sigma * v), None
+
+    sigmas, latents = jnp.asarray(sigmas, jnp.float32), jnp.asarray(latents, jnp.float32)
+    both, _ = jax.lax.scan(step, (latents, latents), (sigmas[:-1], jnp.diff(sigmas)))
+    return both

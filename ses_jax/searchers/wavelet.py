@@ -67,6 +67,15 @@ def merge(
     return noise[..., : shape[-2], : shape[-1]].reshape(*lead, *shape)
 
 
+def half(noise: Float[Array | np.ndarray, "... h w"]) -> Float[Array, "... h/2 w/2"]:
+    """Noise of half the height and width with the same low bands: the first Haar approximation of `[..., h, w]`.
+
+    Each number is the sum of a block of 2 x 2 divided by 2. So Gaussian noise stays Gaussian noise, and the Haar band
+    at level L - 1 of the half is that at level L of the whole. `h` and `w` must be even.
+    """
+    return 2 * _block_mean(jnp.asarray(noise), 2)
+
+
 def check(wavelet: str, level: int, shape: tuple[int, int]) -> None:
     """Raises ValueError for an unknown wavelet, or a level deeper than a grid of `shape` allows."""
     if wavelet not in pywt.wavelist(kind="discrete"):

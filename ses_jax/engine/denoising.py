@@ -1,0 +1,136 @@
+"""Rows of noise to images: on meshes, and as many at a time as fit."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from ses_jax.engine import memory
+from ses_jax.loading import partition
+from ses_jax.pipelines import sampler
+
+
+class Model(NamedTuple):
+    """How noise becomes images: the two functions of a pipeline that run inside the compiled step, and its devices.
+
+    Attributes:
+      mesh: None is the default device.
+      decoded: how many rows each device decodes, and scores, at a time; None is all of them.
+    """
+
+    velocity: Callable[..., Array]
+    decode: Callable[..., Array]
+    mesh: Mesh | None = None
+    decoded: int | None = None
+
+
+class Rows(NamedTuple):
+    """A batch for the networks: noise `[r, C, h, w]`, and which prompt each row belongs to, `[r]`."""
+
+    noise: Array
+    owner: Array
+
+
+def images(
+    model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows, finish: Callable[[Array, Array], Any]
+) -> Any:
+    """`finish(images, owner)` of all rows, `chunk` rows at a time; `prompts` are sigmas and conditions."""
+
+    def sample(velocity, part):
+        latents = sampler.denoise(velocity, part.noise, prompts[0])
+        latents = partition.constrain(model.mesh, latents, partition.DATA)
+        return _decoded(model, params, Rows(latents, part.owner), finish)
+
+    return _sampled(model, chunk, (params, prompts[1]), rows, sample)
+
+
+def predicted(
+    model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows, finish: Callable[[Array, Array], Any]
+) -> tuple[Array, Any]:
+    """The latents of all rows at the last of the sigmas, and `finish(images, owner)` of what they will be at 0."""
+
+    def sample(velocity, part):
+        both = sampler.predict(velocity, part.noise, prompts[0])
+        latents, clean = partition.constrain(model.mesh, both, partition.DATA)
+        return latents, _decoded(model, params, Rows(clean, part.owner), finish)
+
+    return _sampled(model, chunk, (params, prompts[1]), rows, sample)
+
+
+def _sampled(
+    model: Model, chunk: int, given: tuple[Any, Any], rows: Rows, sample: Callable[[Callable, Rows], Any]
+) -> Any:
+    """`sample(velocity, part)` of all rows, `chunk` rows at a time; `given` are params and conditions.
+
+    On a mesh the rows are denoised along the data axis. Surplus rows fill the last split and are thrown away.
+    """
+    params, condition = given
+
+    def run(part: Rows) -> Any:
+        part = partition.constrain(model.mesh, part, partition.DATA)
+        texts = partition.constrain(model.mesh, owned(condition, part.owner), partition.DATA)
+
+        def velocity(latents, sigma):
+            # Said again and again: where the rows go afterwards would spread into the loop.
+            latents = partition.constrain(model.mesh, latents, partition.DATA)
+            with partition.compiled_for(model.mesh):
+                out = model.velocity(params, latents, sigma, texts)
+            return partition.constrain(model.mesh, out, partition.DATA)
+
+        return sample(velocity, part)
+
+    count, data = len(rows.owner), partition.size(model.mesh, partition.DATA)
+    out = in_chunks(run, _fill(rows, data), -(-chunk // data) * data)
+    return jax.tree.map(lambda x: x[:count], out)
+
+
+def _decoded(model: Model, params: Any, rows: Rows, finish: Callable[[Array, Array], Any]) -> Any:
+    """`finish(images, owner)` of denoised rows.
+
+    On a mesh they are spread over all devices, which the small networks have no other use for.
+    """
+
+    def run(part: Rows) -> Any:
+        latents, owner = partition.constrain(model.mesh, part, *partition.AXES)
+        with partition.compiled_for(model.mesh):
+            images = model.decode(params, latents)
+        return partition.constrain(model.mesh, finish(images, owner))
+
+    devices, count = partition.size(model.mesh, *partition.AXES), len(rows.owner)
+    chunk = devices * memory.even_part(-(-count // devices), model.decoded)
+    out = in_chunks(run, _fill(rows, chunk), chunk)
+    return jax.tree.map(lambda x: x[:count], out)
+
+
+def _fill(rows: Rows, multiple: int) -> Rows:
+    """The rows, with copies of the first one behind them, so that their number is a multiple."""
+    surplus = -len(rows.owner) % multiple
+    return jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[:1], surplus, axis=0)]), rows)
+
+
+def owned(tree: Any, owner: Int[Array, " r"]) -> Any:
+    """Every array's rows `[P, ...]` as `[r, ...]`, each row its owner's."""
+
+    def take(x):
+        x = jnp.asarray(x)
+        return jnp.broadcast_to(x, (len(owner), *x.shape[1:])) if len(x) == 1 else x[owner]
+
+    return jax.tree.map(take, tree)
+
+
+def in_chunks(function: Callable[[Any], Any], rows: Any, chunk: int) -> Any:
+    """`function` over the leading axis of the arrays in `rows`, `chunk` at a time; its outputs have that axis too."""
+    count = len(jax.tree.leaves(rows)[0])
+    if chunk >= count:
+        return function(rows)
+    whole = count - count % chunk
+    stacked = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk, *x.shape[1:]), rows)
+    # Not -1: an array may have no columns.
+    out = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), jax.lax.map(function, stacked))
+    if whole == count:
+        return out
+    rest = function(jax.tree.map(lambda x: x[whole:], rows))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), out, rest)

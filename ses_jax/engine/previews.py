@@ -1,0 +1,38 @@
+"""Candidates to components: few-step images of their noise, scored by the reward's parts on the device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ses_jax.engine import denoising
+from ses_jax.engine.denoising import Rows
+from ses_jax.engine.program import Inputs, Program
+from ses_jax.loading import partition
+
+
+def preview(program: Program, params: Any, inputs: Inputs, points: Any, finish: Callable) -> Any:
+    """`finish(images, owner)` of the few-step images of points `[P, n, *S]`, by row."""
+    rows = rows_of(noise_of(program, inputs, points))
+    return denoising.images(program.model, program.chunk, params, (inputs.sigmas, inputs.condition), rows, finish)
+
+
+def noise_of(program: Program, inputs: Inputs, points: Any) -> Float[Array, "p n c h w"]:
+    """The noise of points `[P, n, *S]`, whole on every device."""
+    return partition.constrain(program.model.mesh, jax.vmap(program.problem.space.merge)(points, inputs.rest))
+
+
+def rows_of(noise: Float[Array, "p n c h w"]) -> Rows:
+    """The candidates of P prompts as rows, prompt after prompt."""
+    owner = jnp.repeat(jnp.arange(len(noise)), noise.shape[1])
+    return Rows(noise.reshape(-1, *noise.shape[2:]), owner)
+
+
+def components(program: Program, params: Any, inputs: Inputs, images: Array, owner: Array) -> Float[Array, "n parts"]:
+    """The device parts' scores; no columns if there are none."""
+    if program.score is None:
+        return jnp.zeros((len(images), 0), jnp.float32)
+    with partition.compiled_for(program.model.mesh):
+        return program.score(params[1], images, denoising.owned(inputs.text, owner))

@@ -1,0 +1,102 @@
+"""What a compiled generation is given and gives: its static facts, the prompts' arrays, the search's state."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array
+
+from ses_jax.engine.denoising import Model
+from ses_jax.engine.fidelity import FULL, Fidelity
+from ses_jax.searchers.elites import Elites
+from ses_jax.searchers.searcher import Problem, Searcher
+
+
+class Program(NamedTuple):
+    """All that a compiled generation depends on besides arrays; equal programs share one compilation.
+
+    Attributes:
+      score: `(params, images, texts) -> [n, parts]`, the reward's parts on the device; None if there are none.
+      weights: of all parts in the sum.
+      standardize: whether parts are standardised over all candidates so far before they are summed.
+      searcher: what proposes points.
+      problem: what it is over; its population is drawn a generation.
+      evaluated: how many of them are denoised; fewer than drawn only where the whole budget is smaller.
+      chunk: how many rows are denoised at a time.
+      fidelity: the looks before full previews.
+      half: the model at half the height and width; None where nothing is looked at so.
+    """
+
+    model: Model
+    score: Callable[..., Array] | None
+    weights: tuple[float, ...]
+    standardize: bool
+    searcher: Searcher
+    problem: Problem
+    evaluated: int
+    chunk: int
+    fidelity: Fidelity = FULL
+    half: Model | None = None
+
+
+class Inputs(NamedTuple):
+    """The arrays of P prompts that stay the same from generation to generation.
+
+    Attributes:
+      key: `[P]`; draws of generation g come from `fold_in(key, g)`.
+      base: `[P, *S]`, the points of the base noise: in the low band `[P, C, a, b]`.
+      rest: of the noise, beside the points.
+      condition, text: the prompts for the model and for the reward, leading axis P.
+      sigmas: `[preview_steps + 1]`.
+      budget: int scalar, how many candidates are scored, or looked at, a prompt.
+      looks: `[steps + 1]` a look, its sigmas; None where they are the preview's.
+    """
+
+    key: Array
+    base: Any
+    rest: Any
+    condition: Any
+    text: Any
+    sigmas: Array
+    budget: Array
+    looks: tuple[Array | None, ...] = ()
+
+
+class Archive(NamedTuple):
+    """All candidates so far, for a mixture whose scores change as the population grows.
+
+    Attributes:
+      points: `[P, generations * n, *S]`.
+      components: `[P, generations * n, parts]`, NaN where there is no candidate yet.
+    """
+
+    points: Any
+    components: Array
+
+
+class State(NamedTuple):
+    """The search between two generations.
+
+    Attributes:
+      searcher: the searcher's own.
+      best: the best point so far and its score, `[P, 1, ...]`.
+      archive: None unless scores are standardised.
+    """
+
+    searcher: Any
+    best: Elites
+    archive: Archive | None
+
+
+class Scored(NamedTuple):
+    """What is known of a generation.
+
+    Attributes:
+      components: `[P, n, parts]`, NaN where there was no full preview.
+      low_rms: `[P, n]`, root mean squares of the low bands.
+      looks: `[P, n, looks]`, what each said, -inf where that was not finite and NaN where it was not taken; None where
+        there are no looks.
+    """
+
+    components: Array
+    low_rms: Array
+    looks: Array | None = None
