@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from ses_jax.planner import plan as planner
+from ses_jax.planner import tables
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -79,4 +79,4 @@ def test_what_a_gpu_is_asked_for_are_scripts_with_options_that_exist(monkeypatch
     monkeypatch.syspath_prepend(str(path.parent))
     for _, script, options in commands:
         asked = tyro.cli(importlib.import_module(script).Arguments, args=options.split())
-        assert asked.model in planner.published()
+        assert asked.model in tables.published()
