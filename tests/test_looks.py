@@ -209,8 +209,8 @@ def test_chunks_meshes_and_neighbours_change_nothing():
     reward = toy.mixture(red=1.0, blue=-0.5, green=0.0)
     run = {"reward": reward, "fidelity": PLAN, **SETTINGS}
     alone = ses_jax.search(PROMPTS, model=PIPELINE, **run)
-    on_mesh = pipeline(mesh=partition.parse_mesh("data=4,model=2"))
-    together = ses_jax.search(PROMPTS, model=on_mesh, prompts_at_once=2, chunk=7, **run)
+    on_mesh = pipeline(mesh=partition.parse_mesh("data=2,model=1", jax.devices()[:2]))
+    together = ses_jax.search(PROMPTS, model=on_mesh, prompts_at_once=2, chunk=10, **run)
     for a, b in zip(together, alone, strict=True):
         assert [score is None for score in scores(a)] == [score is None for score in scores(b)]
         for row, other in zip(a.history, b.history, strict=True):
