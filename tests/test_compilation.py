@@ -195,7 +195,7 @@ def test_a_program_that_cannot_be_read_is_measured_all_the_same(monkeypatch):
 
     monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
     program = compile_toy(chunk=8).programs["generation"]
-    assert program.temporary_bytes > 0
+    assert program.argument_bytes > 0
     assert (program.readable, program.seconds, program.attention) == (False, None, "unknown kernels")
 
 
