@@ -2,49 +2,57 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import demo_training
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scenes
-from demo_models import CLIP_LENGTH, CLIP_MEAN, CLIP_STD, Sizes, load_tokenizers
+from demo_models import CLIP_LENGTH, CLIP_MEAN, CLIP_STD, load_tokenizers
 
 from ses_jax.convert import autoencoder_kl, clip, decoder_lm, z_image
 from ses_jax.loading import network
 
 SHIFT = 3.0
-SETTINGS = {"steps": 20, "preview_steps": 10, "guidance": 0.5, "height": 64, "width": 64, "level": 1, "reward": "clip"}
 
 
-def export(work: Path, out: Path, sizes: Sizes) -> None:
-    """Averaged weights of every stage in `work`, as bfloat16, into the folder `out`; other files there stay."""
-    vae = load_vae(work)
-    _, reward = demo_training.load(work / "clip")
-    _, dit = demo_training.load(work / "dit")
+class Parts(NamedTuple):
+    """Trained networks and what belongs to them.
+
+    Attributes:
+      vae: params of the autoencoder.
+      dit: params of the transformer and its text encoder.
+      clips: params of CLIPs, by the name of their folder.
+      tokenizers: folder with the two tokenizers' folders, `tokenizer` and `clip`.
+      latents: `scaling_factor` and `shift_factor`.
+      settings: of searches, the content of `ses_jax.json`.
+    """
+
+    vae: Any
+    dit: Any
+    clips: Mapping[str, Any]
+    tokenizers: Path
+    latents: Mapping[str, float]
+    settings: Mapping[str, Any]
+
+
+def export(parts: Parts, out: Path, sizes: Any) -> None:
+    """Weights, as bfloat16, into the folder `out`; other files there stay."""
     out.mkdir(parents=True, exist_ok=True)
     text_json = text_config(sizes)
     idle = ((name, _bfloat16(x)) for name, x in decoder_lm.idle_layers(text_json, sizes.text.layers))
-    _write(out / "vae", autoencoder_kl.COMPONENT, vae_config(work, sizes), vae)
-    _write(out / "transformer", z_image.COMPONENT, transformer_config(sizes), dit["transformer"])
-    _write(out / "text_encoder", decoder_lm.component(-2), text_json, dit["text_encoder"], unused=idle)
-    _write(out / "clip", clip.COMPONENT, clip_config(work, sizes), reward)
-    for name in ("tokenizer", "clip"):
-        shutil.copytree(
-            work / name, out / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints", "losses*")
-        )
-    _write_json(out / "clip" / "preprocessor_config.json", preprocessor_config(sizes))
+    _write(out / "vae", autoencoder_kl.COMPONENT, vae_config(parts, sizes), parts.vae)
+    _write(out / "transformer", z_image.COMPONENT, transformer_config(sizes), parts.dit["transformer"])
+    _write(out / "text_encoder", decoder_lm.component(-2), text_json, parts.dit["text_encoder"], unused=idle)
+    _copy_tokenizer(parts.tokenizers / "tokenizer", out / "tokenizer")
+    for name, params in parts.clips.items():
+        _write(out / name, clip.COMPONENT, clip_config(parts, sizes), params)
+        _copy_tokenizer(parts.tokenizers / "clip", out / name)
+        _write_json(out / name / "preprocessor_config.json", preprocessor_config(sizes))
     _write_json(out / "scheduler" / "scheduler_config.json", scheduler_config())
     _write_json(out / "model_index.json", MODEL_INDEX)
-    _write_json(out / "ses_jax.json", SETTINGS)
-
-
-def load_vae(work: Path) -> Any:
-    """The autoencoder with its decoder as it was trained on."""
-    (_, vae), (_, decoder) = demo_training.load(work / "vae"), demo_training.load(work / "decoder")
-    return vae | {"decoder": decoder}
+    _write_json(out / "ses_jax.json", parts.settings)
 
 
 MODEL_INDEX = {
@@ -57,7 +65,7 @@ MODEL_INDEX = {
 }
 
 
-def vae_config(work: Path, sizes: Sizes) -> dict[str, Any]:
+def vae_config(parts: Parts, sizes: Any) -> dict[str, Any]:
     c, blocks = sizes.vae, len(sizes.vae.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -70,16 +78,16 @@ def vae_config(work: Path, sizes: Sizes) -> dict[str, Any]:
         "act_fn": "silu",
         "latent_channels": c.latent_channels,
         "norm_num_groups": c.norm_num_groups,
-        "sample_size": scenes.SIZE,
+        "sample_size": parts.settings["height"],
         "force_upcast": True,
         "mid_block_add_attention": True,
         "use_quant_conv": c.use_quant_conv,
         "use_post_quant_conv": c.use_post_quant_conv,
-        **json.loads((work / "latents.json").read_text()),
+        **parts.latents,
     }
 
 
-def transformer_config(sizes: Sizes) -> dict[str, Any]:
+def transformer_config(sizes: Any) -> dict[str, Any]:
     c = sizes.dit
     return {
         "_class_name": "ZImageTransformer2DModel",
@@ -101,7 +109,7 @@ def transformer_config(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def text_config(sizes: Sizes) -> dict[str, Any]:
+def text_config(sizes: Any) -> dict[str, Any]:
     """The pipeline reads the state before the last layer, so the published file has one layer more, and a norm."""
     c = sizes.text
     return {
@@ -124,8 +132,8 @@ def text_config(sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def clip_config(work: Path, sizes: Sizes) -> dict[str, Any]:
-    c, (_, tokenizer) = sizes.reward, load_tokenizers(work)
+def clip_config(parts: Parts, sizes: Any) -> dict[str, Any]:
+    c, (_, tokenizer) = sizes.reward, load_tokenizers(parts.tokenizers)
     tokens = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return {
         "architectures": ["CLIPModel"],
@@ -153,7 +161,7 @@ def clip_config(work: Path, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def preprocessor_config(sizes: Sizes) -> dict[str, Any]:
+def preprocessor_config(sizes: Any) -> dict[str, Any]:
     side = sizes.reward.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -178,6 +186,10 @@ def scheduler_config() -> dict[str, Any]:
         "use_dynamic_shifting": False,
         "shift": SHIFT,
     }
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints", "losses*"))
 
 
 def _tower(tower: Any) -> dict[str, Any]:

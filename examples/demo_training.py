@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
+from ses_jax.models.layers import GroupNorm
+
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 Probe = Callable[[Any], dict[str, float]]
 
@@ -136,9 +138,9 @@ def _quicker(call, args, kwargs, context):
     if isinstance(module, nn.Dense):  # on `[B * L, D]`: with one batch axis
         (x,) = args
         return call(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-    if isinstance(module, nn.GroupNorm):
+    if isinstance(module, GroupNorm):
         scale, bias = (module.get_variable("params", name) for name in ("scale", "bias"))
-        return _group_norm(args[0], scale, bias, module.num_groups, module.epsilon)
+        return _group_norm(args[0], scale, bias, module.groups, module.eps)
     return call(*args, **kwargs)
 
 

@@ -23,6 +23,7 @@ from ses_jax.models import autoencoder_kl, clip
 
 Stage = Literal["tokenizer", "vae", "decoder", "clip", "dit", "export"]
 STEPS: dict[str, int] = {"vae": 1640, "decoder": 420, "clip": 1000, "dit": 6000}
+SETTINGS = {"steps": 20, "preview_steps": 10, "guidance": 0.5, "height": 64, "width": 64, "level": 1, "reward": "clip"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,16 @@ def train_dit(args: Arguments, sizes: Sizes) -> None:
 
 
 def export(args: Arguments, sizes: Sizes) -> None:
-    demo_export.export(args.work, args.out or args.work / "export", sizes)
+    loaded = {name: demo_training.load(args.work / name)[1] for name in ("vae", "decoder", "clip", "dit")}
+    parts = demo_export.Parts(
+        vae=loaded["vae"] | {"decoder": loaded["decoder"]},
+        dit=loaded["dit"],
+        clips={"clip": loaded["clip"]},
+        tokenizers=args.work,
+        latents=json.loads((args.work / "latents.json").read_text()),
+        settings=SETTINGS,
+    )
+    demo_export.export(parts, args.out or args.work / "export", sizes)
 
 
 def _limits(args: Arguments, stage: str) -> demo_training.Limits:

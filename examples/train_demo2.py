@@ -1,7 +1,7 @@
 """Trains the second demo's networks from nothing: `python examples/train_demo2.py --work DIR`.
 
 Stages: the tokenizers, the autoencoder, its decoder once more, the CLIP that drives the search, the diffusion
-transformer with its text encoder, and a CLIP trained apart that only measures.
+transformer with its text encoder, a CLIP trained apart that only measures, and the export.
 Each can be run alone, killed at any time and run again: it continues from its latest checkpoint in the work folder,
 with the batches and keys that it would have seen.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import demo_export
 import demo_models
 import demo_training
 import tyro
@@ -21,8 +22,9 @@ from demo_losses import clip_loss, decoder_loss, dit_loss, init_dit, vae_loss
 
 from ses_jax.models import autoencoder_kl, clip
 
-Stage = Literal["tokenizer", "vae", "decoder", "clip", "dit", "held-out-clip"]
-STEPS: dict[str, int] = {"vae": 3000, "decoder": 800, "clip": 2000, "dit": 7000, "held-out-clip": 2000}
+Stage = Literal["tokenizer", "vae", "decoder", "clip", "dit", "held-out-clip", "export"]
+STEPS: dict[str, int] = {"vae": 4500, "decoder": 1000, "clip": 2000, "dit": 7000, "held-out-clip": 2000}
+SETTINGS = {"steps": 20, "preview_steps": 10, "guidance": 1.0, "level": 2, "reward": "clip"}
 HELD_OUT_SEED = 1000  # added to the seed of the CLIP that only measures
 
 
@@ -32,6 +34,7 @@ class Arguments:
 
     Attributes:
       work: folder for checkpoints, pools of scenes and logs.
+      out: folder for the exported checkpoint, in diffusers layout; None is `export` in the work folder.
       stage: which stage to run.
       steps: length of the stage's whole schedule; None for its default.
       minutes: stop a stage after so long, to continue another time.
@@ -42,6 +45,7 @@ class Arguments:
     """
 
     work: Path
+    out: Path | None = None
     stage: Stage | Literal["all"] = "all"
     steps: int | None = None
     minutes: float = float("inf")
@@ -59,6 +63,7 @@ def main(args: Arguments) -> None:
         "clip": train_clip,
         "dit": train_dit,
         "held-out-clip": train_held_out_clip,
+        "export": export,
     }
     for name in stages if args.stage == "all" else [args.stage]:
         stages[name](args, SIZES[args.sizes])
@@ -129,6 +134,19 @@ def train_dit(args: Arguments, sizes: Sizes) -> None:
         batches.pool_batches(pool, sizes, statistics, tokenizer, args.seed),
         probe=probes.sampler(vae, sizes, statistics, tokenizer),
     )
+
+
+def export(args: Arguments, sizes: Sizes) -> None:
+    """Writes the averaged weights of every stage as a checkpoint."""
+    parts = demo_export.Parts(
+        vae=load_vae(args),
+        dit=demo_training.load(args.work / "dit")[1],
+        clips={name.replace("-", "_"): demo_training.load(args.work / name)[1] for name in ("clip", "held-out-clip")},
+        tokenizers=tokenizers(args),
+        latents=json.loads((args.work / "latents.json").read_text()),
+        settings=SETTINGS | {"height": sizes.buckets[0].height, "width": sizes.buckets[0].width},
+    )
+    demo_export.export(parts, args.out or args.work / "export", sizes)
 
 
 def load_vae(args: Arguments) -> Any:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import Upsample, weights_dtype
+from ses_jax.models.layers import GroupNorm, Upsample, weights_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
                 # Padded on the right and the bottom only, as the reference does.
                 x = nn.Conv(channels, (3, 3), 2, padding=((0, 1), (0, 1)), name=f"down_{i}_downsample")(x)
         x = MidBlock(c.norm_num_groups, name="mid")(x)
-        x = jax.nn.silu(group_norm(c.norm_num_groups, "norm_out")(x))
+        x = jax.nn.silu(GroupNorm(c.norm_num_groups, name="norm_out")(x))
         return conv3x3(2 * c.latent_channels, "conv_out")(x)
 
 
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
                 x = ResNet(channels, c.norm_num_groups, name=f"up_{i}_resnet_{j}")(x)
             if i < len(c.decoder_widths) - 1:
                 x = Upsample(channels, name=f"up_{i}_upsample")(x)
-        x = jax.nn.silu(group_norm(c.norm_num_groups, "norm_out")(x))
+        x = jax.nn.silu(GroupNorm(c.norm_num_groups, name="norm_out")(x))
         return conv3x3(c.out_channels, "conv_out")(x)
 
 
@@ -160,7 +160,7 @@ class SpatialAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         batch, height, width, channels = x.shape
-        h = group_norm(self.groups, "norm")(x).reshape(batch, height * width, channels)
+        h = GroupNorm(self.groups, name="norm")(x).reshape(batch, height * width, channels)
         q, k, v = (nn.Dense(channels, name=name)(h)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))
         return nn.Dense(channels, name="to_out")(attention(q, k, v)).reshape(x.shape)
 
@@ -173,8 +173,8 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        h = conv3x3(self.channels, "conv1")(jax.nn.silu(group_norm(self.groups, "norm1")(x)))
-        h = conv3x3(self.channels, "conv2")(jax.nn.silu(group_norm(self.groups, "norm2")(h)))
+        h = conv3x3(self.channels, "conv1")(jax.nn.silu(GroupNorm(self.groups, name="norm1")(x)))
+        h = conv3x3(self.channels, "conv2")(jax.nn.silu(GroupNorm(self.groups, name="norm2")(h)))
         if x.shape[-1] != self.channels:
             x = nn.Conv(self.channels, (1, 1), name="conv_shortcut")(x)
         return x + h
@@ -183,8 +183,3 @@ class ResNet(nn.Module):
 def conv3x3(channels: int, name: str) -> nn.Conv:
     """A 3x3 convolution that keeps the size."""
     return nn.Conv(channels, (3, 3), padding=1, name=name)
-
-
-def group_norm(groups: int, name: str) -> nn.GroupNorm:
-    """GroupNorm at the epsilon of every published autoencoder of this kind."""
-    return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, name=name)

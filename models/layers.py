@@ -29,6 +29,32 @@ class RMSNorm(nn.Module):
         return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+class GroupNorm(nn.Module):
+    """Normalises each group of channels of `x [B, H, W, C]`, with a learned scale and bias, in float32.
+
+    Means over the pixels come first, channel by channel, and those few numbers are grouped: splitting the channels of
+    whole images into groups breaks up the axis that devices read in one go.
+    """
+
+    groups: int
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+
+        def mean(values):
+            grouped = values.mean((1, 2), keepdims=True).reshape(len(x), 1, 1, self.groups, -1)
+            return jnp.repeat(grouped.mean(-1), channels // self.groups, axis=-1)
+
+        x32 = x.astype(jnp.float32)
+        centred = x32 - mean(x32)
+        factor = scale.astype(jnp.float32) * jax.lax.rsqrt(mean(jnp.square(centred)) + self.eps)
+        return (centred * factor + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 class GatedMLP(nn.Module):
     """Gated feed-forward, `w2(act(w1 x) * w3 x)`, without biases; SwiGLU unless told otherwise."""
 

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "benchmarks/throughput.py": "test_throughput",
     "examples/flux1_dev.py": "test_examples",
     "examples/flux2.py": "test_examples",
+    "examples/measure_demo2.py": "test_train_demo2",
     "examples/qwen_image.py": "test_examples",
     "examples/train_demo.py": "test_train_demo",
     "examples/train_demo2.py": "test_train_demo2",

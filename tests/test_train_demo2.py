@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo_models
 import demo_training
+import measure_demo2
 import train_demo2
 from demo2 import batches
 from demo2.sizes import DEMO, TINY
@@ -76,6 +77,18 @@ def test_both_clips_saw_other_data_from_other_weights(straight):
     assert not np.array_equal(first["tokens"], second["tokens"])
     kernels = [demo_training.load(straight.work / name)[1] for name in ("clip", "held-out-clip")]
     assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, kernels), strict=True))
+
+
+def test_the_export_is_a_checkpoint_that_can_be_measured(straight, tmp_path):
+    out = tmp_path / "facts.json"
+    options = {"model": str(straight.work / "export"), "sizes": "tiny", "out": out}
+    measure_demo2.main(measure_demo2.Arguments(**options, prompts=2, searched=1, noises=3, steps=1))
+    facts = json.loads(out.read_text())
+    assert set(facts) == {"reconstructions", "clip pairs", "held_out_clip pairs", "accuracy", "best_of"}
+    assert set(facts["best_of"]) == {"one noise", "best of 3"}
+    shares = [share for kind in facts.values() for share in jax.tree.leaves(kind)]
+    assert len(shares) == 1 + 2 + 2 + 2 * 6 + 2
+    assert all(0 <= share <= 1 for share in shares)
 
 
 def test_prompts_fit(straight):

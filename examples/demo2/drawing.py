@@ -19,8 +19,8 @@ INK = (25, 25, 25)  # of stripes, dots and outlines
 RADII = {"small": (6.4, 7.8), "large": (10.4, 12.8)}
 CROWDED_RADII = (6.4, 8.4)
 SIZE_BORDER = 9.0  # a radius between small and large
-PITCH = 5.2  # of stripes and dots
-STRIPE, DOT, OUTLINE = 1.15, 1.4, 1.7  # half width, radius, width
+STRIPE_PITCH, DOT_PITCH = 5.2, 6.4
+STRIPE, DOT, OUTLINE = 1.15, 2.0, 1.7  # half width, radius, width
 
 # The factors make all shapes of a radius look about equally large.
 SQUARE, TRIANGLE, DIAMOND = 0.886, 1.45, 1.25  # half side, circumradius, half diagonal
@@ -176,10 +176,9 @@ def ink_distance(texture: str, x: np.ndarray, y: np.ndarray, distance: np.ndarra
         return np.full_like(x, np.inf)
     if texture == "outlined":
         return -distance - OUTLINE
-    to_row = np.abs(y % PITCH - PITCH / 2)
     if texture == "striped":
-        return to_row - STRIPE
-    return np.hypot(to_row, np.abs(x % PITCH - PITCH / 2)) - DOT
+        return np.abs(y % STRIPE_PITCH - STRIPE_PITCH / 2) - STRIPE
+    return np.hypot(*(np.abs(along % DOT_PITCH - DOT_PITCH / 2) for along in (x, y))) - DOT
 
 
 def _box(shape: str, place: Place, scale: float, height: int, width: int) -> tuple[slice, slice]:
