@@ -54,7 +54,19 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.searchers": (
         set(),
-        ["registry", "ses", "zero_order", "best_of_n", "searcher", "space", "options", "cem", "elites", "wavelet"],
+        [
+            "registry",
+            "evosax",
+            "ses",
+            "zero_order",
+            "best_of_n",
+            "searcher",
+            "space",
+            "options",
+            "cem",
+            "elites",
+            "wavelet",
+        ],
     ),
     "ses_jax.rewards": (
         {"ses_jax.loading", "ses_jax.convert", "ses_jax.models"},

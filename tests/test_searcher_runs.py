@@ -90,7 +90,7 @@ def judge(after):
     return rewards.Reward((*host.parts, *toy.mixture(green=0.5).parts))
 
 
-@pytest.mark.parametrize("searcher", SEARCHERS[:2], ids=NAMES[:2])
+@pytest.mark.parametrize("searcher", [*SEARCHERS[:2], "evosax"], ids=[*NAMES[:2], "evosax"])
 def test_a_killed_search_goes_on_bit_equal(tmp_path, searcher):
     """Of a standardised mixture, whose whole archive is saved."""
     run = {"model": PIPELINE, "searcher": searcher, **SETTINGS}
@@ -138,7 +138,7 @@ def test_no_finite_score_yet_is_no_reason_to_stop():
 
 
 def test_a_bad_searcher_is_refused_before_a_model_is_looked_for(tmp_path, capsys):
-    with pytest.raises(ValueError, match="searcher='sea' is unknown; known: ses, best-of-n, zero-order"):
+    with pytest.raises(ValueError, match="searcher='sea' is unknown; known: ses, best-of-n, zero-order, evosax"):
         ses_jax.search("a", model="no/such/model", searcher="sea")
     arguments = ["search", "a", "--model", "no/such/model", "--searcher", "ses,depth=3", "--out", str(tmp_path)]
     assert cli.main(arguments) == 2

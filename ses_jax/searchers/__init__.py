@@ -5,6 +5,7 @@ searcher    what a searcher is: `init -> (ask -> tell) * generations`
 ses         Spectral Evolution Search: the Cross-Entropy Method over the low band
 zero_order  local mutation of the best
 best_of_n   independent noises
+evosax      evolution strategies of that package, by name
 space       what is searched: the low band, or whole noise
 options     what an option of a searcher is
 cem         the Cross-Entropy Method
