@@ -62,6 +62,22 @@ def test_bytes_of_a_search(work):
     assert plan.limit_bytes == pytest.approx(0.92 * devices.DEVICES["h200"].memory)
 
 
+def test_looks_are_planned(work):
+    """Ten previews of half the size, then three full ones; of the last five candidates two."""
+    config = SearchConfig(budget=25, fidelity="half4:0.3").resolve(work.pipeline)
+    looks = Work(work.pipeline, config, 128)
+    half = Work(work.pipeline, SearchConfig(height=512, width=512).resolve(work.pipeline), 128)
+    plan, full, small = (plan_on(w, machine(utilization=0.5)) for w in (looks, work, half))
+    decode = half.finish(1).flops
+    look = (small.candidate_flops - decode) // 8 * 4 + decode  # Turbo has 8 steps
+    encode = work.encode.flops
+    assert plan.search_flops == 25 * look + (8 + 2) * full.candidate_flops + encode
+    assert plan.candidate_flops == (25 * look + 8 * full.candidate_flops) // 25
+    assert plan.candidate_seconds * 25 == pytest.approx(3 * (10 * look + 3 * full.candidate_flops) / (0.5 * 989e12))
+    assert plan.search_bytes == full.search_bytes
+    assert "8 steps after half4:0.3" in str(plan)
+
+
 def test_time_of_a_search(work):
     fast, slow = (plan_on(work, machine(utilization=share)) for share in (0.5, 0.25))
     rate = 0.5 * 989e12

@@ -16,7 +16,7 @@ from ses_jax.loading import partition
 from ses_jax.pipelines.registry import FAMILIES
 from ses_jax.planner import devices as machines
 from ses_jax.planner import footprint, topologies
-from ses_jax.planner.workload import Work
+from ses_jax.planner.workload import Work, part_of
 
 # Of a device's memory; the rest is the runtime's and lost between arrays.
 USABLE = 0.92
@@ -101,12 +101,12 @@ def chunk_of(work: Work, machine: Machine) -> int:
 
 
 def candidates_seconds(work: Work, machine: Machine, chunk: int) -> float:
-    """All generations' candidates, whole chunks and what is left over."""
-    config = work.config
-    chunks, rest = divmod(min(config.population, config.budget), chunk)
-    generation = chunks * _render_seconds(work, machine, chunk, config.preview_steps)
-    if rest:
-        generation += _render_seconds(work, machine, rest, config.preview_steps)
+    """All generations' candidates with their looks, whole chunks and what is left over."""
+    config, generation = work.config, 0.0
+    for stage in config.fidelity.stages(min(config.population, config.budget), config.preview_steps):
+        chunks, rest = divmod(stage.images, chunk)
+        counts = [chunk] * chunks + [rest] * (rest > 0)
+        generation += sum(_render_seconds(work, machine, n, stage.steps, part_of(stage)) for n in counts)
     return math.ceil(config.budget / config.population) * generation
 
 
@@ -116,13 +116,13 @@ def other_seconds(work: Work, machine: Machine) -> float:
     return encode + _render_seconds(work, machine, 2, work.config.steps)
 
 
-def _render_seconds(work: Work, machine: Machine, count: int, steps: int) -> float:
+def _render_seconds(work: Work, machine: Machine, count: int, steps: int, part: int = 1) -> float:
     """From noise to scores for candidates that are made at once."""
     rate = machine.device.flops * machine.utilization
     axes = machine.axes
-    arithmetic = work.step(1).flops * _rows(count, axes[partition.DATA]) / (rate * axes[partition.MODEL])
+    arithmetic = work.step(1, part).flops * _rows(count, axes[partition.DATA]) / (rate * axes[partition.MODEL])
     reading = sum(weights_of(work, machine, work.image_params).values()) / machine.device.bandwidth
-    return steps * max(arithmetic, reading) + work.finish(1).flops * _rows(count, device_count(machine)) / rate
+    return steps * max(arithmetic, reading) + work.finish(1, part).flops * _rows(count, device_count(machine)) / rate
 
 
 def _rows(count: int, devices: int) -> int:

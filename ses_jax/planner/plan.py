@@ -30,7 +30,7 @@ from ses_jax.rewards.reward import Part, Reward
 
 REWARD = "reward"
 # The settings of a search that make it take more or less.
-PLANNED = ("height", "width", "population", "budget", "nfe", "preview_steps", "steps", "guidance", "chunk")
+PLANNED = ("height", "width", "population", "budget", "nfe", "preview_steps", "steps", "guidance", "fidelity", "chunk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Plan:
       limit_bytes: what a device lets programs use.
       fits: whether both fit; where it was compiled, whether that fits.
       chunk: the most candidates at a time that fit; 1 where none do; where it was compiled, those of the program.
-      candidate_flops, search_flops: of one candidate, and of a whole search with its two final images.
+      candidate_flops, search_flops: of one candidate, on average where not all get a full preview, and of a whole
+        search with its two final images.
       candidate_seconds, search_seconds: expected.
       advice: what to change so that it fits, best first, or what else it needs to fit; empty if nothing.
       compiled: what the device's compiler says; None where it was not asked.
@@ -136,6 +137,7 @@ def plan_on(work: Work, machine: Machine) -> Plan:
     config = work.config
     settings = {name: getattr(config, name) for name in ("height", "width", "population", "budget")}
     settings |= {name: getattr(config, name) for name in ("preview_steps", "steps", "guidance")}
+    settings["fidelity"] = str(config.fidelity)
     search_seconds = candidates_seconds(work, machine, chunk)
     fits = need.fits(machine)
     return Plan(
@@ -150,7 +152,7 @@ def plan_on(work: Work, machine: Machine) -> Plan:
         limit_bytes=limit_bytes(machine),
         fits=fits,
         chunk=chunk,
-        candidate_flops=work.candidate_flops(config.preview_steps),
+        candidate_flops=work.candidates_flops // config.budget,
         search_flops=work.search_flops(),
         candidate_seconds=search_seconds / config.budget,
         search_seconds=search_seconds + other_seconds(work, machine),

@@ -54,7 +54,9 @@ def lines(plan: Any) -> Iterator[tuple[str, str]]:
     yield "while encoding", _gib(plan.encode_bytes)
     yield "while searching", f"{_gib(plan.search_bytes)}, {plan.chunk} of {settings['population']} candidates at a time"
     yield "fits", "yes" if plan.fits else "no"
-    yield "a candidate", _cost(plan.candidate_flops, plan.candidate_seconds, f"{settings['preview_steps']} steps")
+    looks = "" if settings["fidelity"] == "full" else f" after {settings['fidelity']}"
+    preview = f"{settings['preview_steps']} steps{looks}"
+    yield "a candidate", _cost(plan.candidate_flops, plan.candidate_seconds, preview)
     yield (
         "a search",
         _cost(

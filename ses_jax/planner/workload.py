@@ -13,6 +13,8 @@ import numpy as np
 
 from ses_jax.engine import flops
 from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.cost import search_stages
+from ses_jax.engine.fidelity import Stage
 from ses_jax.models import clip
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.planner import footprint
@@ -49,8 +51,7 @@ class Work:
         self.tokens = pipeline.blank_tokens(1, tokens, guidance=config.guidance)
         self.scorer = clip_scorer(jax.tree.leaves(pipeline.params)[0].dtype)
         self.image_params = pipeline.image_params(pipeline.params)
-        self.step = functools.cache(self._step)
-        self.finish = functools.cache(self._finish)
+        self._step, self._finish = functools.cache(self._trace_step), functools.cache(self._trace_finish)
 
     @functools.cached_property
     def encode(self) -> Phase:
@@ -61,35 +62,50 @@ class Work:
     def condition(self) -> Any:
         return jax.eval_shape(self.pipeline.encode, self.pipeline.text_params(self.pipeline.params), self.tokens)
 
-    def _step(self, rows: int) -> Phase:
-        """One denoising step of so many candidates."""
+    def step(self, rows: int, part: int = 1) -> Phase:
+        """One denoising step of so many candidates; `part` 2 is half the height and width."""
+        return self._step(rows, part)
+
+    def finish(self, rows: int, part: int = 1) -> Phase:
+        """Images and scores of so many latents."""
+        return self._finish(rows, part)
+
+    def _trace_step(self, rows: int, part: int) -> Phase:
         condition = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self.condition)
         sigma = jax.ShapeDtypeStruct((rows,), jnp.float32)
-        return _phase(self.pipeline.velocity, self.image_params, self._latents(rows), sigma, condition)
+        return _phase(self.pipeline.velocity, self.image_params, self._latents(rows, part), sigma, condition)
 
-    def _finish(self, rows: int) -> Phase:
-        """Images and scores of so many latents."""
+    def _trace_finish(self, rows: int, part: int) -> Phase:
         scorer = self.scorer
         text = jax.eval_shape(scorer.embed_text, scorer.params, scorer.tokenize([""] * rows))
 
         def finish(params, reward, latents, text):
             return scorer.score(reward, self.pipeline.decode(params, latents), text)
 
-        return _phase(finish, self.image_params, scorer.params, self._latents(rows), text)
+        return _phase(finish, self.image_params, scorer.params, self._latents(rows, part), text)
 
-    def _latents(self, rows: int) -> jax.ShapeDtypeStruct:
-        shape = self.pipeline.noise_shape(self.config.height, self.config.width)
+    def _latents(self, rows: int, part: int) -> jax.ShapeDtypeStruct:
+        shape = self.pipeline.noise_shape(self.config.height // part, self.config.width // part)
         return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
 
-    def candidate_flops(self, steps: int) -> int:
-        """Of one candidate, from noise to score."""
-        return steps * self.step(1).flops + self.finish(1).flops
+    def image_flops(self, steps: int, part: int = 1) -> int:
+        """Of one image, from noise to score."""
+        return steps * self.step(1, part).flops + self.finish(1, part).flops
+
+    @functools.cached_property
+    def candidates_flops(self) -> int:
+        """Of all candidates, each with the looks that it gets."""
+        stages = search_stages(self.config, self.config.budget)
+        return sum(stage.images * self.image_flops(stage.steps, part_of(stage)) for stage in stages)
 
     def search_flops(self) -> int:
         """Of a whole search: encoding, all candidates, winner and base with all steps."""
-        config = self.config
-        candidates = config.budget * self.candidate_flops(config.preview_steps)
-        return self.encode.flops + candidates + 2 * self.candidate_flops(config.steps)
+        return self.encode.flops + self.candidates_flops + 2 * self.image_flops(self.config.steps)
+
+
+def part_of(stage: Stage) -> int:
+    """What the height and width of a stage's images are divided by."""
+    return 2 if stage.half else 1
 
 
 def _phase(function: Callable[..., Any], *args: Any) -> Phase:
