@@ -180,8 +180,11 @@ def _change_of_weight(roles: set[str], factors: Factors) -> tuple[tuple[int, ...
     (shape_1, rank_1, first), (shape_2, rank_2, second) = (_factor(factors, f"{kind}_w{i}") for i in (1, 2))
     if kind == "hada" and shape_1 != shape_2:
         raise ValueError(f"factors {list(shape_1)} and {list(shape_2)} do not fit together")
-    shape = shape_1 if kind == "hada" else tuple(a * b for a, b in zip(shape_1, shape_2, strict=True))
-    return shape, rank_2 or rank_1, lambda index: combine(first(), second())[index]
+    if kind == "hada":
+        shape, rank = shape_1, rank_1
+    else:
+        shape, rank = tuple(a * b for a, b in zip(shape_1, shape_2, strict=True)), rank_2 or rank_1
+    return shape, rank, lambda index: combine(first(), second())[index]
 
 
 def _factor(factors: Factors, name: str) -> tuple[tuple[int, ...], int | None, Callable[[], np.ndarray]]:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,7 @@ def pairs(adapters: Loras | None) -> tuple[tuple[str, float], ...]:
     if isinstance(adapters, str | Path):
         adapters = [adapters]
     listed = adapters.items() if isinstance(adapters, Mapping) else adapters
+    listed = listed if isinstance(listed, Iterable) else [listed]
     found = [(item, 1.0) if isinstance(item, str | Path) else item for item in listed]
     for item in found:
         if not _is_pair(item):
@@ -242,7 +243,7 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def _is_pair(item: Any) -> bool:
-    if not isinstance(item, Sequence) or len(item) != 2 or not isinstance(item[0], str | Path):
+    if not isinstance(item, Sequence) or len(item) != 2 or not isinstance(item[0], str | Path) or not item[0]:
         return False
     return isinstance(item[1], int | float) and not isinstance(item[1], bool) and math.isfinite(item[1])
 
