@@ -321,7 +321,8 @@ def _find_prefix(table: Table, names: Iterable[str]) -> str:
     return max((p for p in table.prefixes if any(name.startswith(p) for name in names)), key=len, default="")
 
 
-def _is_ignored(table: Table, name: str, prefix: str) -> bool:
+def is_ignored(table: Table, name: str, prefix: str = "") -> bool:
+    """Whether a published name is one that the network does not load."""
     return any(_pattern(template).fullmatch(name.removeprefix(prefix)) for template in table.ignored)
 
 

@@ -7,6 +7,7 @@ the conversion tables, and says what `convert.engine.load` has to add where. No 
 import contextlib
 import functools
 import json
+import logging
 import math
 import re
 from collections import defaultdict
@@ -24,6 +25,7 @@ from ses_jax.convert.lora import Change, Layer, Problem
 from ses_jax.convert.names import BIAS, WEIGHT, Vocabulary, vocabulary, window
 from ses_jax.convert.table import Component
 
+LOG = logging.getLogger("ses_jax")
 Loras = str | Path | Mapping[str | Path, float] | Sequence[Any]
 
 # What names of layers begin with, by network; the names themselves follow, dotted or with underscores.
@@ -71,7 +73,7 @@ class Addition(NamedTuple):
         return self.slot.transform.forward(np.float32(self.strength) * self.change.values(window(self.slot)))
 
 
-def pairs(adapters: Loras | None) -> tuple[tuple[str, float], ...]:
+def pairs(adapters: Any) -> tuple[tuple[str, float], ...]:
     """Sources and strengths, in the order in which they are added.
 
     Args:
@@ -150,15 +152,20 @@ def _match(adapter: Adapter, words: Mapping[str, Vocabulary]) -> tuple[dict[Plac
         Problem(refusal, PEFT_CONFIG) for refusal in map(lora.peft_refusal, adapter.configs.values()) if refusal
     ]
     additions: dict[Place, Addition] = {}
+    unused: list[str] = []
     for layer in layers:
         try:
-            for place, addition in _additions(adapter, layer, words):
+            of_layer = list(_additions(adapter, layer, words))
+            unused += [] if of_layer else layer.keys.values()
+            for place, addition in of_layer:
                 if not _is_same(additions.setdefault(place, addition), addition):
                     raise ValueError(f"changes the same weights as {', '.join(additions[place].change.keys)}")
         except ValueError as error:
             problems += [Problem(str(error), key) for key in layer.keys.values()]
     if not additions and not problems:
         problems = [Problem("changes nothing in this model", key) for key in adapter.weights.headers]
+    if unused and not problems:
+        LOG.info("lora %s: without effect: %s", adapter.source, ", ".join(_collapsed(unused)))
     return additions, problems
 
 
