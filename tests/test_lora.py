@@ -369,19 +369,17 @@ def test_loaded_pipelines_are_kept_apart(pipelines, tmp_path):
 def test_results_and_saved_searches_know_the_adapters(tmp_path):
     plain = toy.pipeline()
     pipeline = dataclasses.replace(plain, changes={"lora": [["a.safetensors", 0.5]]})
-    settings = {"budget": 2, "population": 2, "elites": 1, "progress": False}
-    result = ses_jax.search("x", model=pipeline, reward=toy.brightness(), **settings)
-    assert result.config["lora"] == [["a.safetensors", 0.5]]
     identities = [runner._identity(p, toy.brightness(), SearchConfig(), ["x"], [0]) for p in (pipeline, plain)]
-    resume.begin(tmp_path, identities[0])
-    resume.begin(tmp_path, identities[0])
+    resume.begin(tmp_path / "saved", identities[0])
+    resume.begin(tmp_path / "saved", identities[0])
     with pytest.raises(ValueError, match=r"other settings \(lora \[\['a.safetensors', 0.5\]\] -> None\)"):
-        resume.begin(tmp_path, identities[1])
-    out = tmp_path / "batch"
-    run = {"reward": toy.brightness(), "out": out, **settings}
-    ses_jax.search_many(["x"], model=pipeline, **run)
+        resume.begin(tmp_path / "saved", identities[1])
+    run = {"reward": toy.brightness(), "out": tmp_path / "batch", "budget": 2, "population": 2, "elites": 1}
+    ses_jax.search_many(["x"], model=pipeline, progress=False, **run)
+    saved = json.loads((tmp_path / "batch" / "00000" / "result.json").read_text())
+    assert saved["config"]["lora"] == [["a.safetensors", 0.5]]
     with pytest.raises(ValueError, match=r"was started with model='Toy toy .*a.safetensors.*', now model='Toy toy'"):
-        ses_jax.search_many(["x"], model=plain, **run)
+        ses_jax.search_many(["x"], model=plain, progress=False, **run)
 
 
 def test_a_schedule_may_be_overridden(pipelines):

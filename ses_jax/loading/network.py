@@ -222,14 +222,14 @@ def _with_facts(folder: Path, json: Mapping[str, Any], config: Any, params: Any)
 
 def _edited(saved: Path, abstract: Any, edits: Edits, *, dtype: Any = None, sharding: Placement | None = None) -> Any:
     """As `checkpoint.restore`, leaf by leaf through the host, where they are edited."""
-    read = checkpoint.leaf_reader(saved, abstract)
 
-    def fill(key_path, leaf):
+    def fill(read, key_path):
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
         values = read(path)
         return engine.place(engine.edit(values, path, dtype or values.dtype, edits), path, sharding)
 
-    return jax.tree_util.tree_map_with_path(fill, abstract)
+    with checkpoint.leaf_reader(saved, abstract) as read:
+        return jax.tree_util.tree_map_with_path(lambda key_path, _: fill(read, key_path), abstract)
 
 
 def _check_finite(folder: Path, params: Any) -> None:
