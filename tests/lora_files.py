@@ -13,6 +13,7 @@ from ses_jax.convert import engine, files, flux1, flux2, qwen_image
 from ses_jax.convert import z_image as z_image_tables
 from ses_jax.convert.engine import Header, Weights
 from ses_jax.loading import adapters, network
+from ses_jax.loading.lora_files import open_adapters
 
 
 def z_image_original(names):
@@ -69,7 +70,7 @@ class Family:
 
     def load(self, lora, folder=None, **how):
         """Params with adapters."""
-        opened = adapters.open_adapters(lora)
+        opened = open_adapters(lora)
         edits = adapters.plan_edits(opened, {"transformer": (self.component, self.json)})
         return network.load(folder or self.folder, self.component, edits=edits.get("transformer"), **how).params
 

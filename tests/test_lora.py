@@ -27,7 +27,8 @@ from ses_jax.convert.engine import ConversionError
 from ses_jax.convert.names import vocabulary
 from ses_jax.engine import models, resume, runner
 from ses_jax.engine.config import SearchConfig
-from ses_jax.loading import adapters, network
+from ses_jax.loading import network
+from ses_jax.loading.lora_files import open_adapters, pairs
 
 KOHYA = (".lora_down.weight", ".lora_up.weight")
 
@@ -522,20 +523,20 @@ def test_values_that_are_not_finite_are_named(flux1, tmp_path):
     "given", [{"a": 0.5, "b": 1.0}, [("a", 0.5), ["b", 1]], [("a", 0.5), "b"], {"a": np.float64(0.5), "b": 1}]
 )
 def test_ways_to_say_strengths(given):
-    assert adapters.pairs(given) == (("a", 0.5), ("b", 1.0))
-    assert adapters.pairs("a") == (("a", 1.0),)
-    assert adapters.pairs(None) == ()
+    assert pairs(given) == (("a", 0.5), ("b", 1.0))
+    assert pairs("a") == (("a", 1.0),)
+    assert pairs(None) == ()
 
 
 @pytest.mark.parametrize("given", [0.5, {"a": "strong"}, [("a", float("nan"))], {"a": True}, [("a", 1, 2)], {"": 1.0}])
 def test_strengths_that_are_none(given):
     with pytest.raises(ValueError, match=r"lora=.* is not a path or Hugging Face id with a strength"):
-        adapters.pairs(given)
+        pairs(given)
 
 
 def test_a_folder_holds_one_adapter_or_a_usual_one(tmp_path):
     def found():
-        return adapters.open_adapters(tmp_path)[0].weights.headers.keys()
+        return open_adapters(tmp_path)[0].weights.headers.keys()
 
     with pytest.raises(ValueError, match=r"no .safetensors file in it"):
         found()
@@ -565,7 +566,7 @@ def test_files_that_are_no_adapters(tmp_path, monkeypatch, source, error, compla
         (tmp_path / name).write_bytes(b"not tensors")
     save(tmp_path / "empty.safetensors", {})
     with pytest.raises(error, match=complaint):
-        adapters.open_adapters({source: 0.5})
+        open_adapters({source: 0.5})
 
 
 def test_adapters_come_from_the_hub(tmp_path, monkeypatch):
@@ -583,19 +584,19 @@ def test_adapters_come_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = ["org/name", "org/name:style.safetensors", "org/name/style.safetensors", "org/name/sub/x.safetensors"]
     for source in named:
-        assert adapters.open_adapters(source)[0].weights.headers.keys() == GOOD.keys()
+        assert open_adapters(source)[0].weights.headers.keys() == GOOD.keys()
     assert fetched == [("org/name", "style.safetensors")] * 3 + [("org/name", "sub/x.safetensors")]
     held.append("other.safetensors")
     with pytest.raises(ValueError, match=r"org/name holds 2 files; name one, as in org/name:other.safetensors"):
-        adapters.open_adapters("org/name")
+        open_adapters("org/name")
     fetched.clear()
-    adapters.open_adapters("org/name:sub/adapter_model.safetensors")
+    open_adapters("org/name:sub/adapter_model.safetensors")
     assert fetched == [("org/name", f"sub/adapter_{name}") for name in ("config.json", "model.safetensors")]
     monkeypatch.setattr(
         huggingface_hub, "list_repo_files", lambda repository: (_ for _ in ()).throw(OSError("offline"))
     )
     with pytest.raises(ValueError, match=r"'org/name' is neither a file nor could it be fetched .*offline"):
-        adapters.open_adapters("org/name")
+        open_adapters("org/name")
 
 
 def test_the_shell_takes_adapters_and_schedules(tmp_path, capsys):

@@ -27,7 +27,8 @@ from ses_jax.engine import search as engine
 from ses_jax.engine.config import Placement, RunConfig, SearchConfig, check_looks
 from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.settings import gather, takes
-from ses_jax.loading import adapters, partition
+from ses_jax.loading import partition
+from ses_jax.loading.lora_files import pairs
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards.reward import Reward
 
@@ -81,7 +82,7 @@ def search_many(
     me = own_place(process_id, num_processes)
     run = Run(Path(out), rows, me.process_id)
     load = dict(place.load or {})
-    load |= {"lora": adapters.pairs(load["lora"])} if load.get("lora") else {}
+    load |= {"lora": pairs(load["lora"])} if load.get("lora") else {}
     described = _described(config.as_json()) | {"load": _described(load)}
     described |= {"model": _name(how.model), "reward": _name(how.reward), "report": _name(report)}
     run.check(described)

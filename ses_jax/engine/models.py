@@ -11,7 +11,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ses_jax.loading import adapters, hub, partition
+from ses_jax.loading import hub, partition
+from ses_jax.loading.lora_files import pairs
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.registry import load_pipeline
 from ses_jax.rewards import reward as rewards
@@ -103,7 +104,7 @@ def find_pipeline(model: str | Pipeline, mesh: str | Mesh | None = None, **optio
 
 def _named_pipeline(source: str, mesh: str | Mesh | None, options: Mapping[str, Any]) -> Pipeline:
     mesh = partition.parse_mesh(mesh)
-    added = tuple(_state(adapter) for adapter, _ in adapters.pairs(options.get("lora")))
+    added = tuple(_state(adapter) for adapter, _ in pairs(options.get("lora")))
     key = (*_state(source), mesh, repr(sorted(options.items())), added)
     return _PIPELINES.get({key: lambda: load_pipeline(source, mesh=mesh, **options)})[0]
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ses_jax.loading import adapters, hub, network, partition
+from ses_jax.loading.lora_files import Loras, open_adapters, pairs
 from ses_jax.pipelines import flux1, flux2, qwen_image, z_image
 from ses_jax.pipelines.base import Parts, Pipeline, Published
 from ses_jax.pipelines.schedule import check_override
@@ -31,7 +32,7 @@ def load_pipeline(
     dtype: Any = None,
     mesh: str | Mesh | None = None,
     offload_text_encoder: bool = False,
-    lora: adapters.Loras | None = None,
+    lora: Loras | None = None,
     schedule: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pipeline:
@@ -86,7 +87,7 @@ def load_pipeline(
     configs = {name: config for name, (config, _) in loaded.items()}
     params = {name: params for name, (_, params) in loaded.items()}
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder), schedule or {})
-    changes = {"lora": [list(pair) for pair in adapters.pairs(lora)], "schedule": dict(schedule or {})}
+    changes = {"lora": [list(pair) for pair in pairs(lora)], "schedule": dict(schedule or {})}
     pipeline = _placed(family, family.assemble(parts, **options), mesh)
     return dataclasses.replace(pipeline, changes={name: change for name, change in changes.items() if change})
 
@@ -116,9 +117,9 @@ def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | No
     raise ValueError(f"{source}: no published model of that name; known: {', '.join(_published_names())}")
 
 
-def _edits(folder: Path, family: ModuleType, lora: adapters.Loras | None) -> dict[str, Any]:
+def _edits(folder: Path, family: ModuleType, lora: Loras | None) -> dict[str, Any]:
     """What adapters change in the networks, by network; nothing but headers of the networks is read."""
-    opened = adapters.open_adapters(lora)
+    opened = open_adapters(lora)
     changed = {name: part for name, part in family.COMPONENTS.items() if opened and name in adapters.PREFIXES}
     return adapters.plan_edits(
         opened, {name: (part, network.config_of(folder / name, part)) for name, part in changed.items()}
