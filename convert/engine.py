@@ -22,6 +22,9 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 MAX_LISTED = 20
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+# What changes pieces of leaves while they are loaded: by path of the leaf and place along its leading axis (None where
+# it is not stacked), a function of the piece in float32 that gives the changed one, to be cast once.
+Edits = Mapping[tuple[str, int | None], Callable[[np.ndarray], np.ndarray]]
 BAND = 64
 
 
@@ -103,7 +106,7 @@ def plan(table: Table, abstract: Any, headers: Mapping[str, Header]) -> Plan:
     prefix = _find_prefix(table, headers)
     slots = layout(table, abstract, prefix)
     wanted = {slot.name: slot for slot in slots}
-    unused = tuple(name for name in headers if name not in wanted and _is_ignored(table, name, prefix))
+    unused = tuple(name for name in headers if name not in wanted and is_ignored(table, name, prefix))
     unexpected = [name for name in headers if name not in wanted and name not in unused]
     once = wanted.values()
     problems = [f"missing: {s.name} {list(s.shape)}, for {s.target}" for s in once if s.name not in headers]
@@ -120,6 +123,7 @@ def load(
     *,
     dtype: Any = None,
     sharding: Placement | None = None,
+    edits: Edits | None = None,
 ) -> Any:
     """Fills the params leaf by leaf, so that the host holds at most one leaf beside the params.
 
@@ -130,6 +134,7 @@ def load(
       dtype: of the params; None keeps each leaf in the dtype of its file.
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
+      edits: changes of pieces on their way; None is none.
 
     Raises:
       ConversionError: naming a tensor with NaN or infinite values.
@@ -139,9 +144,7 @@ def load(
         path = _path(key_path)
         slots = plan.slots[path]
         leaf_dtype = dtype or np.result_type(*(DTYPES[weights.headers[s.name].dtype] for s in slots))
-        values = _assemble(slots, leaf.shape, leaf_dtype, weights)
-        # Waiting keeps transfers from piling up on the host.
-        return jax.block_until_ready(jax.device_put(values) if sharding is None else _place(values, path, sharding))
+        return place(_assemble(slots, np.empty(leaf.shape, leaf_dtype), weights, edits or {}), path, sharding)
 
     return jax.tree_util.tree_map_with_path(fill, abstract)
 
@@ -156,7 +159,7 @@ def export(table: Table, params: Any, prefix: str | None = None) -> Iterator[tup
     """
     leaves = {_path(key_path): leaf for key_path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     slots = layout(table, params, table.prefixes[0] if prefix is None else prefix)
-    tensors = _by_name(slots).items()
+    tensors = by_name(slots).items()
     for targets, group in itertools.groupby(tensors, key=lambda item: [slot.target for slot in item[1]]):
         values = {target: np.asarray(leaves[target]) for target in targets}
         dtype = np.result_type(*values.values())
@@ -167,8 +170,29 @@ def export(table: Table, params: Any, prefix: str | None = None) -> Iterator[tup
             yield name, published
 
 
-def layout(table: Table, abstract: Any, prefix: str = "") -> tuple[Slot, ...]:
+def place(values: np.ndarray, path: str, sharding: Placement | None) -> jax.Array | np.ndarray:
+    """Puts a leaf where it belongs, and waits for that, which keeps transfers from piling up on the host."""
+    return jax.block_until_ready(jax.device_put(values) if sharding is None else _place(values, path, sharding))
+
+
+def edit(values: np.ndarray, path: str, dtype: Any, edits: Edits) -> np.ndarray:
+    """A whole leaf of the host in another dtype, with its edits."""
+    leaf = np.array(values, dtype)
+    for index in (index for target, index in edits if target == path):
+        # Exact values are edited, not those that were cast.
+        at = ... if index is None else index
+        leaf[at] = edits[path, index](np.array(values[at], np.float32))
+    return leaf
+
+
+def layout(table: Table, abstract: Any, prefix: str = "", *, whole: bool = True) -> tuple[Slot, ...]:
     """Every published tensor of a params tree, in the order of its leaves.
+
+    Args:
+      table: the network's conversion table.
+      abstract: the params tree as shapes.
+      prefix: what names begin with.
+      whole: whether every leaf needs a rule.
 
     Raises:
       ConversionError: for a leaf without exactly one rule, and for a published name that is used twice.
@@ -179,10 +203,10 @@ def layout(table: Table, abstract: Any, prefix: str = "") -> tuple[Slot, ...]:
         rules = [rule for rule in table.rules if _pattern(rule.target).fullmatch(path)]
         if len(rules) == 1:
             slots += _slots(rules[0], path, leaf.shape, prefix)
-        else:
+        elif rules or whole:
             claims = " and ".join(f"{r.source} -> {r.target}" for r in rules) or "none"
             problems.append(f"{path} needs exactly one rule, has {len(rules)}: {claims}")
-    shared = _by_name(slots)
+    shared = by_name(slots)
     problems += [p for name, group in shared.items() for p in _sharing_problems(name, group)]
     _raise_if(problems, "the conversion table does not fit the network")
     places = {name: _places(group) for name, group in shared.items() if group[0].part is not None}
@@ -228,13 +252,13 @@ def _places(slots: Iterable[Slot]) -> list[Slot]:
     ]
 
 
-def _assemble(slots: Iterable[Slot], shape: tuple[int, ...], dtype: Any, weights: Weights) -> np.ndarray:
-    """One leaf on the host, from its published tensors read one after the other."""
-    leaf = np.empty(shape, dtype)
+def _assemble(slots: Iterable[Slot], leaf: np.ndarray, weights: Weights, edits: Edits) -> np.ndarray:
+    """One leaf on the host, filled from its published tensors, read and edited one after the other."""
     for slot in slots:
-        piece = _piece(leaf, slot)
+        piece, values = _piece(leaf, slot), slot.transform.forward(_read(weights, slot))
+        edit = edits.get((slot.target, slot.index))
         with np.errstate(over="ignore"):  # reported below, with the tensor's name
-            _copy(piece, slot.transform.forward(_read(weights, slot)))
+            _copy(piece, values if edit is None else edit(values.astype(np.float32)))
         if not np.isfinite(piece).all():
             file = weights.headers[slot.name].file
             raise ConversionError(f"{slot.name} in {file} has NaN or infinite values (as {leaf.dtype})")
@@ -297,7 +321,8 @@ def _find_prefix(table: Table, names: Iterable[str]) -> str:
     return max((p for p in table.prefixes if any(name.startswith(p) for name in names)), key=len, default="")
 
 
-def _is_ignored(table: Table, name: str, prefix: str) -> bool:
+def is_ignored(table: Table, name: str, prefix: str = "") -> bool:
+    """Whether a published name is one that the network does not load."""
     return any(_pattern(template).fullmatch(name.removeprefix(prefix)) for template in table.ignored)
 
 
@@ -305,7 +330,8 @@ def _by_target(slots: Iterable[Slot]) -> dict[str, tuple[Slot, ...]]:
     return {target: tuple(group) for target, group in itertools.groupby(slots, key=lambda slot: slot.target)}
 
 
-def _by_name(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
+def by_name(slots: Iterable[Slot]) -> dict[str, list[Slot]]:
+    """The slots of each published tensor."""
     groups = collections.defaultdict(list)
     for slot in slots:
         groups[slot.name].append(slot)

@@ -103,6 +103,19 @@ def open_files(files: Iterable[Path]) -> Weights:
     return Weights(headers, read, read_part=read)
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The text that stands in a safetensors file's header beside its tensors.
+
+    Raises:
+      ConversionError: naming a file that is truncated or corrupt.
+    """
+    try:
+        with safetensors.safe_open(os.fspath(file), "numpy") as opened:
+            return opened.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ConversionError(f"{file} is truncated or corrupt: {error}") from error
+
+
 def write_weights(
     folder: Path, stem: str, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
 ) -> None:

@@ -115,6 +115,19 @@ ORIGINAL = Table(
 )
 
 
+# Layers as XLabs names them; the first of a single block is a part of `linear1`.
+XLABS = Table(
+    (
+        *fused("double_blocks.{i}.processor.qkv_lora1", [f"double_blocks/attention/{n}" for n in IMAGE_ATTENTION[:3]]),
+        *linear("double_blocks.{i}.processor.proj_lora1", "double_blocks/attention/to_out"),
+        *fused("double_blocks.{i}.processor.qkv_lora2", [f"double_blocks/attention/{n}" for n in TEXT_ATTENTION[:3]]),
+        *linear("double_blocks.{i}.processor.proj_lora2", "double_blocks/attention/to_add_out"),
+        *fused("single_blocks.{i}.processor.qkv", [f"single_blocks/attention/to_{n}" for n in "qkv"]),
+        *_single_output("single_blocks.{i}.processor.proj"),
+    )
+)
+
+
 def original_config(headers: Mapping[str, Header]) -> dict[str, Any]:
     """The `config.json` of a single file, from the shapes of its tensors; errors are `mmdit.original_config`'s."""
     return {
@@ -131,5 +144,6 @@ COMPONENT = Component(
     single_file=SingleFile(
         ("flux1-dev.safetensors", "flux1-schnell.safetensors"), lambda config: ORIGINAL, original_config
     ),
+    aliases=lambda config: XLABS,
     partition=flux1.PARTITION,
 )

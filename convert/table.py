@@ -109,6 +109,7 @@ class Component:
       table: content of `config.json` to the conversion table.
       stem: name of the published weights file, without `.safetensors`.
       single_file: the other published form, which is read where the network's own folder has no weights.
+      aliases: content of `config.json` to a table of names that only adapters use, of all or some of the params.
       partition: ordered pairs of a path pattern in the params and how a leaf of that path is split over a mesh; the
         whole network on every device unless said otherwise.
     """
@@ -118,6 +119,7 @@ class Component:
     table: Callable[[Mapping[str, Any]], Table]
     stem: str = "diffusion_pytorch_model"
     single_file: SingleFile | None = None
+    aliases: Callable[[Mapping[str, Any]], Table] | None = None
     partition: Sequence[tuple[str, PartitionSpec]] = ((".*", PartitionSpec()),)
 
     def abstract(self, config: Any) -> Any:

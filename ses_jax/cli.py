@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,6 +57,17 @@ LOADING = {
         False,
         "keep weights in host memory, and the text encoders off the device while it makes images",
     ),
+    "lora": (
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        (),
+        "an adapter to merge into the weights, a file, folder or Hugging Face id with its strength, as in "
+        '"style.safetensors=0.8"; may be given several times',
+    ),
+    "schedule": (
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        (),
+        'an entry of the scheduler\'s config to override, as in "shift=3.0"; may be given several times',
+    ),
     "option": (tuple[str, ...], (), 'the model family\'s own options for loading, such as "band=unpacked"'),
 }
 
@@ -89,6 +100,9 @@ def arguments(chosen: Any) -> dict[str, Any]:
     if "option" in given:
         given["load"] = _parse_options(given.pop("option"))
         given["load"] |= {"offload_text_encoder": True} if given.pop("offload_text_encoder") else {}
+        lora, schedule = (given.pop(name) for name in ("lora", "schedule"))
+        given["load"] |= {"lora": tuple(map(_parse_adapter, lora))} if lora else {}
+        given["load"] |= {"schedule": _parse_schedule(schedule)} if schedule else {}
     if given.get("reward") is not None:
         given["reward"] = _parse_reward(given["reward"])
     if ":" in given.get("searcher", ""):
@@ -317,6 +331,23 @@ def _parse_options(options: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"--option {option}: expected NAME=VALUE")
         parsed[name] = int(value) if value.isdecimal() else value
     return parsed
+
+
+def _parse_adapter(text: str) -> tuple[str, float]:
+    """`"PATH=0.8"` as source and strength; `"PATH"` has a strength of 1, also with = in it."""
+    source, separator, strength = text.rpartition("=")
+    try:
+        return (source, float(strength)) if separator else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _parse_schedule(entries: Sequence[str]) -> dict[str, Any]:
+    """`["shift=3.0", "shift_terminal=null"]` as a mapping; values are JSON."""
+    try:
+        return {name.strip(): loads(value) for name, value in (entry.split("=") for entry in entries)}
+    except ValueError:
+        raise ValueError(f"--schedule {' '.join(entries)}: expected NAME=VALUE, such as shift=3.0") from None
 
 
 def _parse_part(name: str, kind: str = "reward") -> Any:

@@ -78,14 +78,14 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.loading": (
         {"ses_jax.convert", "ses_jax.models"},
-        ["hub", "folder", "network", "checkpoint", "partition", "programs"],
+        ["hub", "folder", "network", "adapters", "lora_files", "checkpoint", "partition", "programs"],
     ),
     "ses_jax.convert": (
         {"ses_jax.models"},
         [
             *("flux1", "flux2", "qwen_image", "z_image", "autoencoder_kl_bn", "autoencoder_kl", "qwen_vae"),
             *("decoder_lm", "t5", "clip", "open_clip", "blip", "score_head", "mmdit"),
-            *("files", "pickles", "engine", "table"),
+            *("files", "pickles", "lora", "names", "engine", "table"),
         ],
     ),
     "ses_jax.models": (

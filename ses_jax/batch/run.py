@@ -8,6 +8,7 @@ process `i` of `n` takes the rows `i, i + n, ...`, and no process ever waits for
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from ses_jax.engine.config import Placement, RunConfig, SearchConfig, check_look
 from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.settings import gather, takes
 from ses_jax.loading import partition
+from ses_jax.loading.lora_files import pairs
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards.reward import Reward
 
@@ -80,6 +82,7 @@ def search_many(
     me = own_place(process_id, num_processes)
     run = Run(Path(out), rows, me.process_id)
     load = dict(place.load or {})
+    load |= {"lora": pairs(load["lora"])} if load.get("lora") else {}
     described = _described(config.as_json()) | {"load": _described(load)}
     described |= {"model": _name(how.model), "reward": _name(how.reward), "report": _name(report)}
     run.check(described)
@@ -110,7 +113,8 @@ def _name(thing: Any) -> Any:
     if thing is None or isinstance(thing, str):
         return thing
     if isinstance(thing, Pipeline):
-        return f"{thing.family} {thing.folder}"
+        changes = f" {json.dumps(thing.changes)}" if thing.changes else ""
+        return f"{thing.family} {thing.folder}{changes}"
     if isinstance(thing, Reward):
         return thing.name
     if isinstance(thing, Mapping):

@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from ses_jax.loading import hub, partition
+from ses_jax.loading.lora_files import pairs
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.registry import load_pipeline
 from ses_jax.rewards import reward as rewards
@@ -103,7 +104,8 @@ def find_pipeline(model: str | Pipeline, mesh: str | Mesh | None = None, **optio
 
 def _named_pipeline(source: str, mesh: str | Mesh | None, options: Mapping[str, Any]) -> Pipeline:
     mesh = partition.parse_mesh(mesh)
-    key = (*_state(source), mesh, repr(sorted(options.items())))
+    added = tuple(_state(adapter) for adapter, _ in pairs(options.get("lora")))
+    key = (*_state(source), mesh, repr(sorted(options.items())), added)
     return _PIPELINES.get({key: lambda: load_pipeline(source, mesh=mesh, **options)})[0]
 
 
@@ -121,5 +123,5 @@ def _kinds(spec: RewardSpec | Reward | None) -> list[str]:
 def _state(source: str | Path) -> tuple[Hashable, ...]:
     """A source with the files of its local folder as they are now: one that is written again is loaded again."""
     folder = Path(hub.DEMO if source == "demo" else source).expanduser()
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    files = sorted(path for path in (folder, *folder.rglob("*")) if path.is_file())
     return str(source), tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)

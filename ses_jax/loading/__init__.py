@@ -3,6 +3,8 @@
 hub          `resolve` a source to a folder; read one network or tokenizer of it
 folder       convert whole checkpoint folders, either way
 network      one network's folder, in either form
+adapters     LoRA and its relatives, merged into weights while these are read
+lora_files   where adapters come from
 checkpoint   params on disk in our own form (Orbax)
 partition    meshes of devices, and where each leaf of the params lies on them
 programs     what is compiled, and kept for later calls

@@ -3,7 +3,8 @@
 Orbax takes a second to import and only converted checkpoints need it, so it is imported where it is used.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,29 @@ def restore(
             saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
             _check_tree(folder, saved, abstract)
             return checkpointer.restore(folder.absolute(), _target(saved, abstract, dtype, sharding))
+    except (OSError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
+
+
+@contextlib.contextmanager
+def leaf_reader(folder: Path, abstract: Any) -> Iterator[Callable[[str], np.ndarray]]:
+    """What reads a leaf by its path, on the host, of a tree that `save` wrote; raises as `restore` does."""
+    import orbax.checkpoint as ocp
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist")
+
+    def read(path):
+        item, as_numpy = 0, ocp.RestoreArgs(restore_type=np.ndarray)
+        for name in reversed(path.split("/")):
+            item, as_numpy = {name: item}, {name: as_numpy}
+        args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+        return jax.tree.leaves(checkpointer.restore(folder.absolute(), args=args))[0]
+
+    try:
+        _check_tree(folder, metadata(folder), abstract)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            yield read
     except (OSError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
 

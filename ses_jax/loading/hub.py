@@ -10,7 +10,7 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 
-from ses_jax.convert.engine import Placement, Weights
+from ses_jax.convert.engine import Edits, Placement, Weights
 from ses_jax.convert.files import open_files, open_named, read_json
 from ses_jax.convert.pickles import open_pickle
 from ses_jax.convert.table import Component
@@ -92,6 +92,7 @@ def load_component(
     *,
     dtype: Any = None,
     sharding: Placement | None = None,
+    edits: Edits | None = None,
 ) -> tuple[Any, Any]:
     """Config and params of one network, from its published or converted folder.
 
@@ -101,12 +102,13 @@ def load_component(
       dtype: of the params; None is bfloat16 on GPU and TPU, float32 on CPU.
       sharding: `(path, shape)` of a leaf of the params to where it is placed, None being NumPy on the host; without it,
         the default device.
+      edits: changes of pieces of leaves on their way, see `adapters`; None is none.
 
     Raises:
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
-    loaded = network.load(folder, component, dtype=params_dtype(dtype), sharding=sharding)
+    loaded = network.load(folder, component, dtype=params_dtype(dtype), sharding=sharding, edits=edits)
     return loaded.config, loaded.params
 
 

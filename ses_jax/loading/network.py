@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ses_jax.convert import engine
-from ses_jax.convert.engine import ConversionError, Placement, Weights
+from ses_jax.convert.engine import ConversionError, Edits, Placement, Weights
 from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
 from ses_jax.convert.table import Component
 from ses_jax.loading import checkpoint
@@ -55,6 +55,7 @@ def load(
     *,
     dtype: Any = None,
     sharding: Placement | None = None,
+    edits: Edits | None = None,
 ) -> Network:
     """Reads a network from a published or a converted folder, or from the single file beside a folder without weights.
 
@@ -64,23 +65,34 @@ def load(
       dtype: of the params; None keeps that of the files.
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
+      edits: changes of pieces of leaves on their way; None is none.
 
     Raises:
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
+    json = config_of(folder, component)
     file = _single_file(folder, component)
     if file:
-        weights = open_files([file])
-        json = _single_file_config(file, weights, folder, component)
         component = dataclasses.replace(component, table=component.single_file.table)
-        return read(weights, component, json, dtype=dtype, sharding=sharding)
-    json, config = read_config(folder / "config.json", component)
+        return read(open_files([file]), component, json, dtype=dtype, sharding=sharding, edits=edits)
     if (folder / PARAMS).is_dir():
-        params = checkpoint.restore(folder / PARAMS, component.abstract(config), dtype=dtype, sharding=sharding)
+        config = component.from_json(json)
+        abstract, how = component.abstract(config), {"dtype": dtype, "sharding": sharding}
+        saved = folder / PARAMS
+        params = _edited(saved, abstract, edits, **how) if edits else checkpoint.restore(saved, abstract, **how)
         _check_finite(folder, params)
         return _with_facts(folder, json, config, params)
-    return read(open_weights(folder, component.stem), component, json, dtype=dtype, sharding=sharding)
+    weights = open_weights(folder, component.stem)
+    return read(weights, component, json, dtype=dtype, sharding=sharding, edits=edits)
+
+
+def config_of(folder: Path, component: Component) -> dict[str, Any]:
+    """Content of the `config.json` of a network that `load` would read; raises as it does. No weights are read."""
+    file = _single_file(folder, component)
+    if file:
+        return _single_file_config(file, open_files([file]), folder, component)
+    return read_config(folder / "config.json", component)[0]
 
 
 def read_config(file: Path, component: Component) -> tuple[dict[str, Any], Any]:
@@ -105,6 +117,7 @@ def read(
     *,
     dtype: Any = None,
     sharding: Placement | None = None,
+    edits: Edits | None = None,
 ) -> Network:
     """Reads a network from published tensors, wherever they lie.
 
@@ -115,6 +128,7 @@ def read(
       dtype: of the params; None keeps that of the files.
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
+      edits: changes of pieces of leaves on their way; None is none.
 
     Raises:
       ConversionError: naming the tensors that do not fit.
@@ -122,7 +136,7 @@ def read(
     config = component.from_json(json)
     abstract = component.abstract(config)
     plan = engine.plan(component.table(json), abstract, weights.headers)
-    params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding)
+    params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding, edits=edits)
     unused = Weights({name: weights.headers[name] for name in plan.unused}, weights.read)
     return Network(json, config, params, plan.prefix, unused)
 
@@ -204,6 +218,18 @@ def _with_facts(folder: Path, json: Mapping[str, Any], config: Any, params: Any)
     facts = read_json(folder / CONVERSION)
     unused = open_weights(folder, UNUSED) if any(folder.glob(f"{UNUSED}*")) else open_files([])
     return Network(json, config, params, facts["prefix"], unused, tuple(facts["dropped"]))
+
+
+def _edited(saved: Path, abstract: Any, edits: Edits, *, dtype: Any = None, sharding: Placement | None = None) -> Any:
+    """As `checkpoint.restore`, leaf by leaf through the host, where they are edited."""
+
+    def fill(read, key_path):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        values = read(path)
+        return engine.place(engine.edit(values, path, dtype or values.dtype, edits), path, sharding)
+
+    with checkpoint.leaf_reader(saved, abstract) as read:
+        return jax.tree_util.tree_map_with_path(lambda key_path, _: fill(read, key_path), abstract)
 
 
 def _check_finite(folder: Path, params: Any) -> None:

@@ -60,6 +60,7 @@ class Parts(NamedTuple):
       scheduler: content of `scheduler/scheduler_config.json`.
       index: content of `model_index.json`.
       settings: content of the checkpoint's own `ses_jax.json`.
+      schedule: what is to be otherwise in the scheduler's content when noise levels are made.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Parts(NamedTuple):
     scheduler: Mapping[str, Any]
     index: Mapping[str, Any] = {}
     settings: Mapping[str, Any] = {}
+    schedule: Mapping[str, Any] = {}
 
 
 class Published(NamedTuple):
@@ -114,6 +116,8 @@ class Pipeline:
       image_params: the part that `velocity` and `decode` use.
       place: `(params) -> params`, puts any of these parts on their devices; moves nothing that is there already.
       mesh: the devices; None is the default device.
+      changes: how images differ from those of the checkpoint by what it was loaded with, as plain JSON values by the
+        name of the argument of `load_pipeline`: kept in results, and a saved search goes on only with the same.
     """
 
     family: str
@@ -132,6 +136,7 @@ class Pipeline:
     image_params: Callable[[Any], Any] = lambda params: params
     place: Callable[[Any], Any] = lambda params: params
     mesh: Mesh | None = None
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def pick(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ses_jax.loading import hub, partition
+from ses_jax.loading import adapters, hub, network, partition
+from ses_jax.loading.lora_files import Loras, open_adapters, pairs
 from ses_jax.pipelines import flux1, flux2, qwen_image, z_image
 from ses_jax.pipelines.base import Parts, Pipeline, Published
+from ses_jax.pipelines.schedule import check_override
 
 FAMILIES: dict[str, ModuleType] = {
     "ZImagePipeline": z_image,
@@ -30,6 +32,8 @@ def load_pipeline(
     dtype: Any = None,
     mesh: str | Mesh | None = None,
     offload_text_encoder: bool = False,
+    lora: Loras | None = None,
+    schedule: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pipeline:
     """Loads a text-to-image model.
@@ -43,6 +47,12 @@ def load_pipeline(
       offload_text_encoder: keep the weights in host memory. A search or render then puts the text encoders on the
         device, encodes its prompts, drops them, and only then puts the other networks there, so that the device holds
         the larger of the two and never their sum.
+      lora: adapters to merge into the weights while these are read, which costs a search nothing: a mapping of files,
+        folders or Hugging Face ids ("organisation/name", "organisation/name:file.safetensors") to strengths, such as
+        {"style.safetensors": 0.8}, a sequence of such pairs, or one of them alone, at strength 1. All are added in
+        float32, and the sum is cast once.
+      schedule: entries of the checkpoint's scheduler_config.json to override, for adapters that were distilled with
+        another schedule, such as {"use_dynamic_shifting": False, "shift": 3.0, "shift_terminal": None}.
       options: the family's own, see its module in `ses_jax.pipelines`.
 
     Returns:
@@ -50,13 +60,16 @@ def load_pipeline(
 
     Raises:
       ValueError: for an unknown source, model family or option, a mesh that does not fit, or a broken checkpoint; the
-        message names file and tensor.
+        message names file and tensor. For adapters that do not fit the model, before any weights are read, naming all
+        of their tensors that don't.
     """
     dtype = hub.params_dtype(dtype)
     folder = hub.resolve(source)
     index = hub.read_json(folder / "model_index.json")
     family = _family(source, index.get("_class_name"))
     _check_options(source, family, options)
+    check_override(schedule or {})
+    edits = _edits(folder, family, lora)
     scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
     tokenizers = {name: hub.load_tokenizer(folder / name) for name in family.TOKENIZERS}
     mesh = partition.parse_mesh(mesh)
@@ -67,13 +80,16 @@ def load_pipeline(
             part,
             dtype=dtype,
             sharding=hub.on_host if offload_text_encoder else partition.loader(mesh, rules[name]),
+            edits=edits.get(name),
         )
         for name, part in family.COMPONENTS.items()
     }
     configs = {name: config for name, (config, _) in loaded.items()}
     params = {name: params for name, (_, params) in loaded.items()}
-    parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder))
-    return _placed(family, family.assemble(parts, **options), mesh)
+    parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder), schedule or {})
+    changes = {"lora": [list(pair) for pair in pairs(lora)], "schedule": dict(schedule or {})}
+    pipeline = _placed(family, family.assemble(parts, **options), mesh)
+    return dataclasses.replace(pipeline, changes={name: change for name, change in changes.items() if change})
 
 
 def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None, **options: Any) -> Pipeline:
@@ -99,6 +115,15 @@ def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | No
                 pipeline = family.assemble(_abstract_parts(family, published, dtype), **options)
                 return pipeline if mesh is None else _placed(family, pipeline, mesh)
     raise ValueError(f"{source}: no published model of that name; known: {', '.join(_published_names())}")
+
+
+def _edits(folder: Path, family: ModuleType, lora: Loras | None) -> dict[str, Any]:
+    """What adapters change in the networks, by network; nothing but headers of the networks is read."""
+    opened = open_adapters(lora)
+    changed = {name: part for name, part in family.COMPONENTS.items() if opened and name in adapters.PREFIXES}
+    return adapters.plan_edits(
+        opened, {name: (part, network.config_of(folder / name, part)) for name, part in changed.items()}
+    )
 
 
 def _placed(family: ModuleType, pipeline: Pipeline, mesh: Mesh | None) -> Pipeline:

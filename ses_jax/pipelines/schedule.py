@@ -11,6 +11,11 @@ from ses_jax.pipelines.base import Parts
 
 Mu = Callable[[int, int], float]
 
+# What a config says of noise levels; whatever else it holds makes no difference to images.
+KNOWN = (
+    *("use_dynamic_shifting", "shift", "shift_terminal", "base_shift", "max_shift"),
+    *("base_image_seq_len", "max_image_seq_len", "time_shift_type", "num_train_timesteps"),
+)
 # Options that no published checkpoint of the families sets.
 UNSUPPORTED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
 
@@ -26,12 +31,24 @@ def schedule(parts: Parts, cell: int, mu: Mu | None = None) -> Callable[[int, in
     Raises:
       ValueError: for an option that is not covered.
     """
-    wrong = [name for name in UNSUPPORTED if parts.scheduler.get(name)]
-    if parts.scheduler.get("time_shift_type", "exponential") != "exponential":
+    scheduler = {**parts.scheduler, **parts.schedule}
+    wrong = [name for name in UNSUPPORTED if scheduler.get(name)]
+    if scheduler.get("time_shift_type", "exponential") != "exponential":
         wrong.append("time_shift_type")
     if wrong:
         raise ValueError(f"{parts.folder}: schedules with {', '.join(wrong)} are not supported")
-    return functools.partial(sigmas, parts.scheduler, cell, mu=mu)
+    return functools.partial(sigmas, scheduler, cell, mu=mu)
+
+
+def check_override(schedule: Mapping[str, Any]) -> None:
+    """Raises ValueError for entries that no scheduler's config has, or of the wrong kind."""
+    unknown = [name for name in schedule if name not in (*KNOWN, *UNSUPPORTED)]
+    if unknown:
+        raise ValueError(f"schedule has unknown entries {unknown}; known: {', '.join(KNOWN)}")
+    for name, value in schedule.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if name.endswith(("shift", "terminal", "seq_len")) and not number and (name, value) != ("shift_terminal", None):
+            raise ValueError(f"schedule: {name}={value!r} is not a number")
 
 
 def sigmas(
