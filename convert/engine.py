@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ses_jax.convert.table import Rule, Table, Transform
+from ses_jax.models import quantized
+from ses_jax.models.quantized import Quantization
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 MAX_LISTED = 20
@@ -120,8 +122,11 @@ def load(
     *,
     dtype: Any = None,
     sharding: Placement | None = None,
+    quantization: Quantization | None = None,
 ) -> Any:
     """Fills the params leaf by leaf, so that the host holds at most one leaf beside the params.
+
+    Leaves in eight bits are filled tensor by tensor.
 
     Args:
       plan: from `plan`, for the same weights.
@@ -130,6 +135,7 @@ def load(
       dtype: of the params; None keeps each leaf in the dtype of its file.
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
+      quantization: what to store in eight bits; None is nothing.
 
     Raises:
       ConversionError: naming a tensor with NaN or infinite values.
@@ -138,12 +144,23 @@ def load(
     def fill(key_path, leaf):
         path = _path(key_path)
         slots = plan.slots[path]
+        if quantization is not None and quantization.takes(path):
+            return put_quantized(_assemble_quantized(slots, leaf.shape, quantization.kind, weights), path, sharding)
         leaf_dtype = dtype or np.result_type(*(DTYPES[weights.headers[s.name].dtype] for s in slots))
-        values = _assemble(slots, leaf.shape, leaf_dtype, weights)
-        # Waiting keeps transfers from piling up on the host.
-        return jax.block_until_ready(jax.device_put(values) if sharding is None else _place(values, path, sharding))
+        return put(_assemble(slots, leaf.shape, leaf_dtype, weights), path, sharding)
 
-    return jax.tree_util.tree_map_with_path(fill, abstract)
+    return quantized.spread(jax.tree_util.tree_map_with_path(fill, abstract))
+
+
+def put(values: np.ndarray, path: str, sharding: Placement | None) -> jax.Array | np.ndarray:
+    """A leaf where it belongs; see `load`."""
+    # Waiting keeps transfers from piling up on the host.
+    return jax.block_until_ready(jax.device_put(values) if sharding is None else _place(values, path, sharding))
+
+
+def put_quantized(leaf: quantized.Quantized, path: str, sharding: Placement | None) -> quantized.Quantized:
+    """A leaf in eight bits where it belongs."""
+    return quantized.Quantized(*(put(part, p, sharding) for part, p in zip(leaf, quantized.paths(path), strict=True)))
 
 
 def export(table: Table, params: Any, prefix: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
@@ -235,10 +252,26 @@ def _assemble(slots: Iterable[Slot], shape: tuple[int, ...], dtype: Any, weights
         piece = _piece(leaf, slot)
         with np.errstate(over="ignore"):  # reported below, with the tensor's name
             _copy(piece, slot.transform.forward(_read(weights, slot)))
-        if not np.isfinite(piece).all():
-            file = weights.headers[slot.name].file
-            raise ConversionError(f"{slot.name} in {file} has NaN or infinite values (as {leaf.dtype})")
+        _check_finite(piece, slot, weights, leaf.dtype)
     return leaf
+
+
+def _assemble_quantized(
+    slots: Iterable[Slot], shape: tuple[int, ...], kind: str, weights: Weights
+) -> quantized.Quantized:
+    """One leaf in eight bits on the host; no more than one of its tensors is there as it was published."""
+    leaf = quantized.empty(shape, kind)
+    for slot in slots:
+        piece = quantized.quantize(slot.transform.forward(_read(weights, slot)), kind)
+        _check_finite(piece.scale, slot, weights, np.dtype(np.float32))
+        _piece(leaf.values, slot)[...], _piece(leaf.scale, slot)[...] = piece
+    return leaf
+
+
+def _check_finite(values: np.ndarray, slot: Slot, weights: Weights, dtype: np.dtype) -> None:
+    if not np.isfinite(values).all():
+        file = weights.headers[slot.name].file
+        raise ConversionError(f"{slot.name} in {file} has NaN or infinite values (as {dtype})")
 
 
 def _piece(leaf: np.ndarray, slot: Slot) -> np.ndarray:

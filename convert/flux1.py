@@ -132,4 +132,5 @@ COMPONENT = Component(
         ("flux1-dev.safetensors", "flux1-schnell.safetensors"), lambda config: ORIGINAL, original_config
     ),
     partition=flux1.PARTITION,
+    quantized=flux1.QUANTIZED,
 )

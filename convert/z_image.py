@@ -49,4 +49,6 @@ def _block(name: str) -> tuple[Rule, ...]:
     )
 
 
-COMPONENT = Component(z_image.Config.from_json, z_image.init, table, partition=z_image.PARTITION)
+COMPONENT = Component(
+    z_image.Config.from_json, z_image.init, table, partition=z_image.PARTITION, quantized=z_image.QUANTIZED
+)

@@ -69,6 +69,8 @@ def load_models(
 ) -> tuple[Pipeline, Reward]:
     """The loaded pipeline and the reward with its reported parts, from arguments of `search` that were checked.
 
+    Scorers that are named are quantised as the pipeline is.
+
     Raises:
       ValueError: for a broken checkpoint, and for options that a pipeline which is loaded already can't have.
     """
@@ -77,8 +79,9 @@ def load_models(
     own = Path(pipeline.folder) / "clip"  # a checkpoint that ships its own scorer is scored by that one
     sources = {"clip": own} if own.exists() else {}
     names = dict.fromkeys(kind for spec in (reward, report) for kind in _kinds(spec))
-    keys = {kind: (kind, *_state(sources.get(kind, scorers.KINDS[kind].source))) for kind in names}
-    loaded = _SCORERS.get({keys[kind]: _scorer_loader(kind, sources.get(kind)) for kind in names})
+    quantize = options.get("quantize")
+    keys = {kind: (kind, quantize, *_state(sources.get(kind, scorers.KINDS[kind].source))) for kind in names}
+    loaded = _SCORERS.get({keys[kind]: _scorer_loader(kind, sources.get(kind), quantize) for kind in names})
     known = dict(zip(names, loaded, strict=True))
     reported = None if report is None else rewards.assemble(report, known)
     return pipeline, rewards.with_report(rewards.assemble(reward, known), reported)
@@ -107,8 +110,8 @@ def _named_pipeline(source: str, mesh: str | Mesh | None, options: Mapping[str, 
     return _PIPELINES.get({key: lambda: load_pipeline(source, mesh=mesh, **options)})[0]
 
 
-def _scorer_loader(kind: str, source: Path | None) -> Callable[[], scorers.Scorer]:
-    return lambda: scorers.load_scorer(kind, source=source)
+def _scorer_loader(kind: str, source: Path | None, quantize: str | None) -> Callable[[], scorers.Scorer]:
+    return lambda: scorers.load_scorer(kind, source=source, quantize=quantize)
 
 
 def _kinds(spec: RewardSpec | Reward | None) -> list[str]:

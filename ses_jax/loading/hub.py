@@ -92,6 +92,7 @@ def load_component(
     *,
     dtype: Any = None,
     sharding: Placement | None = None,
+    quantize: str | None = None,
 ) -> tuple[Any, Any]:
     """Config and params of one network, from its published or converted folder.
 
@@ -101,16 +102,24 @@ def load_component(
       dtype: of the params; None is bfloat16 on GPU and TPU, float32 on CPU.
       sharding: `(path, shape)` of a leaf of the params to where it is placed, None being NumPy on the host; without it,
         the default device.
+      quantize: "int8" or "fp8" puts the kernels that the component names into eight bits.
 
     Raises:
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
-    loaded = network.load(folder, component, dtype=params_dtype(dtype), sharding=sharding)
+    loaded = network.load(folder, component, dtype=params_dtype(dtype), sharding=sharding, quantize=quantize)
     return loaded.config, loaded.params
 
 
-def load_weights(weights: Weights, component: Component, json: Mapping[str, Any], *, dtype: Any = None) -> Any:
+def load_weights(
+    weights: Weights,
+    component: Component,
+    json: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    quantize: str | None = None,
+) -> Any:
     """Params of one network from tensors that are opened already.
 
     Args:
@@ -118,11 +127,12 @@ def load_weights(weights: Weights, component: Component, json: Mapping[str, Any]
       component: which network to expect.
       json: content of its `config.json`.
       dtype: of the params; None is bfloat16 on GPU and TPU, float32 on CPU.
+      quantize: as in `load_component`.
 
     Raises:
       ValueError: naming the tensors that do not fit.
     """
-    return network.read(weights, component, json, dtype=params_dtype(dtype)).params
+    return network.read(weights, component, json, dtype=params_dtype(dtype), quantize=quantize).params
 
 
 def load_tokenizer(folder: Path) -> Any:

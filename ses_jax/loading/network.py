@@ -25,6 +25,7 @@ from ses_jax.convert.engine import ConversionError, Placement, Weights
 from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
 from ses_jax.convert.table import Component
 from ses_jax.loading import checkpoint
+from ses_jax.models import quantized
 
 PARAMS, UNUSED, CONVERSION = "params", "unused", "conversion.json"
 
@@ -39,6 +40,7 @@ class Network(NamedTuple):
       prefix: what the published names begin with.
       unused: published tensors without a place in the params; their data is read when asked for.
       dropped: names of published tensors that were left out when the folder was converted.
+      quantize: how kernels are stored in eight bits; None if they are not.
     """
 
     json: Mapping[str, Any]
@@ -47,6 +49,7 @@ class Network(NamedTuple):
     prefix: str
     unused: Weights
     dropped: tuple[str, ...] = ()
+    quantize: str | None = None
 
 
 def load(
@@ -55,6 +58,7 @@ def load(
     *,
     dtype: Any = None,
     sharding: Placement | None = None,
+    quantize: str | None = None,
 ) -> Network:
     """Reads a network from a published or a converted folder, or from the single file beside a folder without weights.
 
@@ -64,6 +68,7 @@ def load(
       dtype: of the params; None keeps that of the files.
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
+      quantize: "int8" or "fp8" puts the kernels that the component names into eight bits; None leaves them.
 
     Raises:
       FileNotFoundError: naming the file that is absent.
@@ -74,13 +79,12 @@ def load(
         weights = open_files([file])
         json = _single_file_config(file, weights, folder, component)
         component = dataclasses.replace(component, table=component.single_file.table)
-        return read(weights, component, json, dtype=dtype, sharding=sharding)
+        return read(weights, component, json, dtype=dtype, sharding=sharding, quantize=quantize)
     json, config = read_config(folder / "config.json", component)
     if (folder / PARAMS).is_dir():
-        params = checkpoint.restore(folder / PARAMS, component.abstract(config), dtype=dtype, sharding=sharding)
-        _check_finite(folder, params)
-        return _with_facts(folder, json, config, params)
-    return read(open_weights(folder, component.stem), component, json, dtype=dtype, sharding=sharding)
+        return _restore(folder, component, (json, config), dtype=dtype, sharding=sharding, quantize=quantize)
+    weights = open_weights(folder, component.stem)
+    return read(weights, component, json, dtype=dtype, sharding=sharding, quantize=quantize)
 
 
 def read_config(file: Path, component: Component) -> tuple[dict[str, Any], Any]:
@@ -105,6 +109,7 @@ def read(
     *,
     dtype: Any = None,
     sharding: Placement | None = None,
+    quantize: str | None = None,
 ) -> Network:
     """Reads a network from published tensors, wherever they lie.
 
@@ -115,6 +120,7 @@ def read(
       dtype: of the params; None keeps that of the files.
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
+      quantize: "int8" or "fp8" puts the kernels that the component names into eight bits; None leaves them.
 
     Raises:
       ConversionError: naming the tensors that do not fit.
@@ -122,9 +128,10 @@ def read(
     config = component.from_json(json)
     abstract = component.abstract(config)
     plan = engine.plan(component.table(json), abstract, weights.headers)
-    params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding)
+    rule = component.quantization(quantize)
+    params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding, quantization=rule)
     unused = Weights({name: weights.headers[name] for name in plan.unused}, weights.read)
-    return Network(json, config, params, plan.prefix, unused)
+    return Network(json, config, params, plan.prefix, unused, quantize=rule and quantize)
 
 
 def save_converted(folder: Path, network: Network, *, drop_unused: bool = False) -> None:
@@ -136,15 +143,21 @@ def save_converted(folder: Path, network: Network, *, drop_unused: bool = False)
     if kept:
         write_weights(folder, UNUSED, _read_all(network.unused))
     dropped = sorted(set(network.dropped) | (network.unused.headers.keys() - kept.keys()))
-    write_json(folder / CONVERSION, {"prefix": network.prefix, "dropped": dropped})
+    facts = {"prefix": network.prefix, "dropped": dropped}
+    write_json(folder / CONVERSION, facts | ({"quantize": network.quantize} if network.quantize else {}))
 
 
 def save_published(folder: Path, component: Component, network: Network) -> None:
     """Writes a network's folder in the published form.
 
     Raises:
-      ConversionError: if the network was converted without tensors that its published form has.
+      ConversionError: if the network was converted without tensors that its published form has, or quantised.
     """
+    if network.quantize:
+        raise ConversionError(
+            f"cannot export to {folder}: the weights are quantised ({network.quantize}), and what was rounded off is "
+            "gone; export the checkpoint that they were made of"
+        )
     if network.dropped:
         names = ", ".join(network.dropped[:5]) + (", ..." if len(network.dropped) > 5 else "")
         raise ConversionError(
@@ -199,11 +212,22 @@ def _single_file_config(file: Path, weights: Weights, folder: Path, component: C
         raise ConversionError(f"{file}: {reason}") from error
 
 
-def _with_facts(folder: Path, json: Mapping[str, Any], config: Any, params: Any) -> Network:
-    """A converted network with what its conversion noted down."""
-    facts = read_json(folder / CONVERSION)
+def _restore(
+    folder: Path, component: Component, configs: tuple[Mapping[str, Any], Any], *, quantize: str | None, **how: Any
+) -> Network:
+    """A converted network with what its conversion noted down; `configs` is its `config.json` and what it makes."""
+    facts, abstract = read_json(folder / CONVERSION), component.abstract(configs[1])
+    saved = facts.get("quantize")
+    if saved and quantize not in (saved, None):
+        raise ValueError(f"{folder} is quantised already ({saved}); quantize={quantize!r} takes its original")
+    rule = component.quantization(saved or quantize)
+    if saved or rule is None:
+        params = checkpoint.restore(folder / PARAMS, quantized.abstract(abstract, rule), **how)
+    else:
+        params = checkpoint.restore_quantized(folder / PARAMS, abstract, rule, **how)
+    _check_finite(folder, params)
     unused = open_weights(folder, UNUSED) if any(folder.glob(f"{UNUSED}*")) else open_files([])
-    return Network(json, config, params, facts["prefix"], unused, tuple(facts["dropped"]))
+    return Network(*configs, params, facts["prefix"], unused, tuple(facts["dropped"]), rule and rule.kind)
 
 
 def _check_finite(folder: Path, params: Any) -> None:

@@ -114,6 +114,7 @@ class Pipeline:
       image_params: the part that `velocity` and `decode` use.
       place: `(params) -> params`, puts any of these parts on their devices; moves nothing that is there already.
       mesh: the devices; None is the default device.
+      variant: how the params differ from the folder's, for saved searches and people; "" if they do not.
     """
 
     family: str
@@ -132,6 +133,7 @@ class Pipeline:
     image_params: Callable[[Any], Any] = lambda params: params
     place: Callable[[Any], Any] = lambda params: params
     mesh: Mesh | None = None
+    variant: str = ""
 
 
 def pick(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ses_jax.loading import hub, partition
+from ses_jax.models import quantized
 from ses_jax.pipelines import flux1, flux2, qwen_image, z_image
 from ses_jax.pipelines.base import Parts, Pipeline, Published
 
@@ -30,6 +31,7 @@ def load_pipeline(
     dtype: Any = None,
     mesh: str | Mesh | None = None,
     offload_text_encoder: bool = False,
+    quantize: str | None = None,
     **options: Any,
 ) -> Pipeline:
     """Loads a text-to-image model.
@@ -43,6 +45,9 @@ def load_pipeline(
       offload_text_encoder: keep the weights in host memory. A search or render then puts the text encoders on the
         device, encodes its prompts, drops them, and only then puts the other networks there, so that the device holds
         the larger of the two and never their sum.
+      quantize: "int8" or "fp8" puts the linear layers of the transformer's blocks and of large text encoders into eight
+        bits as they are read, with a scale for each output; None leaves them as they are, also those of a folder that
+        was converted so.
       options: the family's own, see its module in `ses_jax.pipelines`.
 
     Returns:
@@ -53,6 +58,7 @@ def load_pipeline(
         message names file and tensor.
     """
     dtype = hub.params_dtype(dtype)
+    quantized.check_kind(quantize)
     folder = hub.resolve(source)
     index = hub.read_json(folder / "model_index.json")
     family = _family(source, index.get("_class_name"))
@@ -67,16 +73,20 @@ def load_pipeline(
             part,
             dtype=dtype,
             sharding=hub.on_host if offload_text_encoder else partition.loader(mesh, rules[name]),
+            quantize=quantize,
         )
         for name, part in family.COMPONENTS.items()
     }
     configs = {name: config for name, (config, _) in loaded.items()}
     params = {name: params for name, (_, params) in loaded.items()}
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder))
-    return _placed(family, family.assemble(parts, **options), mesh)
+    pipeline = dataclasses.replace(family.assemble(parts, **options), variant=quantized.kind_of(params) or "")
+    return _placed(family, pipeline, mesh)
 
 
-def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None, **options: Any) -> Pipeline:
+def abstract_pipeline(
+    source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None, quantize: str | None = None, **options: Any
+) -> Pipeline:
     """A published model as shapes: its functions can be traced, planned and compiled without weights.
 
     Args:
@@ -84,6 +94,7 @@ def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | No
       dtype: of the weights.
       mesh: devices to compile for, which need not be there (see `jax.experimental.topologies`); None is none in
         particular.
+      quantize: as in `load_pipeline`.
       options: the family's own.
 
     Returns:
@@ -92,11 +103,12 @@ def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | No
     Raises:
       ValueError: for another source.
     """
+    quantized.check_kind(quantize)
     for family in FAMILIES.values():
         for published in family.PUBLISHED:
             if published.source == source and published.configs:
                 _check_options(source, family, options)
-                pipeline = family.assemble(_abstract_parts(family, published, dtype), **options)
+                pipeline = family.assemble(_abstract_parts(family, published, dtype, quantize), **options)
                 return pipeline if mesh is None else _placed(family, pipeline, mesh)
     raise ValueError(f"{source}: no published model of that name; known: {', '.join(_published_names())}")
 
@@ -107,14 +119,14 @@ def _placed(family: ModuleType, pipeline: Pipeline, mesh: Mesh | None) -> Pipeli
     return dataclasses.replace(pipeline, mesh=mesh, place=functools.partial(partition.place, mesh, rules))
 
 
-def _abstract_parts(family: ModuleType, published: Published, dtype: Any) -> Parts:
-    def cast(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+def _abstract_parts(family: ModuleType, published: Published, dtype: Any, quantize: str | None) -> Parts:
+    def shapes(name, component):
+        cast = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), component.abstract(published.configs[name])
+        )
+        return quantized.abstract(cast, component.quantization(quantize))
 
-    params = {
-        name: jax.tree.map(cast, component.abstract(published.configs[name]))
-        for name, component in family.COMPONENTS.items()
-    }
+    params = {name: shapes(name, component) for name, component in family.COMPONENTS.items()}
     return Parts(Path(published.source), published.configs, params, {}, published.scheduler, published.index)
 
 
