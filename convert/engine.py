@@ -145,22 +145,21 @@ def load(
         path = _path(key_path)
         slots = plan.slots[path]
         if quantization is not None and quantization.takes(path):
-            return put_quantized(_assemble_quantized(slots, leaf.shape, quantization.kind, weights), path, sharding)
+            return place_quantized(_assemble_quantized(slots, leaf.shape, quantization.kind, weights), path, sharding)
         leaf_dtype = dtype or np.result_type(*(DTYPES[weights.headers[s.name].dtype] for s in slots))
-        return put(_assemble(slots, leaf.shape, leaf_dtype, weights), path, sharding)
+        return place(_assemble(slots, leaf.shape, leaf_dtype, weights), path, sharding)
 
     return quantized.spread(jax.tree_util.tree_map_with_path(fill, abstract))
 
 
-def put(values: np.ndarray, path: str, sharding: Placement | None) -> jax.Array | np.ndarray:
-    """A leaf where it belongs; see `load`."""
-    # Waiting keeps transfers from piling up on the host.
+def place(values: np.ndarray, path: str, sharding: Placement | None) -> jax.Array | np.ndarray:
+    """Puts a leaf where it belongs, and waits for that, which keeps transfers from piling up on the host."""
     return jax.block_until_ready(jax.device_put(values) if sharding is None else _place(values, path, sharding))
 
 
-def put_quantized(leaf: quantized.Quantized, path: str, sharding: Placement | None) -> quantized.Quantized:
+def place_quantized(leaf: quantized.Quantized, path: str, sharding: Placement | None) -> quantized.Quantized:
     """A leaf in eight bits where it belongs."""
-    return quantized.Quantized(*(put(part, p, sharding) for part, p in zip(leaf, quantized.paths(path), strict=True)))
+    return quantized.Quantized(*(place(part, p, sharding) for part, p in zip(leaf, quantized.paths(path), strict=True)))
 
 
 def export(table: Table, params: Any, prefix: str | None = None) -> Iterator[tuple[str, np.ndarray]]:

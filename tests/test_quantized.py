@@ -248,7 +248,7 @@ def assert_same(left, right):
 
 def test_the_demo_in_eight_bits(exact, eight):
     """Blocks of transformer and text encoder, and nothing else."""
-    assert (exact.variant, eight.variant) == ("", "int8")
+    assert (exact.changes, eight.changes) == ({}, {"quantize": "int8"})
     found = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_leaves_with_path(eight.params)
@@ -274,7 +274,7 @@ def test_converted_folders(tmp_path, eight, capsys):
     _, params = hub.load_component(tmp_path / "whole" / "transformer", component, quantize="int8")
     assert_same(params, eight.params["transformer"])
     small = ses_jax.load_pipeline(str(tmp_path / "small"), dtype="bfloat16", offload_text_encoder=True)
-    assert small.variant == "int8"
+    assert small.changes == {"quantize": "int8"}
     assert_same(small.params, with_paths(as_bfloat16, eight.params))
     with pytest.raises(ValueError, match=r"small/transformer is quantised already \(int8\)"):
         hub.load_component(tmp_path / "small" / "transformer", component, quantize="fp8")
@@ -333,10 +333,10 @@ def test_a_search_is_stable_and_tells_weights_apart(tmp_path, exact, eight):
     first = ses_jax.search("a red circle", reward=reward, load=load, **settings, **small)
     again = ses_jax.search("a red circle", reward=reward, model=eight, **settings, **small)
     assert [row["score"] for row in first.history] == [row["score"] for row in again.history]
-    assert first.config["weights"] == "int8"
+    assert first.config["quantize"] == "int8"
     identities = [runner._identity(p, reward, SearchConfig(**settings), ["a"], [0]) for p in (exact, eight)]
     resume.begin(tmp_path, identities[0])
-    with pytest.raises(ValueError, match=r"model .*int8"):
+    with pytest.raises(ValueError, match="quantize None -> 'int8'"):
         resume.begin(tmp_path, identities[1])
     with pytest.raises(ValueError, match="has no effect on a loaded pipeline"):
         models.find_pipeline(exact, **load)

@@ -106,7 +106,8 @@ def find_pipeline(model: str | Pipeline, mesh: str | Mesh | None = None, **optio
 
 def _named_pipeline(source: str, mesh: str | Mesh | None, options: Mapping[str, Any]) -> Pipeline:
     mesh = partition.parse_mesh(mesh)
-    key = (*_state(source), mesh, repr(sorted(options.items())))
+    named = tuple(_state(value) for value in options.values() if isinstance(value, str | Path))
+    key = (*_state(source), mesh, repr(sorted(options.items())), named)
     return _PIPELINES.get({key: lambda: load_pipeline(source, mesh=mesh, **options)})[0]
 
 
@@ -124,5 +125,5 @@ def _kinds(spec: RewardSpec | Reward | None) -> list[str]:
 def _state(source: str | Path) -> tuple[Hashable, ...]:
     """A source with the files of its local folder as they are now: one that is written again is loaded again."""
     folder = Path(hub.DEMO if source == "demo" else source).expanduser()
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    files = sorted(path for path in (folder, *folder.rglob("*")) if path.is_file())
     return str(source), tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)

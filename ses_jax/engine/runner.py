@@ -103,7 +103,7 @@ def search_prompts(
     timings = _timings(times, sum(len(history) for history in histories))
     spent = _cost(task, len(histories[0]), timings)
     settings = config.as_json() | {"chunk": task.program.chunk, "family": pipeline.family, "reward": reward.name}
-    settings |= {"weights": pipeline.variant} if pipeline.variant else {}
+    settings |= pipeline.changes
     settings = [settings | {"prompt_index": int(index)} for index in indices]
     accounts = [Account(*facts, spent, timings) for facts in zip(histories, settings, strict=True)]
     return [_result(task, i, outcome, finals, account) for i, account in enumerate(accounts)]
@@ -219,7 +219,8 @@ def _identity(
 ) -> dict[str, Any]:
     """What a saved search must agree in with the one that continues it; how much fits at a time may change."""
     return {name: value for name, value in config.as_json().items() if name != "chunk"} | {
-        "model": f"{pipeline.folder} {pipeline.variant}".rstrip(),
+        **pipeline.changes,
+        "model": str(pipeline.folder),
         "reward": reward.name,
         "prompts": list(prompts),
         "indices": [int(index) for index in indices],

@@ -67,7 +67,7 @@ def restore_quantized(
         if not quantization.takes(path):
             return _restore_leaf(folder, path, _target(saved, _nested(path, leaf), dtype, sharding))
         values = _restore_leaf(folder, path, _target(saved, _nested(path, leaf), None, lambda path, shape: None))
-        return engine.put_quantized(quantized.quantize(values, quantization.kind), path, sharding)
+        return engine.place_quantized(quantized.quantize(values, quantization.kind), path, sharding)
 
     with _opened(folder, abstract) as (_, saved):
         return quantized.spread(jax.tree_util.tree_map_with_path(read, abstract))

@@ -12,7 +12,7 @@ exporting gives back the published checkpoint bit for bit.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ses_jax.convert import engine
+from ses_jax.convert import dialects, engine
 from ses_jax.convert.engine import ConversionError, Placement, Weights
 from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
-from ses_jax.convert.table import Component
+from ses_jax.convert.table import Component, Table
 from ses_jax.loading import checkpoint
 from ses_jax.models import quantized
 
@@ -59,12 +59,14 @@ def load(
     dtype: Any = None,
     sharding: Placement | None = None,
     quantize: str | None = None,
+    file: Path | None = None,
 ) -> Network:
     """Reads a network from a published or a converted folder, or from the single file beside a folder without weights.
 
     Args:
       folder: the network's own folder.
       component: which network to expect.
+      file: safetensors or GGUF with its weights instead of the folder's, under either of their names, see `dialects`.
       dtype: of the params; None keeps that of the files.
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
@@ -74,16 +76,21 @@ def load(
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
+    if file:
+        weights = dialects.open_file(file)
+        json = _single_file_config(file, weights, folder, component)
+        component = dataclasses.replace(component, table=_table_of(weights, component, json))
+        return read(weights, component, json, dtype=dtype, sharding=sharding, quantize=quantize)
     file = _single_file(folder, component)
     if file:
-        weights = open_files([file])
+        weights = dialects.logical(open_files([file]))
         json = _single_file_config(file, weights, folder, component)
         component = dataclasses.replace(component, table=component.single_file.table)
         return read(weights, component, json, dtype=dtype, sharding=sharding, quantize=quantize)
     json, config = read_config(folder / "config.json", component)
     if (folder / PARAMS).is_dir():
         return _restore(folder, component, (json, config), dtype=dtype, sharding=sharding, quantize=quantize)
-    weights = open_weights(folder, component.stem)
+    weights = dialects.logical(open_weights(folder, component.stem))
     return read(weights, component, json, dtype=dtype, sharding=sharding, quantize=quantize)
 
 
@@ -201,10 +208,24 @@ def _single_file(folder: Path, component: Component) -> Path | None:
     return found[0] if found else None
 
 
+def _table_of(weights: Weights, component: Component, json: Mapping[str, Any]) -> Callable[[Any], Table]:
+    """Of the tables of a network's two published forms, the one that has more of the tensors' names."""
+    if component.single_file is None:
+        return component.table
+    abstract = component.abstract(component.from_json(json))
+
+    def known(table):
+        return sum(name in weights.headers for name in {slot.name for slot in engine.layout(table(json), abstract)})
+
+    return max(component.table, component.single_file.table, key=known)
+
+
 def _single_file_config(file: Path, weights: Weights, folder: Path, component: Component) -> dict[str, Any]:
     """The content of the network's `config.json`, made up from the file's tensors where there is none."""
     if (folder / "config.json").is_file():
         return read_config(folder / "config.json", component)[0]
+    if component.single_file is None:
+        raise FileNotFoundError(f"{file} needs {folder / 'config.json'}, which does not exist")
     try:
         return component.single_file.config(weights.headers)
     except (KeyError, ValueError) as error:

@@ -114,7 +114,8 @@ class Pipeline:
       image_params: the part that `velocity` and `decode` use.
       place: `(params) -> params`, puts any of these parts on their devices; moves nothing that is there already.
       mesh: the devices; None is the default device.
-      variant: how the params differ from the folder's, for saved searches and people; "" if they do not.
+      changes: how images differ from those of the checkpoint by what it was loaded with, as plain JSON values by the
+        name of the argument of `load_pipeline`: kept in results, and a saved search goes on only with the same.
     """
 
     family: str
@@ -133,7 +134,7 @@ class Pipeline:
     image_params: Callable[[Any], Any] = lambda params: params
     place: Callable[[Any], Any] = lambda params: params
     mesh: Mesh | None = None
-    variant: str = ""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def pick(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

@@ -48,7 +48,10 @@ def load_pipeline(
       quantize: "int8" or "fp8" puts the linear layers of the transformer's blocks and of large text encoders into eight
         bits as they are read, with a scale for each output; None leaves them as they are, also those of a folder that
         was converted so.
-      options: the family's own, see its module in `ses_jax.pipelines`.
+      options: the family's own, see its module in `ses_jax.pipelines`; or by the name of a network, such as
+        `transformer`, a file with its weights instead of the folder's, safetensors or GGUF, quantised as it may be:
+        its name in the folder, a path, or "organisation/name/file" of the Hugging Face hub. Or a folder like the
+        network's own.
 
     Returns:
       The `Pipeline` of its family.
@@ -59,9 +62,11 @@ def load_pipeline(
     """
     dtype = hub.params_dtype(dtype)
     quantized.check_kind(quantize)
-    folder = hub.resolve(source)
+    files = {name: options.pop(name) for name in _networks() & options.keys()}
+    folder = hub.resolve(source, weights=None if not files else "")
     index = hub.read_json(folder / "model_index.json")
     family = _family(source, index.get("_class_name"))
+    files = _files(source, folder, family, files)
     _check_options(source, family, options)
     scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
     tokenizers = {name: hub.load_tokenizer(folder / name) for name in family.TOKENIZERS}
@@ -69,19 +74,21 @@ def load_pipeline(
     rules = {name: part.partition for name, part in family.COMPONENTS.items()}
     loaded = {
         name: hub.load_component(
-            folder / name,
+            files[name] if name in files and files[name].is_dir() else folder / name,
             part,
             dtype=dtype,
             sharding=hub.on_host if offload_text_encoder else partition.loader(mesh, rules[name]),
             quantize=quantize,
+            file=files[name] if name in files and files[name].is_file() else None,
         )
         for name, part in family.COMPONENTS.items()
     }
     configs = {name: config for name, (config, _) in loaded.items()}
     params = {name: params for name, (_, params) in loaded.items()}
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder))
-    pipeline = dataclasses.replace(family.assemble(parts, **options), variant=quantized.kind_of(params) or "")
-    return _placed(family, pipeline, mesh)
+    changes = {"quantize": quantized.kind_of(params), "files": {name: str(file) for name, file in files.items()}}
+    pipeline = _placed(family, family.assemble(parts, **options), mesh)
+    return dataclasses.replace(pipeline, changes={name: change for name, change in changes.items() if change})
 
 
 def abstract_pipeline(
@@ -111,6 +118,22 @@ def abstract_pipeline(
                 pipeline = family.assemble(_abstract_parts(family, published, dtype, quantize), **options)
                 return pipeline if mesh is None else _placed(family, pipeline, mesh)
     raise ValueError(f"{source}: no published model of that name; known: {', '.join(_published_names())}")
+
+
+def _networks() -> set[str]:
+    """Names of networks of any family."""
+    return {name for family in FAMILIES.values() for name in family.COMPONENTS}
+
+
+def _files(source: str, folder: Path, family: ModuleType, files: Mapping[str, str | Path]) -> dict[str, Path]:
+    """The files of networks that have one of their own; of all others the weights are there afterwards."""
+    unknown = files.keys() - family.COMPONENTS.keys()
+    if unknown:
+        raise ValueError(f"{source} has no {', '.join(sorted(unknown))}; its networks: {', '.join(family.COMPONENTS)}")
+    found = {name: hub.resolve_file(file, folder) for name, file in files.items()}
+    if found:
+        hub.resolve(source, weights=tuple(f"{name}/*.safetensors" for name in family.COMPONENTS if name not in found))
+    return found
 
 
 def _placed(family: ModuleType, pipeline: Pipeline, mesh: Mesh | None) -> Pipeline:
