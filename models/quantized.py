@@ -4,8 +4,10 @@ Weight-only, a float32 scale for each output: `kernel [.., in, out]` stands for 
 layer casts its kernel where it uses it, so that no more than one layer is there in the activations' dtype.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -97,27 +99,37 @@ def quantize(values: Shaped[np.ndarray, "*rows i o"], kind: str) -> Quantized:
     """
     dtype, largest = KINDS[kind]
     out = empty(values.shape, kind)
-    for row in np.ndindex(values.shape[:-2]):
-        for start in range(0, values.shape[-1], BAND):  # bands that fit the cache
-            columns = (*row, slice(None), slice(start, start + BAND))
-            band = values[columns].astype(np.float32)
-            # Not zero for a row of zeros, nor for one that float32 can hardly hold.
-            scale = np.maximum(np.abs(band).max(axis=0) / np.float32(largest), np.finfo(np.float32).tiny)
-            with np.errstate(invalid="ignore"):  # the scales tell
-                out.values[columns] = _rounded(band / scale, dtype, largest)
-            out.scale[*row, start : start + BAND] = scale
+
+    def fill(place):
+        row, columns = place
+        band = _float32(values[(*row, slice(None), columns)])
+        # Not zero for a row of zeros, nor for one that float32 can hardly hold.
+        scale = np.maximum(np.abs(band).max(axis=0) / np.float32(largest), np.finfo(np.float32).tiny)
+        # Divided so, no value is past the largest, where float8 would be NaN and int8 change sign.
+        with np.errstate(invalid="ignore"):  # the scales tell
+            band /= scale
+            out.values[(*row, slice(None), columns)] = (np.rint(band, out=band) if kind == "int8" else band).astype(
+                dtype
+            )
+        out.scale[(*row, columns)] = scale
+
+    # Bands that fit the cache; NumPy lets threads work side by side.
+    bands = [slice(start, start + BAND) for start in range(0, values.shape[-1], BAND)]
+    with futures.ThreadPoolExecutor() as threads:
+        list(threads.map(fill, itertools.product(np.ndindex(values.shape[:-2]), bands)))
     return out
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    """A copy in float32; of bfloat16 by its bits, which is much faster than by a cast."""
+    if values.dtype == jnp.bfloat16:
+        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
 
 
 def dequantize(weights: Quantized) -> Float[np.ndarray, "*rows i o"]:
     """The kernel that eight bits stand for, float32."""
     return np.asarray(weights.values).astype(np.float32) * np.asarray(weights.scale)[..., None, :]
-
-
-def _rounded(values: np.ndarray, dtype: np.dtype, largest: float) -> np.ndarray:
-    """To the nearest value, ties to even; past the largest there is NaN in float8, and a change of sign in int8."""
-    values = np.clip(np.rint(values) if dtype == np.int8 else values, -largest, largest)
-    return values.astype(dtype)
 
 
 def map_kernels(tree: Any, rule: Quantization | None, function: Callable[[str, Any], Quantized]) -> Any:
