@@ -50,4 +50,4 @@ def _table() -> Table:
 
 TABLE = _table()
 
-COMPONENT = Component(blip.Config.from_json, blip.init, lambda config: TABLE)
+COMPONENT = Component(blip.Config.from_json, blip.init, lambda config: TABLE, quantized=blip.QUANTIZED)

@@ -46,5 +46,5 @@ TABLE = Table(
 
 TEXT_TABLE = Table(_text(), ignored=("embeddings.position_ids",), prefixes=("text_model.", ""))
 
-COMPONENT = Component(clip.Config.from_json, clip.init, lambda config: TABLE, stem="model")
+COMPONENT = Component(clip.Config.from_json, clip.init, lambda config: TABLE, stem="model", quantized=clip.QUANTIZED)
 TEXT_COMPONENT = Component(clip.TextConfig.from_json, clip.init_text, lambda config: TEXT_TABLE, stem="model")

@@ -34,6 +34,7 @@ def component(*hidden_states: int) -> Component:
         lambda json: table(json, from_json(json)),
         stem="model",
         partition=decoder_lm.PARTITION,
+        quantized=decoder_lm.QUANTIZED,
     )
 
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ses_jax.convert.table import Rule, Table, Transform
+from ses_jax.models import quantized
+from ses_jax.models.quantized import Quantization
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 MAX_LISTED = 20
@@ -124,8 +126,11 @@ def load(
     dtype: Any = None,
     sharding: Placement | None = None,
     edits: Edits | None = None,
+    quantization: Quantization | None = None,
 ) -> Any:
     """Fills the params leaf by leaf, so that the host holds at most one leaf beside the params.
+
+    Leaves in eight bits are filled tensor by tensor.
 
     Args:
       plan: from `plan`, for the same weights.
@@ -135,18 +140,37 @@ def load(
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
       edits: changes of pieces on their way; None is none.
+      quantization: what to store in eight bits; None is nothing.
 
     Raises:
       ConversionError: naming a tensor with NaN or infinite values.
     """
 
+    def values(slot):
+        published = slot.transform.forward(_read(weights, slot))
+        edit = (edits or {}).get((slot.target, slot.index))
+        return published if edit is None else edit(published.astype(np.float32))
+
     def fill(key_path, leaf):
         path = _path(key_path)
         slots = plan.slots[path]
+        if quantization is not None and quantization.takes(path):
+            stored = _assemble_quantized(slots, leaf.shape, quantization.kind, weights, values)
+            return place_quantized(stored, path, sharding)
         leaf_dtype = dtype or np.result_type(*(DTYPES[weights.headers[s.name].dtype] for s in slots))
-        return place(_assemble(slots, np.empty(leaf.shape, leaf_dtype), weights, edits or {}), path, sharding)
+        return place(_assemble(slots, np.empty(leaf.shape, leaf_dtype), weights, values), path, sharding)
 
-    return jax.tree_util.tree_map_with_path(fill, abstract)
+    return quantized.spread(jax.tree_util.tree_map_with_path(fill, abstract))
+
+
+def place(values: np.ndarray, path: str, sharding: Placement | None) -> jax.Array | np.ndarray:
+    """Puts a leaf where it belongs, and waits for that, which keeps transfers from piling up on the host."""
+    return jax.block_until_ready(jax.device_put(values) if sharding is None else _place(values, path, sharding))
+
+
+def place_quantized(leaf: quantized.Quantized, path: str, sharding: Placement | None) -> quantized.Quantized:
+    """A leaf in eight bits where it belongs."""
+    return quantized.Quantized(*(place(part, p, sharding) for part, p in zip(leaf, quantized.paths(path), strict=True)))
 
 
 def export(table: Table, params: Any, prefix: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
@@ -168,11 +192,6 @@ def export(table: Table, params: Any, prefix: str | None = None) -> Iterator[tup
             for slot in parts:
                 _copy(published[_index(slot)], slot.transform.inverse(_piece(values[slot.target], slot)))
             yield name, published
-
-
-def place(values: np.ndarray, path: str, sharding: Placement | None) -> jax.Array | np.ndarray:
-    """Puts a leaf where it belongs, and waits for that, which keeps transfers from piling up on the host."""
-    return jax.block_until_ready(jax.device_put(values) if sharding is None else _place(values, path, sharding))
 
 
 def edit(values: np.ndarray, path: str, dtype: Any, edits: Edits) -> np.ndarray:
@@ -252,17 +271,35 @@ def _places(slots: Iterable[Slot]) -> list[Slot]:
     ]
 
 
-def _assemble(slots: Iterable[Slot], leaf: np.ndarray, weights: Weights, edits: Edits) -> np.ndarray:
+Values = Callable[[Slot], np.ndarray]
+
+
+def _assemble(slots: Iterable[Slot], leaf: np.ndarray, weights: Weights, values: Values) -> np.ndarray:
     """One leaf on the host, filled from its published tensors, read and edited one after the other."""
     for slot in slots:
-        piece, values = _piece(leaf, slot), slot.transform.forward(_read(weights, slot))
-        edit = edits.get((slot.target, slot.index))
+        piece = _piece(leaf, slot)
         with np.errstate(over="ignore"):  # reported below, with the tensor's name
-            _copy(piece, values if edit is None else edit(values.astype(np.float32)))
-        if not np.isfinite(piece).all():
-            file = weights.headers[slot.name].file
-            raise ConversionError(f"{slot.name} in {file} has NaN or infinite values (as {leaf.dtype})")
+            _copy(piece, values(slot))
+        _check_finite(piece, slot, weights, leaf.dtype)
     return leaf
+
+
+def _assemble_quantized(
+    slots: Iterable[Slot], shape: tuple[int, ...], kind: str, weights: Weights, values: Values
+) -> quantized.Quantized:
+    """One leaf in eight bits on the host; no more than one of its tensors is there as it was published."""
+    leaf = quantized.empty(shape, kind)
+    for slot in slots:
+        piece = quantized.quantize(values(slot), kind)
+        _check_finite(piece.scale, slot, weights, np.dtype(np.float32))
+        _piece(leaf.values, slot)[...], _piece(leaf.scale, slot)[...] = piece
+    return leaf
+
+
+def _check_finite(values: np.ndarray, slot: Slot, weights: Weights, dtype: np.dtype) -> None:
+    if not np.isfinite(values).all():
+        file = weights.headers[slot.name].file
+        raise ConversionError(f"{slot.name} in {file} has NaN or infinite values (as {dtype})")
 
 
 def _piece(leaf: np.ndarray, slot: Slot) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -19,6 +20,7 @@ from ses_jax.convert.pickles import open_pickle
 SHARD_BYTES = 4 << 30
 PICKLES = (".pt", ".pth")
 INDEX = ".safetensors.index.json"
+FLOAT8 = {"F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E5M2": np.dtype(jnp.float8_e5m2)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,6 +100,8 @@ def open_files(files: Iterable[Path]) -> Weights:
             headers[name] = header
 
     def read(name, index=None):
+        if headers[name].dtype in FLOAT8:
+            return _read_float8(headers[name], name)[... if index is None else index]
         return _read(headers[name].file, name, index)
 
     return Weights(headers, read, read_part=read)
@@ -181,6 +185,17 @@ def _read(file: str, name: str, index: tuple[slice, ...] | None = None) -> np.nd
             return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
     except (safetensors.SafetensorError, OSError) as error:
         raise ConversionError(f"{name} in {file} cannot be read: {error}") from error
+
+
+def _read_float8(header: Header, name: str) -> np.ndarray:
+    """A tensor of eight bits, which safetensors does not give to NumPy: its bytes, mapped from where they lie."""
+    try:
+        with open(header.file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            start, _ = json.loads(opened.read(size))[name]["data_offsets"]
+        return np.memmap(header.file, FLOAT8[header.dtype], "r", 8 + size + start, header.shape)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConversionError(f"{name} in {header.file} cannot be read: {error}") from error
 
 
 def _shards(tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:

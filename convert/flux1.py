@@ -146,4 +146,5 @@ COMPONENT = Component(
     ),
     aliases=lambda config: XLABS,
     partition=flux1.PARTITION,
+    quantized=flux1.QUANTIZED,
 )

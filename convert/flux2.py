@@ -117,6 +117,7 @@ COMPONENT = Component(
         tuple(f"{name}.safetensors" for name in SINGLE_FILES), lambda config: ORIGINAL, original_config
     ),
     partition=flux2.PARTITION,
+    quantized=flux2.QUANTIZED,
 )
 TEXT_ENCODER = Component(
     _text_config,
@@ -124,4 +125,5 @@ TEXT_ENCODER = Component(
     lambda config: text_tables.table(config, _text_config(config)),
     stem="model",
     partition=decoder_lm.PARTITION,
+    quantized=decoder_lm.QUANTIZED,
 )

@@ -37,4 +37,4 @@ TABLE = Table(
     prefixes=("", "module."),
 )
 
-COMPONENT = Component(clip.Config.from_open_clip, clip.init, lambda config: TABLE)
+COMPONENT = Component(clip.Config.from_open_clip, clip.init, lambda config: TABLE, quantized=clip.QUANTIZED)

@@ -41,5 +41,9 @@ TABLE = Table(
 )
 
 COMPONENT = Component(
-    qwen_image.Config.from_json, qwen_image.init, lambda config: TABLE, partition=qwen_image.PARTITION
+    qwen_image.Config.from_json,
+    qwen_image.init,
+    lambda config: TABLE,
+    partition=qwen_image.PARTITION,
+    quantized=qwen_image.QUANTIZED,
 )

@@ -24,4 +24,6 @@ TABLE = Table(
     ignored=("encoder.embed_tokens.weight",),
 )
 
-COMPONENT = Component(t5.Config.from_json, t5.init, lambda config: TABLE, stem="model", partition=t5.PARTITION)
+COMPONENT = Component(
+    t5.Config.from_json, t5.init, lambda config: TABLE, stem="model", partition=t5.PARTITION, quantized=t5.QUANTIZED
+)

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from ses_jax.models.quantized import Quantization
+
 
 class Transform(NamedTuple):
     """How one published tensor is laid out in our params, and back.
@@ -112,6 +114,7 @@ class Component:
       aliases: content of `config.json` to a table of names that only adapters use, of all or some of the params.
       partition: ordered pairs of a path pattern in the params and how a leaf of that path is split over a mesh; the
         whole network on every device unless said otherwise.
+      quantized: patterns of the paths of kernels that may lie in eight bits.
     """
 
     from_json: Callable[[Mapping[str, Any]], Any]
@@ -121,10 +124,15 @@ class Component:
     single_file: SingleFile | None = None
     aliases: Callable[[Mapping[str, Any]], Table] | None = None
     partition: Sequence[tuple[str, PartitionSpec]] = ((".*", PartitionSpec()),)
+    quantized: Sequence[str] = ()
 
     def abstract(self, config: Any) -> Any:
         """The params tree as shapes only; nothing is allocated."""
         return jax.tree.map(lambda leaf: leaf, _shapes(self.init, config))  # in containers of its own
+
+    def quantization(self, kind: str | None) -> Quantization | None:
+        """What is quantised where weights are asked for in a kind of eight bits; None is nothing."""
+        return Quantization(kind, tuple(self.quantized)) if kind and self.quantized else None
 
 
 @functools.lru_cache(maxsize=32)

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ses_jax.convert.table import Component, Rule, Table, fused, linear, norm
+from ses_jax.convert.engine import Header
+from ses_jax.convert.table import Component, Rule, SingleFile, Table, fused, linear, norm
 from ses_jax.models import z_image
 
 
@@ -14,8 +15,13 @@ def table(config: Mapping[str, Any]) -> Table:
 
 
 def original(config: Mapping[str, Any]) -> Table:
-    """The authors' names, which adapters use: queries, keys and values are one layer."""
-    return _table("x_embedder", "final_layer", _original_attention)
+    """The authors' names, which adapters and single files use: queries, keys and values are one layer."""
+    return _table("x_embedder", "final_layer", _original_attention)._replace(ignored=("norm_final.weight",))
+
+
+def no_config(headers: Mapping[str, Header]) -> dict[str, Any]:
+    """Raises ValueError: shapes do not say what a Z-Image is made of."""
+    raise ValueError("a single file of Z-Image needs the config.json of its folder's transformer")
 
 
 def _table(first: str, last: str, attention: Callable[[str], tuple[Rule, ...]]) -> Table:
@@ -73,4 +79,11 @@ def _original_attention(name: str) -> tuple[Rule, ...]:
     )
 
 
-COMPONENT = Component(z_image.Config.from_json, z_image.init, table, aliases=original, partition=z_image.PARTITION)
+COMPONENT = Component(
+    z_image.Config.from_json,
+    z_image.init,
+    table,
+    single_file=SingleFile((), original, no_config),
+    partition=z_image.PARTITION,
+    quantized=z_image.QUANTIZED,
+)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ses_jax.models.attention import attention
 from ses_jax.models.clip import EncoderLayer, Tower, gelu
 from ses_jax.models.layers import stack
+from ses_jax.models.quantized import Dense
 
 # `med_config.json` says nothing of the ViT: it is the large one, in patches of 16.
 VIT_LARGE = {
@@ -25,6 +26,7 @@ VIT_LARGE = {
     "image_size": 224,
     "patch_size": 16,
 }
+QUANTIZED = (r".*layers/.*/kernel",)
 
 
 class Tokens(NamedTuple):
@@ -161,7 +163,7 @@ class TextLayer(nn.Module):
         t = self.bert
         x = _layer_norm(t.norm_eps, "self_norm")(x + Attention(t.heads, name="self")(x, x, mask))
         x = _layer_norm(t.norm_eps, "cross_norm")(x + Attention(t.heads, name="cross")(x, image, None))
-        h = nn.Dense(t.hidden_size, name="output")(gelu(nn.Dense(t.intermediate_size, name="intermediate")(x)))
+        h = Dense(t.hidden_size, name="output")(gelu(Dense(t.intermediate_size, name="intermediate")(x)))
         return _layer_norm(t.norm_eps, "output_norm")(x + h), None
 
 
@@ -174,10 +176,10 @@ class Attention(nn.Module):
     def __call__(self, x, context, mask):
         dim = x.shape[-1]
         q, k, v = (
-            nn.Dense(dim, name=name)(source).reshape(*source.shape[:2], self.heads, dim // self.heads)
+            Dense(dim, name=name)(source).reshape(*source.shape[:2], self.heads, dim // self.heads)
             for name, source in (("q_proj", x), ("k_proj", context), ("v_proj", context))
         )
-        return nn.Dense(dim, name="out_proj")(attention(q, k, v, key_mask=mask))
+        return Dense(dim, name="out_proj")(attention(q, k, v, key_mask=mask))
 
 
 def _layer_norm(eps: float, name: str) -> nn.LayerNorm:

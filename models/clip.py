@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention
 from ses_jax.models.layers import stack
+from ses_jax.models.quantized import Dense
 
 # open_clip's "ViT-H-14".
 VIT_H = {
@@ -22,6 +23,7 @@ VIT_H = {
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
+QUANTIZED = (r"(vision|text)/layers/.*/kernel",)  # of both towers together; the text tower alone is small
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,10 +215,10 @@ class EncoderLayer(nn.Module):
         t = self.tower
         h = _layer_norm(t, "layer_norm1")(x)
         split = (*x.shape[:2], t.heads, t.hidden_size // t.heads)
-        q, k, v = (nn.Dense(t.hidden_size, name=name)(h).reshape(split) for name in ("q_proj", "k_proj", "v_proj"))
-        x = x + nn.Dense(t.hidden_size, name="out_proj")(attention(q, k, v, causal=self.causal))
-        h = ACTIVATIONS[t.act](nn.Dense(t.intermediate_size, name="fc1")(_layer_norm(t, "layer_norm2")(x)))
-        return x + nn.Dense(t.hidden_size, name="fc2")(h), None
+        q, k, v = (Dense(t.hidden_size, name=name)(h).reshape(split) for name in ("q_proj", "k_proj", "v_proj"))
+        x = x + Dense(t.hidden_size, name="out_proj")(attention(q, k, v, causal=self.causal))
+        h = ACTIVATIONS[t.act](Dense(t.intermediate_size, name="fc1")(_layer_norm(t, "layer_norm2")(x)))
+        return x + Dense(t.hidden_size, name="fc2")(h), None
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ses_jax.models.attention import attention, rotate_half
 from ses_jax.models.layers import GatedMLP, RMSNorm, stack
+from ses_jax.models.quantized import Dense
 
 # Heads and feed-forward widths are split over the model axis of a mesh; leaves of layers are stacked.
 PARTITION = (
@@ -29,6 +30,7 @@ PARTITION = (
     (r"layers/mlp/w2/kernel", P(None, "model", None)),
     (r".*/scale", P()),
 )
+QUANTIZED = (r"layers/.*/kernel",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,7 @@ class CausalAttention(nn.Module):
         c = self.config
 
         def project(name, heads):
-            out = nn.Dense(heads * c.head_dim, use_bias=c.qkv_bias, name=name)(x)
+            out = Dense(heads * c.head_dim, use_bias=c.qkv_bias, name=name)(x)
             return out.reshape(*x.shape[:2], heads, c.head_dim)
 
         q, k = project("q_proj", c.heads), project("k_proj", c.kv_heads)
@@ -180,7 +182,7 @@ class CausalAttention(nn.Module):
             q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
         q, k = rotate_half(q, cos, sin), rotate_half(k, cos, sin)
         out = attention(q, k, project("v_proj", c.kv_heads), key_mask=key_mask, causal=True)
-        return nn.Dense(c.hidden_size, use_bias=False, name="o_proj")(out)
+        return Dense(c.hidden_size, use_bias=False, name="o_proj")(out)
 
 
 def rope(config: Config, length: int) -> tuple[np.ndarray, np.ndarray]:

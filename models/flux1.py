@@ -30,6 +30,7 @@ from ses_jax.models.mmdit import (
     pack,
     unpack,
 )
+from ses_jax.models.quantized import Dense
 
 PATCH = 2
 MLP_RATIO = 4
@@ -41,6 +42,7 @@ PARTITION = (
     (r"single_blocks/mlp_in/bias", P(None, "model")),
     (r"single_blocks/mlp_out/kernel", P(None, "model", None)),
 )
+QUANTIZED = mmdit.QUANTIZED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,8 +163,8 @@ class SingleBlock(nn.Module):
         c = self.config
         shift, scale, gate = Modulation(c.dim, 3, name="modulation")(vector)
         h = modulate(x, shift, scale)
-        hidden = jax.nn.gelu(nn.Dense(MLP_RATIO * c.dim, name="mlp_in")(h), approximate=True)
-        mlp = nn.Dense(c.dim, use_bias=False, name="mlp_out")(hidden)
+        hidden = jax.nn.gelu(Dense(MLP_RATIO * c.dim, name="mlp_in")(h), approximate=True)
+        mlp = Dense(c.dim, use_bias=False, name="mlp_out")(hidden)
         attend = SelfAttention(c.num_attention_heads, c.attention_head_dim, name="attention")
         return x + gate * (attend(h, cos, sin) + mlp), None
 

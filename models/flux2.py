@@ -38,6 +38,7 @@ PARTITION = (
     (r".*mlp/w[13]/kernel", P(None, None, "model")),
     (r".*mlp/w2/kernel", P(None, "model", None)),
 )
+QUANTIZED = mmdit.QUANTIZED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

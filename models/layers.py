@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ses_jax.models import target
+from ses_jax.models.quantized import Dense, dtype_of
 
 IMAGES = ("NHWC", "HWIO", "NHWC")
 
@@ -63,9 +64,9 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = nn.Dense(self.hidden_dim, use_bias=False, name="w1")(x)
-        value = nn.Dense(self.hidden_dim, use_bias=False, name="w3")(x)
-        return nn.Dense(x.shape[-1], use_bias=False, name="w2")(self.act(gate) * value)
+        gate = Dense(self.hidden_dim, use_bias=False, name="w1")(x)
+        value = Dense(self.hidden_dim, use_bias=False, name="w3")(x)
+        return Dense(x.shape[-1], use_bias=False, name="w2")(self.act(gate) * value)
 
 
 class TimeEmbedder(nn.Module):
@@ -138,9 +139,8 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def weights_dtype(module: nn.Module) -> Any:
-    """The dtype of a module's weights (float32 while they are being created)."""
-    params = module.variables.get("params", {})
-    return next(iter(jax.tree.leaves(params)), jnp.zeros(())).dtype
+    """The dtype of a module's weights that are not in eight bits (float32 while they are being created)."""
+    return dtype_of(module.variables.get("params", {}))
 
 
 def stack(block: type[nn.Module], length: int) -> type[nn.Module]:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
 from ses_jax.models.layers import RMSNorm, TimeEmbedder, layer_norm, rounded
+from ses_jax.models.quantized import Dense
 
 NORM_EPS = 1e-6
 ROUNDINGS = ("exact", "reference")
@@ -41,6 +42,10 @@ PARTITION = (
     (r".*(modulation|norm_out)/linear/bias|.*_mlp/linear_2/bias|.*/attention/(to_(add_)?out/bias|norm_\w+/scale)", P()),
     (r"(condition/\w+|\w+_embedder)/linear_\d/(kernel|bias)|(\w+_embedder|output/proj_out)/(kernel|bias)", P()),
 )
+
+# What may lie in eight bits: the linear layers of blocks, those that modulate them among them (a third of FLUX.1 and
+# Qwen-Image). All that stands before, beside and after the blocks is small.
+QUANTIZED = (r"\w*blocks/.*/kernel",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +104,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        hidden = jax.nn.gelu(nn.Dense(4 * x.shape[-1], name="linear_1")(x), approximate=True)
-        return nn.Dense(x.shape[-1], name="linear_2")(hidden)
+        hidden = jax.nn.gelu(Dense(4 * x.shape[-1], name="linear_1")(x), approximate=True)
+        return Dense(x.shape[-1], name="linear_2")(hidden)
 
 
 class JointAttention(nn.Module):
@@ -118,15 +123,15 @@ class JointAttention(nn.Module):
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*joint, strict=True))
         lengths = None if text_lengths is None else count + text_lengths
         out = attention(rotate_interleaved(q, cos, sin), rotate_interleaved(k, cos, sin), v, key_lengths=lengths)
-        image_out = nn.Dense(image.shape[-1], use_bias=self.use_bias, name="to_out")(out[:, :count])
-        return image_out, nn.Dense(text.shape[-1], use_bias=self.use_bias, name="to_add_out")(out[:, count:])
+        image_out = Dense(image.shape[-1], use_bias=self.use_bias, name="to_out")(out[:, :count])
+        return image_out, Dense(text.shape[-1], use_bias=self.use_bias, name="to_add_out")(out[:, count:])
 
     def _project(self, x, prefix, infix):
         """Queries, keys and values, each `[B, S, N, D]`; the first two are normed."""
         suffix = "_proj" if infix else ""
         split = (*x.shape[:2], self.heads, self.head_dim)
         q, k, v = (
-            nn.Dense(self.heads * self.head_dim, use_bias=self.use_bias, name=f"{prefix}_{n}{suffix}")(x).reshape(split)
+            Dense(self.heads * self.head_dim, use_bias=self.use_bias, name=f"{prefix}_{n}{suffix}")(x).reshape(split)
             for n in "qkv"
         )
         return RMSNorm(NORM_EPS, name=f"norm{infix}_q")(q), RMSNorm(NORM_EPS, name=f"norm{infix}_k")(k), v
@@ -145,13 +150,13 @@ class SelfAttention(nn.Module):
         """Takes and gives `[B, S, D]`; `cos, sin [B or 1, S, head_dim / 2]`."""
         split = (*x.shape[:2], self.heads, self.head_dim)
         q, k, v = (
-            nn.Dense(self.heads * self.head_dim, use_bias=self.use_bias, name=f"to_{name}")(x).reshape(split)
+            Dense(self.heads * self.head_dim, use_bias=self.use_bias, name=f"to_{name}")(x).reshape(split)
             for name in "qkv"
         )
         q = rotate_interleaved(RMSNorm(self.eps, name="norm_q")(q), cos, sin)
         k = rotate_interleaved(RMSNorm(self.eps, name="norm_k")(k), cos, sin)
         out = attention(q, k, v, key_lengths=key_lengths)
-        return nn.Dense(x.shape[-1], use_bias=self.use_bias, name="to_out")(out)
+        return Dense(x.shape[-1], use_bias=self.use_bias, name="to_out")(out)
 
 
 class ConditionEmbedder(nn.Module):
@@ -187,7 +192,7 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, vector):
-        out = nn.Dense(self.count * self.dim, use_bias=self.use_bias, name="linear")(jax.nn.silu(vector))
+        out = Dense(self.count * self.dim, use_bias=self.use_bias, name="linear")(jax.nn.silu(vector))
         return jnp.split(out[:, None, :], self.count, axis=-1)
 
 

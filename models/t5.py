@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from ses_jax.models.config import known_fields
 from ses_jax.models.layers import GatedMLP, RMSNorm, stack
+from ses_jax.models.quantized import Dense
 
 # Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
 PARTITION = (
@@ -28,6 +29,7 @@ PARTITION = (
     (r"blocks/feed_forward/w2/kernel", P(None, "model", None)),
     (r".*/scale", P()),
 )
+QUANTIZED = (r"blocks/.*/kernel",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +108,9 @@ class SelfAttention(nn.Module):
     def __call__(self, x, bias):
         c = self.config
         split = (*x.shape[:2], c.num_heads, c.d_kv)
-        q, k, v = (
-            nn.Dense(c.num_heads * c.d_kv, use_bias=False, name=name)(x).reshape(split) for name in ("q", "k", "v")
-        )
+        q, k, v = (Dense(c.num_heads * c.d_kv, use_bias=False, name=name)(x).reshape(split) for name in ("q", "k", "v"))
         out = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=1.0)
-        return nn.Dense(c.d_model, use_bias=False, name="o")(out.reshape(*x.shape[:2], -1))
+        return Dense(c.d_model, use_bias=False, name="o")(out.reshape(*x.shape[:2], -1))
 
 
 def relative_buckets(config: Config, length: int) -> np.ndarray:

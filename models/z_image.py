@@ -36,6 +36,8 @@ PARTITION = (
     (r"final_layer/modulation/kernel", P("model", None)),
     (r".*/(scale|bias)|.*_pad_token|(x_embedder|cap_embedder|t_embedder/\w+|final_layer/linear)/kernel", P()),
 )
+# Not what modulates blocks, which is small.
+QUANTIZED = (r"(layers|\w+_refiner)/(attention|feed_forward)/\w+/kernel",)
 
 
 @dataclasses.dataclass(frozen=True)

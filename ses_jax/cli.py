@@ -20,6 +20,7 @@ Text = Annotated[str, tyro.conf.Positional]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
 File = Annotated[Path, tyro.conf.Positional]
 Flat = tyro.conf.OmitArgPrefixes  # its fields are options as they are
+Quantize = Literal["int8", "fp8"] | None
 
 
 # How the shell says what Python says with values that are no text or number.
@@ -68,6 +69,11 @@ LOADING = {
         (),
         'an entry of the scheduler\'s config to override, as in "shift=3.0"; may be given several times',
     ),
+    "quantize": (
+        Quantize,
+        None,
+        "int8 or fp8: the large layers of transformer, text encoders and reward in eight bits, half their memory",
+    ),
     "option": (tuple[str, ...], (), 'the model family\'s own options for loading, such as "band=unpacked"'),
 }
 
@@ -103,6 +109,7 @@ def arguments(chosen: Any) -> dict[str, Any]:
         lora, schedule = (given.pop(name) for name in ("lora", "schedule"))
         given["load"] |= {"lora": tuple(map(_parse_adapter, lora))} if lora else {}
         given["load"] |= {"schedule": _parse_schedule(schedule)} if schedule else {}
+        given["load"] |= {"quantize": kind} if (kind := given.pop("quantize")) else {}
     if given.get("reward") is not None:
         given["reward"] = _parse_reward(given["reward"])
     if ":" in given.get("searcher", ""):
@@ -211,6 +218,7 @@ def plan(
     device: str = "h200",
     mesh: str = "data=1,model=1",
     offload_text_encoder: bool = False,
+    quantize: Quantize = None,
     utilization: float = 0.4,
     compile: bool = False,
     json: bool = False,
@@ -221,9 +229,10 @@ def plan(
         model: Hugging Face id of a published model.
         settings: of the search.
         tokens: length of the prompt.
-        device: h200, h100, b200, a100-80, a100-40, 4090, 5090, v4, v5e, v5p, v6e or tpu7x.
+        device: h200, h100, b200, a100-80, a100-40, l40s, 5090, 4090, 4080, 4070, v4, v5e, v5p, v6e or tpu7x.
         mesh: how many devices share the candidates and how many the weights, such as data=1,model=8.
         offload_text_encoder: text encoders leave the device before the other networks come.
+        quantize: the large layers of transformer, text encoders and reward in eight bits.
         utilization: share of the device's peak that the networks reach.
         compile: ask the device's own compiler, which takes minutes, pip install 'ses_jax[tpu]' or 'ses_jax[cuda]', and
             not the device.
@@ -237,6 +246,7 @@ def plan(
         device=device,
         mesh=mesh,
         offload_text_encoder=offload_text_encoder,
+        quantize=quantize,
         utilization=utilization,
         compile=compile,
         **arguments(settings),
@@ -252,6 +262,7 @@ def convert(
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     drop_unused: bool = False,
     export: bool = False,
+    quantize: Quantize = None,
 ) -> None:
     """Write a checkpoint in the converted form (Orbax), or with --export in the published one (safetensors).
 
@@ -261,13 +272,15 @@ def convert(
         dtype: of the weights; by default that of the source.
         drop_unused: leave out the tensors that are never loaded; such a folder can't be exported again.
         export: write the published form.
+        quantize: put the large layers into eight bits; such a folder can't be exported.
     """
     from ses_jax.loading import folder, hub
     from ses_jax.pipelines.registry import FAMILIES
 
     checkpoint = hub.resolve(source)
     parts = folder.components(checkpoint, FAMILIES)
-    folder.convert(checkpoint, out, parts, dtype=dtype, drop_unused=drop_unused, export=export)
+    how = {"dtype": dtype, "drop_unused": drop_unused, "export": export, "quantize": quantize}
+    folder.convert(checkpoint, out, parts, **how)
     print(f"wrote {out}: {', '.join(name if name != '.' else 'CLIP' for name in parts)}")
 
 

@@ -85,7 +85,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         [
             *("flux1", "flux2", "qwen_image", "z_image", "autoencoder_kl_bn", "autoencoder_kl", "qwen_vae"),
             *("decoder_lm", "t5", "clip", "open_clip", "blip", "score_head", "mmdit"),
-            *("files", "pickles", "lora", "names", "engine", "table"),
+            *("dialects", "files", "pickles", "gguf", "lora", "names", "engine", "table"),
         ],
     ),
     "ses_jax.models": (
@@ -93,7 +93,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         [
             *("flux1", "flux2", "qwen_image", "z_image", "mmdit", "decoder_lm", "t5", "blip", "clip"),
             *("autoencoder_kl_bn", "autoencoder_kl", "qwen_vae", "score_head"),
-            *("attention", "splash", "layers", "target", "config"),
+            *("attention", "splash", "layers", "quantized", "target", "config"),
         ],
     ),
 }

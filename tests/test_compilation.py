@@ -315,7 +315,7 @@ def publish(monkeypatch, source, scorer):
     """A tiny model in the place of a published one, and a tiny scorer in that of the plan's."""
     tiny.publish(monkeypatch, source)
 
-    def shapes(dtype):
+    def shapes(dtype, quantize=None):
         made = jax.eval_shape(lambda: SCORERS[scorer]().params)
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), made)
         return dataclasses.replace(SCORERS[scorer](), params=params)

@@ -146,7 +146,7 @@ def test_advice_makes_it_fit(work, name):
     plan = plan_on(work, machine(name))
     assert not plan.fits
     assert plan.chunk == 1
-    assert plan.advice
+    assert any("--quantize int8" in line for line in plan.advice)
     for line in plan.advice:
         flags = dict(part.split(" ", 1) if " " in part else (part, "") for part in line.split(" --")[1:])
         assert flags, line
@@ -155,8 +155,10 @@ def test_advice_makes_it_fit(work, name):
             smaller = Work(work.pipeline, SearchConfig(**size).resolve(work.pipeline), 128)
             assert plan_on(smaller, machine(name)).fits
         else:
-            offload = "offload-text-encoder" in flags
-            assert plan_on(work, machine(name, flags.get("mesh", ALONE), offload)).fits
+            offload, changed = "offload-text-encoder" in flags, work
+            if "quantize" in flags:
+                changed = Work(abstract_pipeline(TURBO, quantize=flags["quantize"]), work.config, 128)
+            assert plan_on(changed, machine(name, flags.get("mesh", ALONE), offload)).fits
 
 
 def test_a_chunk_that_the_caller_wants_is_taken_and_spoken_about(work):

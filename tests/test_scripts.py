@@ -20,6 +20,7 @@ SCRIPTS = {
         *("--prompts", "1", "--noises", "3", "--preview-steps", "2", "--looks", "half1", "early1"),
     ],
     "benchmarks/loops.py": ["--calls", "2", "--forms", "generate", "--growth", "1e9", "--maps", "10000"],
+    "benchmarks/quantized.py": ["--kinds", "int8", "--prompts", "2", "--budget", "1", "--at-once", "2"],
     "benchmarks/reward_share.py": ["--population", "2", "--repeats", "1", "--preview-steps", "1"],
     "benchmarks/searchers.py": [
         *("--searchers", "zero-order", "--budgets", "2", "--prompts", "2", "--at-once", "2"),

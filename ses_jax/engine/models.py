@@ -70,6 +70,8 @@ def load_models(
 ) -> tuple[Pipeline, Reward]:
     """The loaded pipeline and the reward with its reported parts, from arguments of `search` that were checked.
 
+    Scorers that are named are quantised as the pipeline is.
+
     Raises:
       ValueError: for a broken checkpoint, and for options that a pipeline which is loaded already can't have.
     """
@@ -78,8 +80,9 @@ def load_models(
     own = Path(pipeline.folder) / "clip"  # a checkpoint that ships its own scorer is scored by that one
     sources = {"clip": own} if own.exists() else {}
     names = dict.fromkeys(kind for spec in (reward, report) for kind in _kinds(spec))
-    keys = {kind: (kind, *_state(sources.get(kind, scorers.KINDS[kind].source))) for kind in names}
-    loaded = _SCORERS.get({keys[kind]: _scorer_loader(kind, sources.get(kind)) for kind in names})
+    quantize = options.get("quantize")
+    keys = {kind: (kind, quantize, *_state(sources.get(kind, scorers.KINDS[kind].source))) for kind in names}
+    loaded = _SCORERS.get({keys[kind]: _scorer_loader(kind, sources.get(kind), quantize) for kind in names})
     known = dict(zip(names, loaded, strict=True))
     reported = None if report is None else rewards.assemble(report, known)
     return pipeline, rewards.with_report(rewards.assemble(reward, known), reported)
@@ -105,12 +108,13 @@ def find_pipeline(model: str | Pipeline, mesh: str | Mesh | None = None, **optio
 def _named_pipeline(source: str, mesh: str | Mesh | None, options: Mapping[str, Any]) -> Pipeline:
     mesh = partition.parse_mesh(mesh)
     added = tuple(_state(adapter) for adapter, _ in pairs(options.get("lora")))
-    key = (*_state(source), mesh, repr(sorted(options.items())), added)
+    named = tuple(_state(value) for value in options.values() if isinstance(value, str | Path))
+    key = (*_state(source), mesh, repr(sorted(options.items())), added, named)
     return _PIPELINES.get({key: lambda: load_pipeline(source, mesh=mesh, **options)})[0]
 
 
-def _scorer_loader(kind: str, source: Path | None) -> Callable[[], scorers.Scorer]:
-    return lambda: scorers.load_scorer(kind, source=source)
+def _scorer_loader(kind: str, source: Path | None, quantize: str | None) -> Callable[[], scorers.Scorer]:
+    return lambda: scorers.load_scorer(kind, source=source, quantize=quantize)
 
 
 def _kinds(spec: RewardSpec | Reward | None) -> list[str]:

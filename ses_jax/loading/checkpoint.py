@@ -4,12 +4,17 @@ Orbax takes a second to import and only converted checkpoints need it, so it is 
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+from ses_jax.convert import engine
+from ses_jax.models import quantized
+from ses_jax.models.quantized import Quantization
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
@@ -32,7 +37,7 @@ def restore(
     Args:
       folder: the saved tree.
       abstract: the expected tree as shapes.
-      dtype: to cast to; None keeps what was saved.
+      dtype: to cast to; None keeps what was saved, as do leaves in eight bits and their scales.
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
 
@@ -40,38 +45,43 @@ def restore(
       FileNotFoundError: if there is no such folder.
       ValueError: naming the folder, if it is damaged or holds another tree.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist")
-    try:
-        with _checkpointer() as checkpointer:
-            saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
-            _check_tree(folder, saved, abstract)
-            return checkpointer.restore(folder.absolute(), _target(saved, abstract, dtype, sharding))
-    except (OSError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
+    with _opened(folder, abstract) as (checkpointer, saved):
+        return checkpointer.restore(folder.absolute(), _target(saved, abstract, dtype, sharding))
 
 
-@contextlib.contextmanager
-def leaf_reader(folder: Path, abstract: Any) -> Iterator[Callable[[str], np.ndarray]]:
-    """What reads a leaf by its path, on the host, of a tree that `save` wrote; raises as `restore` does."""
-    import orbax.checkpoint as ocp
+def restore_changed(
+    folder: Path,
+    abstract: Any,
+    *,
+    quantization: Quantization | None = None,
+    edits: Edits | None = None,
+    dtype: Any = None,
+    sharding: Placement | None = None,
+) -> Any:
+    """Reads a tree that `save` wrote leaf by leaf, and changes leaves on the host.
 
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist")
+    Args:
+      quantization: what to put into eight bits, after the edits; None is nothing.
+      edits: changes of pieces of leaves; None is none.
 
-    def read(path):
-        item, as_numpy = 0, ocp.RestoreArgs(restore_type=np.ndarray)
-        for name in reversed(path.split("/")):
-            item, as_numpy = {name: item}, {name: as_numpy}
-        args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-        return jax.tree.leaves(checkpointer.restore(folder.absolute(), args=args))[0]
+    Other arguments and errors are those of `restore`.
+    """
+    edited = {path for path, _ in edits or {}}
 
-    try:
-        _check_tree(folder, metadata(folder), abstract)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            yield read
-    except (OSError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
+    def read(key_path, leaf):
+        path = _path(key_path)
+        taken = quantization is not None and quantization.takes(path)
+        if not taken and path not in edited:
+            return _restore_leaf(folder, path, _target(saved, _nested(path, leaf), dtype, sharding))
+        values = _restore_leaf(folder, path, _target(saved, _nested(path, leaf), None, lambda path, shape: None))
+        if path in edited:
+            values = engine.edit(values, path, np.float32 if taken else dtype or values.dtype, edits)
+        if taken:
+            return engine.place_quantized(quantized.quantize(values, quantization.kind), path, sharding)
+        return engine.place(values, path, sharding)
+
+    with _opened(folder, abstract) as (_, saved):
+        return quantized.spread(jax.tree_util.tree_map_with_path(read, abstract))
 
 
 def metadata(folder: Path) -> Any:
@@ -82,16 +92,56 @@ def metadata(folder: Path) -> Any:
 
 
 def _checkpointer() -> Any:
-    """Orbax's checkpointer, for this process alone: processes share no checkpoint that is written."""
+    """Orbax's checkpointer."""
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointer(**_processes())
+
+
+def _processes() -> dict[str, Any]:
+    """Orbax's options for this process alone: processes share no checkpoint that is written."""
     import orbax.checkpoint as ocp
 
     if jax.process_count() == 1:
-        return ocp.StandardCheckpointer()
+        return {}
     me = jax.process_index()
     options = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
     )
-    return ocp.StandardCheckpointer(multiprocessing_options=options)
+    return {"multiprocessing_options": options}
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, abstract: Any) -> Iterator[tuple[Any, Any]]:
+    """A checkpointer and what it says of a folder, which holds the expected tree; errors name the folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist")
+    try:
+        with _checkpointer() as checkpointer:
+            saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
+            _check_tree(folder, saved, abstract)
+            yield checkpointer, saved
+    except (OSError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
+
+
+def _restore_leaf(folder: Path, path: str, target: Any) -> Any:
+    """One leaf of a saved tree, `target` being that tree with nothing else in it."""
+    import orbax.checkpoint as ocp
+
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**_processes()), **_processes()) as checkpointer:
+        return jax.tree.leaves(checkpointer.restore(folder.absolute(), args=args))[0]
+
+
+def _nested(path: str, leaf: Any) -> Any:
+    """A tree of that leaf alone."""
+    return functools.reduce(lambda tree, name: {name: tree}, reversed(path.split("/")), leaf)
+
+
+def _default_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def _check_tree(folder: Path, saved: Any, abstract: Any) -> None:
@@ -108,15 +158,16 @@ def _shapes(tree: Any) -> dict[str, list[int]]:
 
 def _target(saved: Any, abstract: Any, dtype: Any, sharding: Placement | None) -> Any:
     """The abstract tree with the dtype and the place of every leaf."""
-    place = sharding or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    place = sharding or _default_device
     dtypes = {_path(key_path): leaf.dtype for key_path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
 
     def leaf_target(key_path, leaf):
         path = _path(key_path)
         target = place(path, leaf.shape)
+        wanted = dtypes[path] if dtype is None or quantized.keeps_dtype(path, dtypes[path]) else dtype
         if target is None:
-            return np.empty(leaf.shape, dtype or dtypes[path])  # asks for NumPy; its memory is never touched
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or dtypes[path], sharding=target)
+            return np.empty(leaf.shape, wanted)  # asks for NumPy; its memory is never touched
+        return jax.ShapeDtypeStruct(leaf.shape, wanted, sharding=target)
 
     return jax.tree_util.tree_map_with_path(leaf_target, abstract)
 

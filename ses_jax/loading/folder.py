@@ -13,6 +13,7 @@ from ses_jax.convert import clip
 from ses_jax.convert.files import INDEX, read_json
 from ses_jax.convert.table import Component
 from ses_jax.loading import network
+from ses_jax.models import quantized
 
 # Weights in any layout; what is not a weight is small, and copied.
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf"}
@@ -48,6 +49,7 @@ def convert(
     dtype: Any = None,
     drop_unused: bool = False,
     export: bool = False,
+    quantize: str | None = None,
 ) -> None:
     """Converts a checkpoint folder.
 
@@ -58,6 +60,7 @@ def convert(
       dtype: of the weights that are written; None keeps that of the source.
       drop_unused: leave out the tensors that no network loads; such a folder can't be exported.
       export: write the published layout.
+      quantize: "int8" or "fp8" writes the large kernels in eight bits; such a folder can't be exported.
 
     Raises:
       FileExistsError: if `out` is there already.
@@ -65,13 +68,15 @@ def convert(
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose a new folder")
+    if export and quantized.check_kind(quantize):
+        raise ValueError(f"cannot export to {out} quantised: no published layout has our {quantize}; leave one out")
     out.parent.mkdir(parents=True, exist_ok=True)
     dtype = dtype and jnp.dtype(dtype)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         unfinished = Path(scratch) / out.name
         _copy_small_files(source, unfinished)
         for name, component in parts.items():
-            loaded = network.load(source / name, component, dtype=dtype)
+            loaded = network.load(source / name, component, dtype=dtype, quantize=quantize)
             if export:
                 network.save_published(unfinished / name, component, loaded)
             else:

@@ -29,6 +29,7 @@ __all__ = [
     "read_config",
     "read_json",
     "resolve",
+    "resolve_file",
     "resolve_weights",
     "settings",
 ]
@@ -79,6 +80,29 @@ def resolve_weights(source: str | Path, *, weights: str | tuple[str, ...]) -> Pa
     return file if file.is_file() and source != "demo" else resolve(source, weights=weights)
 
 
+def resolve_file(source: str | Path, folder: Path) -> Path:
+    """A file, or a folder, with one network's weights: in a checkpoint's folder, anywhere, or on the hub.
+
+    Args:
+      source: name in the folder, path, or "organisation/name/file", downloaded first where it has to be.
+      folder: the checkpoint's.
+
+    Raises:
+      FileNotFoundError: if it is none of these.
+      ValueError: if it can't be downloaded.
+    """
+    for path in (folder / source, Path(source).expanduser()):
+        if path.exists():
+            return path
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+/\S+\.(gguf|safetensors)", source):
+        raise FileNotFoundError(f"{source} is neither in {folder} nor a file, nor 'organisation/name/file' of the hub")
+    organisation, name, file = source.split("/", 2)
+    try:
+        return Path(huggingface_hub.hf_hub_download(f"{organisation}/{name}", file))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source!r} could not be fetched from the Hugging Face hub: {error}") from error
+
+
 def open_source(path: Path, stems: Sequence[str]) -> Weights:
     """The tensors of a file, or of the one in a folder that has one of some names (see `open_named`)."""
     if path.is_file():
@@ -93,6 +117,8 @@ def load_component(
     dtype: Any = None,
     sharding: Placement | None = None,
     edits: Edits | None = None,
+    quantize: str | None = None,
+    file: Path | None = None,
 ) -> tuple[Any, Any]:
     """Config and params of one network, from its published or converted folder.
 
@@ -103,16 +129,26 @@ def load_component(
       sharding: `(path, shape)` of a leaf of the params to where it is placed, None being NumPy on the host; without it,
         the default device.
       edits: changes of pieces of leaves on their way, see `adapters`; None is none.
+      quantize: "int8" or "fp8" puts the kernels that the component names into eight bits.
+      file: with the weights, instead of the folder's, see `network.load`.
 
     Raises:
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
-    loaded = network.load(folder, component, dtype=params_dtype(dtype), sharding=sharding, edits=edits)
+    how = {"sharding": sharding, "edits": edits, "quantize": quantize, "file": file}
+    loaded = network.load(folder, component, dtype=params_dtype(dtype), **how)
     return loaded.config, loaded.params
 
 
-def load_weights(weights: Weights, component: Component, json: Mapping[str, Any], *, dtype: Any = None) -> Any:
+def load_weights(
+    weights: Weights,
+    component: Component,
+    json: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    quantize: str | None = None,
+) -> Any:
     """Params of one network from tensors that are opened already.
 
     Args:
@@ -120,11 +156,12 @@ def load_weights(weights: Weights, component: Component, json: Mapping[str, Any]
       component: which network to expect.
       json: content of its `config.json`.
       dtype: of the params; None is bfloat16 on GPU and TPU, float32 on CPU.
+      quantize: as in `load_component`.
 
     Raises:
       ValueError: naming the tensors that do not fit.
     """
-    return network.read(weights, component, json, dtype=params_dtype(dtype)).params
+    return network.read(weights, component, json, dtype=params_dtype(dtype), quantize=quantize).params
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -12,7 +12,7 @@ exporting gives back the published checkpoint bit for bit.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ses_jax.convert import engine
+from ses_jax.convert import dialects, engine
 from ses_jax.convert.engine import ConversionError, Edits, Placement, Weights
 from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
-from ses_jax.convert.table import Component
+from ses_jax.convert.table import Component, Table
 from ses_jax.loading import checkpoint
+from ses_jax.models import quantized
 
 PARAMS, UNUSED, CONVERSION = "params", "unused", "conversion.json"
 
@@ -39,6 +40,7 @@ class Network(NamedTuple):
       prefix: what the published names begin with.
       unused: published tensors without a place in the params; their data is read when asked for.
       dropped: names of published tensors that were left out when the folder was converted.
+      quantize: how kernels are stored in eight bits; None if they are not.
     """
 
     json: Mapping[str, Any]
@@ -47,6 +49,7 @@ class Network(NamedTuple):
     prefix: str
     unused: Weights
     dropped: tuple[str, ...] = ()
+    quantize: str | None = None
 
 
 def load(
@@ -56,42 +59,46 @@ def load(
     dtype: Any = None,
     sharding: Placement | None = None,
     edits: Edits | None = None,
+    quantize: str | None = None,
+    file: Path | None = None,
 ) -> Network:
     """Reads a network from a published or a converted folder, or from the single file beside a folder without weights.
 
     Args:
       folder: the network's own folder.
       component: which network to expect.
+      file: safetensors or GGUF with its weights instead of the folder's, under either of their names, see `dialects`.
       dtype: of the params; None keeps that of the files.
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
       edits: changes of pieces of leaves on their way; None is none.
+      quantize: "int8" or "fp8" puts the kernels that the component names into eight bits; None leaves them.
 
     Raises:
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
-    json = config_of(folder, component)
+    json, how = config_of(folder, component, file), {"dtype": dtype, "sharding": sharding, "edits": edits}
+    if file:
+        weights = dialects.open_file(file)
+        component = dataclasses.replace(component, table=_table_of(weights, component, json))
+        return read(weights, component, json, quantize=quantize, **how)
     file = _single_file(folder, component)
     if file:
         component = dataclasses.replace(component, table=component.single_file.table)
-        return read(open_files([file]), component, json, dtype=dtype, sharding=sharding, edits=edits)
+        return read(dialects.logical(open_files([file])), component, json, quantize=quantize, **how)
     if (folder / PARAMS).is_dir():
-        config = component.from_json(json)
-        abstract, how = component.abstract(config), {"dtype": dtype, "sharding": sharding}
-        saved = folder / PARAMS
-        params = _edited(saved, abstract, edits, **how) if edits else checkpoint.restore(saved, abstract, **how)
-        _check_finite(folder, params)
-        return _with_facts(folder, json, config, params)
-    weights = open_weights(folder, component.stem)
-    return read(weights, component, json, dtype=dtype, sharding=sharding, edits=edits)
+        return _restore(folder, component, json, quantize=quantize, **how)
+    return read(dialects.logical(open_weights(folder, component.stem)), component, json, quantize=quantize, **how)
 
 
-def config_of(folder: Path, component: Component) -> dict[str, Any]:
+def config_of(folder: Path, component: Component, file: Path | None = None) -> dict[str, Any]:
     """Content of the `config.json` of a network that `load` would read; raises as it does. No weights are read."""
+    if file:
+        return _single_file_config(file, dialects.open_file(file), folder, component)
     file = _single_file(folder, component)
     if file:
-        return _single_file_config(file, open_files([file]), folder, component)
+        return _single_file_config(file, dialects.logical(open_files([file])), folder, component)
     return read_config(folder / "config.json", component)[0]
 
 
@@ -118,6 +125,7 @@ def read(
     dtype: Any = None,
     sharding: Placement | None = None,
     edits: Edits | None = None,
+    quantize: str | None = None,
 ) -> Network:
     """Reads a network from published tensors, wherever they lie.
 
@@ -129,6 +137,7 @@ def read(
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
       edits: changes of pieces of leaves on their way; None is none.
+      quantize: "int8" or "fp8" puts the kernels that the component names into eight bits; None leaves them.
 
     Raises:
       ConversionError: naming the tensors that do not fit.
@@ -136,9 +145,10 @@ def read(
     config = component.from_json(json)
     abstract = component.abstract(config)
     plan = engine.plan(component.table(json), abstract, weights.headers)
-    params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding, edits=edits)
+    rule = component.quantization(quantize)
+    params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding, edits=edits, quantization=rule)
     unused = Weights({name: weights.headers[name] for name in plan.unused}, weights.read)
-    return Network(json, config, params, plan.prefix, unused)
+    return Network(json, config, params, plan.prefix, unused, quantize=rule and quantize)
 
 
 def save_converted(folder: Path, network: Network, *, drop_unused: bool = False) -> None:
@@ -150,15 +160,21 @@ def save_converted(folder: Path, network: Network, *, drop_unused: bool = False)
     if kept:
         write_weights(folder, UNUSED, _read_all(network.unused))
     dropped = sorted(set(network.dropped) | (network.unused.headers.keys() - kept.keys()))
-    write_json(folder / CONVERSION, {"prefix": network.prefix, "dropped": dropped})
+    facts = {"prefix": network.prefix, "dropped": dropped}
+    write_json(folder / CONVERSION, facts | ({"quantize": network.quantize} if network.quantize else {}))
 
 
 def save_published(folder: Path, component: Component, network: Network) -> None:
     """Writes a network's folder in the published form.
 
     Raises:
-      ConversionError: if the network was converted without tensors that its published form has.
+      ConversionError: if the network was converted without tensors that its published form has, or quantised.
     """
+    if network.quantize:
+        raise ConversionError(
+            f"cannot export to {folder}: the weights are quantised ({network.quantize}), and what was rounded off is "
+            "gone; export the checkpoint that they were made of"
+        )
     if network.dropped:
         names = ", ".join(network.dropped[:5]) + (", ..." if len(network.dropped) > 5 else "")
         raise ConversionError(
@@ -202,10 +218,24 @@ def _single_file(folder: Path, component: Component) -> Path | None:
     return found[0] if found else None
 
 
+def _table_of(weights: Weights, component: Component, json: Mapping[str, Any]) -> Callable[[Any], Table]:
+    """Of the tables of a network's two published forms, the one that has more of the tensors' names."""
+    if component.single_file is None:
+        return component.table
+    abstract = component.abstract(component.from_json(json))
+
+    def known(table):
+        return sum(name in weights.headers for name in {slot.name for slot in engine.layout(table(json), abstract)})
+
+    return max(component.table, component.single_file.table, key=known)
+
+
 def _single_file_config(file: Path, weights: Weights, folder: Path, component: Component) -> dict[str, Any]:
     """The content of the network's `config.json`, made up from the file's tensors where there is none."""
     if (folder / "config.json").is_file():
         return read_config(folder / "config.json", component)[0]
+    if component.single_file is None:
+        raise FileNotFoundError(f"{file} needs {folder / 'config.json'}, which does not exist")
     try:
         return component.single_file.config(weights.headers)
     except (KeyError, ValueError) as error:
@@ -213,23 +243,30 @@ def _single_file_config(file: Path, weights: Weights, folder: Path, component: C
         raise ConversionError(f"{file}: {reason}") from error
 
 
-def _with_facts(folder: Path, json: Mapping[str, Any], config: Any, params: Any) -> Network:
+def _restore(
+    folder: Path,
+    component: Component,
+    json: Mapping[str, Any],
+    *,
+    quantize: str | None,
+    edits: Edits | None,
+    **how: Any,
+) -> Network:
     """A converted network with what its conversion noted down."""
-    facts = read_json(folder / CONVERSION)
+    config, facts = component.from_json(json), read_json(folder / CONVERSION)
+    abstract, saved = component.abstract(config), facts.get("quantize")
+    if saved and quantize not in (saved, None):
+        raise ValueError(f"{folder} is quantised already ({saved}); quantize={quantize!r} takes its original")
+    if saved and edits:
+        raise ValueError(f"{folder} is quantised already ({saved}); adapters are merged into its original")
+    rule = component.quantization(saved or quantize)
+    if edits or (rule and not saved):
+        params = checkpoint.restore_changed(folder / PARAMS, abstract, quantization=rule, edits=edits, **how)
+    else:
+        params = checkpoint.restore(folder / PARAMS, quantized.abstract(abstract, rule), **how)
+    _check_finite(folder, params)
     unused = open_weights(folder, UNUSED) if any(folder.glob(f"{UNUSED}*")) else open_files([])
-    return Network(json, config, params, facts["prefix"], unused, tuple(facts["dropped"]))
-
-
-def _edited(saved: Path, abstract: Any, edits: Edits, *, dtype: Any = None, sharding: Placement | None = None) -> Any:
-    """As `checkpoint.restore`, leaf by leaf through the host, where they are edited."""
-
-    def fill(read, key_path):
-        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        values = read(path)
-        return engine.place(engine.edit(values, path, dtype or values.dtype, edits), path, sharding)
-
-    with checkpoint.leaf_reader(saved, abstract) as read:
-        return jax.tree_util.tree_map_with_path(lambda key_path, _: fill(read, key_path), abstract)
+    return Network(json, config, params, facts["prefix"], unused, tuple(facts["dropped"]), rule and rule.kind)
 
 
 def _check_finite(folder: Path, params: Any) -> None:

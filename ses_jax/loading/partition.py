@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ses_jax.models import target
+from ses_jax.models import quantized, target
 
 DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)
@@ -86,7 +86,7 @@ def sharding(mesh: AnyMesh, rules: Rules, path: str, shape: tuple[int, ...]) -> 
     Raises:
       ValueError: if no rule matches the path, or a dimension does not divide over its axis.
     """
-    spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), None)
+    spec = _spec(rules, path, len(shape))
     if spec is None:
         raise ValueError(f"no partition rule matches {path} {list(shape)}")
     for size, axis in zip(shape, spec, strict=False):
@@ -96,6 +96,16 @@ def sharding(mesh: AnyMesh, rules: Rules, path: str, shape: tuple[int, ...]) -> 
                 f"choose a mesh whose {axis} axis divides it"
             )
     return NamedSharding(mesh, spec)
+
+
+def _spec(rules: Rules, path: str, axes: int) -> PartitionSpec | None:
+    """Of the rule of a path; the scales of a quantised kernel, one for each of its outputs, lie where those do."""
+    kernel = path.removesuffix(quantized.SUFFIX) if path.endswith(f"kernel{quantized.SUFFIX}") else path
+    spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, kernel)), None)
+    if spec is None or kernel == path:
+        return spec
+    whole = (*spec, *(None,) * (axes + 1 - len(spec)))
+    return PartitionSpec(*whole[:-2], whole[-1])
 
 
 def shardings(mesh: AnyMesh, rules: Mapping[str, Rules], params: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from ses_jax.loading import adapters, hub, network, partition
 from ses_jax.loading.lora_files import Loras, open_adapters, pairs
+from ses_jax.models import quantized
 from ses_jax.pipelines import flux1, flux2, qwen_image, z_image
 from ses_jax.pipelines.base import Parts, Pipeline, Published
 from ses_jax.pipelines.schedule import check_override
@@ -34,6 +35,7 @@ def load_pipeline(
     offload_text_encoder: bool = False,
     lora: Loras | None = None,
     schedule: Mapping[str, Any] | None = None,
+    quantize: str | None = None,
     **options: Any,
 ) -> Pipeline:
     """Loads a text-to-image model.
@@ -54,6 +56,13 @@ def load_pipeline(
       schedule: entries of the checkpoint's scheduler_config.json to override, for adapters that were distilled with
         another schedule, such as {"use_dynamic_shifting": False, "shift": 3.0, "shift_terminal": None}.
       options: the family's own, see its module in `ses_jax.pipelines`.
+      quantize: "int8" or "fp8" puts the linear layers of the transformer's blocks and of large text encoders into eight
+        bits as they are read, with a scale for each output; None leaves them as they are, also those of a folder that
+        was converted so.
+      options: the family's own, see its module in `ses_jax.pipelines`; or by the name of a network, such as
+        `transformer`, a file with its weights instead of the folder's, safetensors or GGUF, quantised as it may be:
+        its name in the folder, a path, or "organisation/name/file" of the Hugging Face hub. Or a folder like the
+        network's own.
 
     Returns:
       The `Pipeline` of its family.
@@ -64,35 +73,44 @@ def load_pipeline(
         of their tensors that don't.
     """
     dtype = hub.params_dtype(dtype)
-    folder = hub.resolve(source)
+    quantized.check_kind(quantize)
+    files = {name: options.pop(name) for name in _networks() & options.keys()}
+    folder = hub.resolve(source, weights=None if not files else "")
     index = hub.read_json(folder / "model_index.json")
     family = _family(source, index.get("_class_name"))
+    files = _files(source, folder, family, files)
     _check_options(source, family, options)
     check_override(schedule or {})
-    edits = _edits(folder, family, lora)
+    places = {name: _place_of(folder / name, files.get(name)) for name in family.COMPONENTS}
+    edits = _edits(places, family, lora)
     scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
     tokenizers = {name: hub.load_tokenizer(folder / name) for name in family.TOKENIZERS}
     mesh = partition.parse_mesh(mesh)
     rules = {name: part.partition for name, part in family.COMPONENTS.items()}
     loaded = {
         name: hub.load_component(
-            folder / name,
-            part,
+            places[name][0],
+            family.COMPONENTS[name],
             dtype=dtype,
             sharding=hub.on_host if offload_text_encoder else partition.loader(mesh, rules[name]),
             edits=edits.get(name),
+            quantize=quantize,
+            file=places[name][1],
         )
-        for name, part in family.COMPONENTS.items()
+        for name in family.COMPONENTS
     }
     configs = {name: config for name, (config, _) in loaded.items()}
     params = {name: params for name, (_, params) in loaded.items()}
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder), schedule or {})
     changes = {"lora": [list(pair) for pair in pairs(lora)], "schedule": dict(schedule or {})}
+    changes |= {"quantize": quantized.kind_of(params), "files": {name: str(file) for name, file in files.items()}}
     pipeline = _placed(family, family.assemble(parts, **options), mesh)
     return dataclasses.replace(pipeline, changes={name: change for name, change in changes.items() if change})
 
 
-def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None, **options: Any) -> Pipeline:
+def abstract_pipeline(
+    source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None, quantize: str | None = None, **options: Any
+) -> Pipeline:
     """A published model as shapes: its functions can be traced, planned and compiled without weights.
 
     Args:
@@ -100,6 +118,7 @@ def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | No
       dtype: of the weights.
       mesh: devices to compile for, which need not be there (see `jax.experimental.topologies`); None is none in
         particular.
+      quantize: as in `load_pipeline`.
       options: the family's own.
 
     Returns:
@@ -108,22 +127,45 @@ def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | No
     Raises:
       ValueError: for another source.
     """
+    quantized.check_kind(quantize)
     for family in FAMILIES.values():
         for published in family.PUBLISHED:
             if published.source == source and published.configs:
                 _check_options(source, family, options)
-                pipeline = family.assemble(_abstract_parts(family, published, dtype), **options)
+                pipeline = family.assemble(_abstract_parts(family, published, dtype, quantize), **options)
                 return pipeline if mesh is None else _placed(family, pipeline, mesh)
     raise ValueError(f"{source}: no published model of that name; known: {', '.join(_published_names())}")
 
 
-def _edits(folder: Path, family: ModuleType, lora: Loras | None) -> dict[str, Any]:
+def _edits(places: Mapping[str, tuple[Path, Path | None]], family: ModuleType, lora: Loras | None) -> dict[str, Any]:
     """What adapters change in the networks, by network; nothing but headers of the networks is read."""
     opened = open_adapters(lora)
     changed = {name: part for name, part in family.COMPONENTS.items() if opened and name in adapters.PREFIXES}
-    return adapters.plan_edits(
-        opened, {name: (part, network.config_of(folder / name, part)) for name, part in changed.items()}
-    )
+    configs = {name: network.config_of(places[name][0], part, places[name][1]) for name, part in changed.items()}
+    return adapters.plan_edits(opened, {name: (part, configs[name]) for name, part in changed.items()})
+
+
+def _place_of(network: Path, own: Path | None) -> tuple[Path, Path | None]:
+    """A network's folder, and the file with its weights if that is another."""
+    if own is None:
+        return network, None
+    return (own, None) if own.is_dir() else (network, own)
+
+
+def _networks() -> set[str]:
+    """Names of networks of any family."""
+    return {name for family in FAMILIES.values() for name in family.COMPONENTS}
+
+
+def _files(source: str, folder: Path, family: ModuleType, files: Mapping[str, str | Path]) -> dict[str, Path]:
+    """The files of networks that have one of their own; of all others the weights are there afterwards."""
+    unknown = files.keys() - family.COMPONENTS.keys()
+    if unknown:
+        raise ValueError(f"{source} has no {', '.join(sorted(unknown))}; its networks: {', '.join(family.COMPONENTS)}")
+    found = {name: hub.resolve_file(file, folder) for name, file in files.items()}
+    if found:
+        hub.resolve(source, weights=tuple(f"{name}/*.safetensors" for name in family.COMPONENTS if name not in found))
+    return found
 
 
 def _placed(family: ModuleType, pipeline: Pipeline, mesh: Mesh | None) -> Pipeline:
@@ -132,14 +174,14 @@ def _placed(family: ModuleType, pipeline: Pipeline, mesh: Mesh | None) -> Pipeli
     return dataclasses.replace(pipeline, mesh=mesh, place=functools.partial(partition.place, mesh, rules))
 
 
-def _abstract_parts(family: ModuleType, published: Published, dtype: Any) -> Parts:
-    def cast(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+def _abstract_parts(family: ModuleType, published: Published, dtype: Any, quantize: str | None) -> Parts:
+    def shapes(name, component):
+        cast = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), component.abstract(published.configs[name])
+        )
+        return quantized.abstract(cast, component.quantization(quantize))
 
-    params = {
-        name: jax.tree.map(cast, component.abstract(published.configs[name]))
-        for name, component in family.COMPONENTS.items()
-    }
+    params = {name: shapes(name, component) for name, component in family.COMPONENTS.items()}
     return Parts(Path(published.source), published.configs, params, {}, published.scheduler, published.index)
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 
 from ses_jax.loading import partition
+from ses_jax.models import quantized
+from ses_jax.pipelines.registry import abstract_pipeline
 from ses_jax.planner import topologies
 from ses_jax.planner.need import USABLE, Machine, Need, fits_somehow, need_of
 from ses_jax.planner.workload import Work
@@ -20,8 +22,25 @@ def changes(work: Work, machine: Machine) -> Iterator[str]:
         return
     if not machine.offload and fits_somehow(work, machine._replace(offload=True)):
         yield "text encoders that leave the device after encoding: --offload-text-encoder"
+    yield from _eight_bits(work, machine)
     yield from _larger_mesh(work, machine)
     yield from _smaller_image(work, machine)
+
+
+def _eight_bits(work: Work, machine: Machine) -> Iterator[str]:
+    """Half the weights, without offloading if that is enough."""
+    if quantized.kind_of(work.pipeline.params):
+        return
+    pipeline = abstract_pipeline(str(work.pipeline.folder), quantize="int8")
+    smaller, guess = (Work(pipeline, work.config, 1) for _ in range(2))
+    smaller.tokens = guess.tokens = work.tokens
+    # But for a cast layer what programs need is known already; so most of what does not fit is not traced.
+    guess.encode, guess.step, guess.finish = work.encode, work.step, work.finish
+    for offload in sorted({machine.offload, True}):
+        tried = machine._replace(offload=offload)
+        if fits_somehow(guess, tried) and fits_somehow(smaller, tried):
+            yield f"weights in eight bits: --quantize int8{' --offload-text-encoder' * offload}"
+            return
 
 
 def _larger_mesh(work: Work, machine: Machine) -> Iterator[str]:

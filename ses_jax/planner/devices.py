@@ -22,7 +22,7 @@ class Device(NamedTuple):
     bandwidth: float
 
 
-# NVIDIA: the data sheets of A100, H100 SXM, H200 and DGX B200 (an eighth), and the Ada and RTX Blackwell whitepapers.
+# NVIDIA: the data sheets of A100, H100 SXM, H200, L40S and DGX B200 (an eighth), the Ada and RTX Blackwell whitepapers.
 # TPU: cloud.google.com/tpu/docs, "System architecture" of each generation.
 DEVICES = {
     "h200": Device(139 * GIB, 989e12, 4.8e12),
@@ -30,8 +30,11 @@ DEVICES = {
     "b200": Device(180 * GIB, 2250e12, 8.0e12),
     "a100-80": Device(80 * GIB, 312e12, 2.039e12),
     "a100-40": Device(40 * GIB, 312e12, 1.555e12),
-    "4090": Device(24 * GIB, 165e12, 1.008e12),
+    "l40s": Device(48 * GIB, 362e12, 0.864e12),
     "5090": Device(32 * GIB, 209e12, 1.792e12),
+    "4090": Device(24 * GIB, 165e12, 1.008e12),
+    "4080": Device(16 * GIB, 97e12, 0.717e12),
+    "4070": Device(12 * GIB, 58e12, 0.504e12),
     "v4": Device(32 * GIB, 275e12, 1.228e12),
     "v5e": Device(16 * GIB, 197e12, 0.819e12),
     "v5p": Device(95 * GIB, 459e12, 2.765e12),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.settings import takes
+from ses_jax.models import quantized
 from ses_jax.pipelines.registry import abstract_pipeline
 from ses_jax.planner import compilation, footprint, tables
 from ses_jax.planner.advice import changes, memory_fraction
@@ -38,7 +39,7 @@ class Plan:
     """What a search needs on each device and how long it takes.
 
     Attributes:
-      model, device, mesh, offload_text_encoder: what was planned.
+      model, device, mesh, offload_text_encoder, quantize: what was planned.
       settings: of the search, the model's defaults filled in, and the assumed utilization.
       weights: bytes per device, by network.
       encode_bytes, search_bytes: per device while prompts are encoded and while candidates are made, weights included;
@@ -70,6 +71,7 @@ class Plan:
     search_seconds: float
     advice: tuple[str, ...] = ()
     compiled: compilation.Compilation | None = None
+    quantize: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The attributes as plain JSON values."""
@@ -91,6 +93,7 @@ def plan(
     utilization: float = 0.4,
     dtype: Any = jnp.bfloat16,
     compile: bool = False,
+    quantize: str | None = None,
     **settings: Any,
 ) -> Plan:
     """Plans a search.
@@ -105,6 +108,7 @@ def plan(
       dtype: of the weights.
       compile: whether to compile the programs of the search for the device, which takes minutes, the device's compiler
         (extras "tpu" and "cuda") and not the device.
+      quantize: as in `load_pipeline`.
       {settings}
 
     Returns:
@@ -118,7 +122,8 @@ def plan(
     if not 0 < utilization <= 1:
         raise ValueError(f"utilization={utilization} must lie in (0, 1]")
     machine = Machine(device, mesh, offload_text_encoder, utilization)
-    pipeline = abstract_pipeline(model, dtype=dtype, mesh=machine.to_compile_for() if compile else None)
+    target = machine.to_compile_for() if compile else None
+    pipeline = abstract_pipeline(model, dtype=dtype, mesh=target, quantize=quantize)
     for name in settings:
         if name not in PLANNED:
             raise TypeError(f"plan() got an unexpected argument {name!r}; settings are {', '.join(PLANNED)}")
@@ -157,6 +162,7 @@ def plan_on(work: Work, machine: Machine) -> Plan:
         candidate_seconds=search_seconds / config.budget,
         search_seconds=search_seconds + other_seconds(work, machine),
         advice=tuple(memory_fraction(need, machine) if fits else changes(work, machine)),
+        quantize=quantized.kind_of(work.pipeline.params),
     )
 
 

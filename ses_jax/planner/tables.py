@@ -46,7 +46,10 @@ def _cell(work: Work, name: str) -> str:
 def lines(plan: Any) -> Iterator[tuple[str, str]]:
     """Names and texts of a `Plan`."""
     settings = plan.settings
-    yield "model", f"{plan.model}, {settings['height']} x {settings['width']}"
+    yield (
+        "model",
+        f"{plan.model}, {settings['height']} x {settings['width']}{f', {plan.quantize}' * bool(plan.quantize)}",
+    )
     yield "device", f"{plan.device}, mesh {plan.mesh}, {_gib(plan.limit_bytes)} usable on each"
     offloaded = ", not all at once (text encoders offloaded)" if plan.offload_text_encoder else ""
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in plan.weights.items())

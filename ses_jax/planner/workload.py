@@ -15,7 +15,7 @@ from ses_jax.engine import flops
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.cost import search_stages
 from ses_jax.engine.fidelity import Stage
-from ses_jax.models import clip
+from ses_jax.models import clip, quantized
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.planner import footprint
 from ses_jax.rewards import scorers
@@ -30,13 +30,14 @@ class Phase(NamedTuple):
     temporary_bytes: int
 
 
-def clip_scorer(dtype: Any) -> Scorer:
+def clip_scorer(dtype: Any, quantize: str | None = None) -> Scorer:
     """CLIP ViT-H/14 as shapes; its tokens are blank."""
     config = clip.Config.from_open_clip({})
     shapes = jax.eval_shape(lambda: clip.init(jax.random.key(0), config))
+    cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
     return Scorer(
         name="clip",
-        params=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes),
+        params=quantized.abstract(cast, quantize and quantized.Quantization(quantize, clip.QUANTIZED)),
         tokenize=lambda prompts: np.zeros((len(prompts), config.max_length), np.int32),
         embed_text=functools.partial(scorers.embed_clip, config),
         score=functools.partial(scorers.clip_score, config, Preprocessor()),
@@ -49,7 +50,7 @@ class Work:
     def __init__(self, pipeline: Pipeline, config: SearchConfig, tokens: int):
         self.pipeline, self.config = pipeline, config
         self.tokens = pipeline.blank_tokens(1, tokens, guidance=config.guidance)
-        self.scorer = clip_scorer(jax.tree.leaves(pipeline.params)[0].dtype)
+        self.scorer = clip_scorer(quantized.dtype_of(pipeline.params), quantized.kind_of(pipeline.params))
         self.image_params = pipeline.image_params(pipeline.params)
         self._step, self._finish = functools.cache(self._trace_step), functools.cache(self._trace_finish)
 

@@ -109,6 +109,7 @@ def load_reward(
     source: str | Path | Mapping[str, str | Path] | None = None,
     dtype: Any = None,
     traceable: bool | None = None,
+    quantize: str | None = None,
 ) -> Reward:
     """Loads a reward.
 
@@ -119,6 +120,7 @@ def load_reward(
         published ones.
       dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
       traceable: whether JAX can trace the functions in `kind`; None finds out by trying.
+      quantize: "int8" or "fp8" puts the linear layers of scorers into eight bits as they are read; None leaves them.
 
     Raises:
       ValueError: for an unknown kind or a broken checkpoint.
@@ -130,7 +132,9 @@ def load_reward(
             raise ValueError("several rewards need a source each: pass source={kind: source, ...}")
         source = dict.fromkeys(weights, source)
     known = {
-        name: load_scorer(name, source=(source or {}).get(name), dtype=dtype) for name in weights if not callable(name)
+        name: load_scorer(name, source=(source or {}).get(name), dtype=dtype, quantize=quantize)
+        for name in weights
+        if not callable(name)
     }
     return assemble(weights, known, traceable=traceable)
 

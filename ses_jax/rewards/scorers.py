@@ -21,7 +21,7 @@ from ses_jax.convert import clip as clip_tables
 from ses_jax.convert import open_clip as open_clip_tables
 from ses_jax.convert import score_head as head_tables
 from ses_jax.loading import hub
-from ses_jax.models import blip, clip, score_head
+from ses_jax.models import blip, clip, quantized, score_head
 from ses_jax.rewards.preprocess import Preprocessor
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -63,17 +63,19 @@ class Kind(NamedTuple):
     Attributes:
       source: Hugging Face id of the published weights.
       verified: what was checked.
-      load: `(name, folder or file, dtype) -> Scorer`.
+      load: `(name, folder or file, dtype, quantize) -> Scorer`.
       weights: pattern of the weights' files; None is a network in safetensors.
     """
 
     source: str
     verified: str
-    load: Callable[[str, Path, Any], Scorer]
+    load: Callable[[str, Path, Any, str | None], Scorer]
     weights: str | None = None
 
 
-def load_scorer(kind: str, *, source: str | Path | None = None, dtype: Any = None) -> Scorer:
+def load_scorer(
+    kind: str, *, source: str | Path | None = None, dtype: Any = None, quantize: str | None = None
+) -> Scorer:
     """Loads a published scorer.
 
     Args:
@@ -81,6 +83,7 @@ def load_scorer(kind: str, *, source: str | Path | None = None, dtype: Any = Non
       source: a local folder, a file or a Hugging Face id with the weights; None is the published one. What the folder
         of "hps", "aesthetic" or "imagereward" lacks (tokenizer, CLIP) comes from the published id of that part.
       dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
+      quantize: "int8" or "fp8" puts the linear layers of the towers into eight bits as they are read.
 
     Raises:
       FileNotFoundError: naming the file that is absent.
@@ -89,19 +92,19 @@ def load_scorer(kind: str, *, source: str | Path | None = None, dtype: Any = Non
     if kind not in KINDS:
         raise ValueError(f"unknown scorer {kind!r}; known: {', '.join(KINDS)}")
     chosen = KINDS[kind]
-    dtype = hub.params_dtype(dtype)
+    dtype, quantize = hub.params_dtype(dtype), quantized.check_kind(quantize)
     if chosen.weights is None:
-        return chosen.load(kind, hub.resolve(source or chosen.source), dtype)
+        return chosen.load(kind, hub.resolve(source or chosen.source), dtype, quantize)
     weights = chosen.weights if source is None else (chosen.weights, hub.NETWORK_WEIGHTS)
-    return chosen.load(kind, hub.resolve_weights(source or chosen.source, weights=weights), dtype)
+    return chosen.load(kind, hub.resolve_weights(source or chosen.source, weights=weights), dtype, quantize)
 
 
 # CLIP score and PickScore: exp(logit_scale) * cosine.
 
 
-def load_clip(name: str, folder: Path, dtype: Any = None) -> Scorer:
+def load_clip(name: str, folder: Path, dtype: Any = None, quantize: str | None = None) -> Scorer:
     """A CLIP checkpoint of transformers, with its tokenizer and, optionally, `preprocessor_config.json`."""
-    config, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype)
+    config, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype, quantize=quantize)
     return Scorer(
         name=name,
         params=params,
@@ -138,7 +141,7 @@ def embed_clip(config: clip.Config, params: Any, tokens: Any) -> Array:
 # HPSv2: cosine, of an image that is resized as a float tensor.
 
 
-def load_hps(name: str, path: Path, dtype: Any = None) -> Scorer:
+def load_hps(name: str, path: Path, dtype: Any = None, quantize: str | None = None) -> Scorer:
     """HPSv2 or v2.1, in open_clip's layout or in that of transformers.
 
     Args:
@@ -148,11 +151,11 @@ def load_hps(name: str, path: Path, dtype: Any = None) -> Scorer:
     """
     folder = path.parent if path.is_file() else path
     if path.is_dir() and (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
-        config, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype)
+        config, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype, quantize=quantize)
     else:
         own_config, component = folder / "open_clip_config.json", open_clip_tables.COMPONENT
         json, config = hub.read_config(own_config, component) if own_config.is_file() else ({}, component.from_json({}))
-        params = hub.load_weights(hub.open_source(path, HPS_FILES), component, json, dtype=dtype)
+        params = hub.load_weights(hub.open_source(path, HPS_FILES), component, json, dtype=dtype, quantize=quantize)
     # The authors leave `antialias` to torchvision, whose releases differ; this is what it does since 0.17.
     preprocess = Preprocessor(config.image_size, resize_floats=True, half_to_even=True)
     tokenizer = _load_tokenizer(folder, CLIP_H, [], config.vocab_size)
@@ -177,7 +180,7 @@ def clean(prompt: str) -> str:
 # LAION aesthetics: a head on CLIP's image embedding; the prompt is not looked at.
 
 
-def load_aesthetic(name: str, path: Path, dtype: Any = None) -> Scorer:
+def load_aesthetic(name: str, path: Path, dtype: Any = None, quantize: str | None = None) -> Scorer:
     """LAION's improved aesthetic predictor on CLIP ViT-L/14.
 
     Args:
@@ -185,7 +188,7 @@ def load_aesthetic(name: str, path: Path, dtype: Any = None) -> Scorer:
         checkpoint of transformers in the subfolder `clip`, or beside the head, or nowhere (default OpenAI's).
     """
     folder = path.parent if path.is_file() else path
-    config, params = hub.load_component(_clip_beside(folder), clip_tables.COMPONENT, dtype=dtype)
+    config, params = hub.load_component(_clip_beside(folder), clip_tables.COMPONENT, dtype=dtype, quantize=quantize)
     head = _load_head(hub.open_source(path, AESTHETIC_FILES), config.projection_dim)
     preprocess = Preprocessor(config.image_size, half_to_even=True)
     return Scorer(
@@ -213,7 +216,7 @@ def _clip_beside(folder: Path) -> Path:
 # ImageReward: a text encoder that looks at the image, and a head.
 
 
-def load_image_reward(name: str, path: Path, dtype: Any = None) -> Scorer:
+def load_image_reward(name: str, path: Path, dtype: Any = None, quantize: str | None = None) -> Scorer:
     """ImageReward, in its authors' layout.
 
     Args:
@@ -227,7 +230,7 @@ def load_image_reward(name: str, path: Path, dtype: Any = None) -> Scorer:
     return Scorer(
         name=name,
         params={
-            "blip": hub.load_weights(weights, blip_tables.COMPONENT, json, dtype=dtype),
+            "blip": hub.load_weights(weights, blip_tables.COMPONENT, json, dtype=dtype, quantize=quantize),
             "head": _load_head(weights, config.text.hidden_size),
         },
         tokenize=functools.partial(_tokenize_bert, tokenizer),

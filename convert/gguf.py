@@ -1,0 +1,71 @@
+"""GGUF files of diffusion transformers, dequantised as they are read, by the `gguf` package (extra "gguf")."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ses_jax.convert.engine import ConversionError, Header, Weights
+
+PLAIN = ("F32", "F16", "BF16")
+RESHAPED = "comfy.gguf.orig_shape."  # where a tensor lies in another shape than it has
+# Language models have names of llama.cpp's own.
+LANGUAGE_MODELS = ("t5", "t5encoder", "llama", "mistral3", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "clip")
+
+
+def open_gguf(file: Path) -> Weights:
+    """The tensors of a GGUF file, in the order of PyTorch's axes; those that are quantised count as bfloat16.
+
+    Raises:
+      ConversionError: naming the file, if it is corrupt, a language model, or has tensors that are not decoded.
+      ValueError: if the package is not installed.
+    """
+    gguf = _package(file)
+    try:
+        reader = gguf.GGUFReader(file)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ConversionError(f"{file} is truncated or corrupt: {error}") from error
+    architecture = reader.get_field("general.architecture")
+    if architecture and architecture.contents() in LANGUAGE_MODELS:
+        raise ConversionError(
+            f"{file} is a language model ({architecture.contents()}); text encoders are read as safetensors only"
+        )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    headers = {name: Header(_shape(reader, t), _dtype(gguf, file, t), str(file)) for name, t in tensors.items()}
+
+    def read(name, index=None):
+        tensor, shape = tensors[name], headers[name].shape
+        rows = _rows(shape, index)
+        if rows is not None and tensor.data.shape[0] == shape[0]:
+            return gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        return values if index is None else values[index]
+
+    return Weights(headers, read, read)
+
+
+def _rows(shape: tuple[int, ...], index: Any) -> slice | None:
+    """The rows of a matrix that are all of what is asked for; None where it is not rows."""
+    return index[0] if index is not None and len(index) == 1 and len(shape) == 2 else None
+
+
+def _shape(reader: Any, tensor: Any) -> tuple[int, ...]:
+    original = reader.get_field(RESHAPED + tensor.name)
+    return tuple(map(int, original.contents() if original else np.flip(tensor.shape)))
+
+
+def _dtype(gguf: ModuleType, file: Path, tensor: Any) -> str:
+    kind = tensor.tensor_type.name
+    if kind not in PLAIN and tensor.tensor_type not in gguf.quants._type_traits:
+        raise ConversionError(f"{tensor.name} in {file} is {kind}, which the package gguf does not decode")
+    return kind if kind in PLAIN else "BF16"
+
+
+def _package(file: Path) -> ModuleType:
+    """The package is imported where it is needed, and nothing else needs it."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError(f"{file} takes the package gguf: pip install 'ses_jax[gguf]'") from error
+    return gguf

@@ -1,0 +1,204 @@
+"""Linear layers whose weights may lie in eight bits: `kernel` in int8 or float8, and `kernel_scale` beside it.
+
+Weight-only, a float32 scale for each output: `kernel [.., in, out]` stands for `kernel * kernel_scale[.., None, :]`. A
+layer casts its kernel where it uses it, so that no more than one layer is there in the activations' dtype.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array, Float, Shaped
+
+SUFFIX = "_scale"  # of the leaf beside a kernel
+BAND = 64
+KERNEL, BIAS = nn.initializers.lecun_normal(), nn.initializers.zeros
+
+
+class Kind(NamedTuple):
+    """A dtype of eight bits, and the largest value of it that is used."""
+
+    dtype: np.dtype
+    largest: float
+
+
+KINDS = {"int8": Kind(np.dtype(np.int8), 127.0), "fp8": Kind(np.dtype(jnp.float8_e4m3fn), 448.0)}
+
+
+class Quantization(NamedTuple):
+    """Which leaves of a network are quantised, and how.
+
+    Attributes:
+      kind: a name of `KINDS`.
+      patterns: of the paths of kernels.
+    """
+
+    kind: str
+    patterns: Sequence[str]
+
+    def takes(self, path: str) -> bool:
+        """Whether the leaf of that path is quantised."""
+        return any(re.fullmatch(pattern, path) for pattern in self.patterns)
+
+
+class Quantized(NamedTuple):
+    """A kernel `[.., in, out]` in eight bits and its scales `[.., out]`, float32."""
+
+    values: Any
+    scale: Any
+
+
+class Dense(nn.Module):
+    """A linear layer, with weights in eight bits if its params have a `kernel_scale`; otherwise that of Flax."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", KERNEL, (x.shape[-1], self.features))
+        bias = self.param("bias", BIAS, (self.features,)) if self.use_bias else None
+        scale = self.get_variable("params", "kernel" + SUFFIX)
+        if scale is not None:
+            return product(x, Quantized(kernel, scale), bias)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+
+
+def product(
+    x: Float[Array, "*batch i"], weights: Quantized, bias: Float[Array, " o"] | None = None
+) -> Float[Array, "*batch o"]:
+    """`x @ weights + bias` in the dtype of `x`; scale and bias are applied in float32."""
+    # Unscaled sums are hundreds of times larger than scaled ones, which float16 may not hold.
+    sums = jnp.float32 if x.dtype == jnp.float16 else None
+    axes = (((x.ndim - 1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(x, weights.values.astype(x.dtype), axes, preferred_element_type=sums)
+    y = y.astype(jnp.float32) * weights.scale
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def empty(shape: tuple[int, ...], kind: str) -> Quantized:
+    """A kernel of that shape on the host, to be filled."""
+    return Quantized(np.empty(shape, KINDS[kind].dtype), np.empty((*shape[:-2], shape[-1]), np.float32))
+
+
+def quantize(values: Shaped[np.ndarray, "*rows i o"], kind: str) -> Quantized:
+    """A kernel in eight bits; its scales are NaN or infinite where its values are.
+
+    Args:
+      values: `[.., in, out]`, in any dtype of floats.
+      kind: a name of `KINDS`.
+    """
+    dtype, largest = KINDS[kind]
+    out = empty(values.shape, kind)
+
+    def fill(place):
+        row, columns = place
+        band = _float32(values[(*row, slice(None), columns)])
+        # Not zero for a row of zeros, nor for one that float32 can hardly hold.
+        scale = np.maximum(np.abs(band).max(axis=0) / np.float32(largest), np.finfo(np.float32).tiny)
+        # Divided so, no value is past the largest, where float8 would be NaN and int8 change sign.
+        with np.errstate(invalid="ignore"):  # the scales tell
+            band /= scale
+            out.values[(*row, slice(None), columns)] = (np.rint(band, out=band) if kind == "int8" else band).astype(
+                dtype
+            )
+        out.scale[(*row, columns)] = scale
+
+    # Bands that fit the cache; NumPy lets threads work side by side.
+    bands = [slice(start, start + BAND) for start in range(0, values.shape[-1], BAND)]
+    with futures.ThreadPoolExecutor() as threads:
+        list(threads.map(fill, itertools.product(np.ndindex(values.shape[:-2]), bands)))
+    return out
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    """A copy in float32; of bfloat16 by its bits, which is much faster than by a cast."""
+    if values.dtype == jnp.bfloat16:
+        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def dequantize(weights: Quantized) -> Float[np.ndarray, "*rows i o"]:
+    """The kernel that eight bits stand for, float32."""
+    return np.asarray(weights.values).astype(np.float32) * np.asarray(weights.scale)[..., None, :]
+
+
+def map_kernels(tree: Any, rule: Quantization | None, function: Callable[[str, Any], Quantized]) -> Any:
+    """A tree of dicts whose quantised kernels are replaced by kernel and scale, which `function(path, leaf)` makes."""
+    if rule is None:
+        return tree
+
+    def leaf_of(key_path, leaf):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        return function(path, leaf) if rule.takes(path) else leaf
+
+    return spread(jax.tree_util.tree_map_with_path(leaf_of, tree))
+
+
+def spread(tree: Any) -> Any:
+    """A tree of dicts in which each `Quantized` has become two leaves side by side."""
+    if not isinstance(tree, Mapping):
+        return tree
+    out = {}
+    for name, branch in tree.items():
+        if isinstance(branch, Quantized):
+            out |= {name: branch.values, name + SUFFIX: branch.scale}
+        else:
+            out[name] = spread(branch)
+    return out
+
+
+def paths(path: str) -> tuple[str, str]:
+    """Of a quantised kernel, the paths of its two leaves."""
+    return path, path + SUFFIX
+
+
+def abstract(tree: Any, rule: Quantization | None) -> Any:
+    """The shapes of a network's params, quantised as a rule says; None leaves them as they are."""
+
+    def shapes(path, leaf):
+        scale = (*leaf.shape[:-2], leaf.shape[-1])
+        return Quantized(
+            jax.ShapeDtypeStruct(leaf.shape, KINDS[rule.kind].dtype), jax.ShapeDtypeStruct(scale, jnp.float32)
+        )
+
+    return map_kernels(tree, rule, shapes)
+
+
+def dtype_of(params: Any) -> Any:
+    """The dtype of params that are not in eight bits; float32 where there are none."""
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not keeps_dtype(jax.tree_util.keystr(key_path, simple=True, separator="/"), leaf.dtype):
+            return leaf.dtype
+    return jnp.zeros(()).dtype
+
+
+def keeps_dtype(path: str, dtype: Any) -> bool:
+    """Whether a leaf has the dtype that it has whatever the other weights are stored in."""
+    return path.endswith(f"kernel{SUFFIX}") or any(dtype == kind.dtype for kind in KINDS.values())
+
+
+def kind_of(params: Any) -> str | None:
+    """How params are quantised, a name of `KINDS`; None if they are not."""
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
+    return next((name for name, kind in KINDS.items() if kind.dtype in dtypes), None)
+
+
+def check_kind(kind: str | None) -> str | None:
+    """The kind.
+
+    Raises:
+      ValueError: for one that is not known.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"quantize={kind!r} is no way to store weights; choose {' or '.join(KINDS)}")
+    return kind
