@@ -29,6 +29,7 @@ from ses_jax.engine import models, resume, runner
 from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import network
 from ses_jax.loading.lora_files import open_adapters, pairs
+from ses_jax.models import quantized
 
 KOHYA = (".lora_down.weight", ".lora_up.weight")
 
@@ -187,6 +188,25 @@ def test_all_adapters_are_added_before_the_sum_is_rounded_once(flux1, tmp_path):
     params = flux1.load(lora, tmp_path, dtype=jnp.bfloat16)
     exact = jax.tree.map(np.asarray, flux1.load(lora, tmp_path, dtype=jnp.float32))
     assert_bit_equal(jax.tree.map(np.asarray, params), jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact))
+
+
+def test_adapters_are_merged_before_weights_are_put_into_eight_bits(flux1, tmp_path):
+    """From a published folder and from a converted one; one that is in eight bits already is refused."""
+    lora = {write(tmp_path / "lora.safetensors", low_rank(flux1.layers()), "transformer."): 0.5}
+    network.save_converted(tmp_path / "converted", network.load(flux1.folder, flux1.component))
+    found = flux1.load(lora, quantize="int8")
+    taken = flux1.component.quantization("int8").takes
+
+    def stored(key_path, leaf):
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        return quantized.quantize(np.asarray(leaf), "int8") if taken(path) else leaf
+
+    expected = quantized.spread(jax.tree_util.tree_map_with_path(stored, flux1.load(lora)))
+    assert_bit_equal(found, expected)
+    assert_bit_equal(flux1.load(lora, tmp_path / "converted", quantize="int8"), expected)
+    network.save_converted(tmp_path / "int8", network.load(flux1.folder, flux1.component, quantize="int8"))
+    with pytest.raises(ValueError, match="quantised already"):
+        flux1.load(lora, tmp_path / "int8")
 
 
 def test_a_strength_of_zero_is_none(flux1, tmp_path):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ses_jax.convert import engine
+from ses_jax.convert.engine import Edits
 from ses_jax.models import quantized
 from ses_jax.models.quantized import Quantization
 
