@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from diffusers.loaders import single_file_utils
+from layouts import assert_bit_equal
 
 import ses_jax
 from ses_jax.convert import dialects, engine
@@ -384,6 +387,16 @@ def test_a_file_instead_of_the_folders_transformer(demo, files):
     (folder / "fp8.safetensors").touch()
     assert models.find_pipeline("demo", **load) is not small
     models.forget()
+
+
+def test_the_authors_names_are_those_that_diffusers_converts(demo):
+    component, config = z_image.COMPONENTS["transformer"], hub.read_json(hub.DEMO / "transformer" / "config.json")
+    params = demo.params["transformer"]
+    authors = engine.export(component.single_file.table(config), params, "model.diffusion_model.")
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in authors}
+    tensors["model.diffusion_model.norm_final.weight"] = torch.zeros(192)
+    converted = single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers(tensors)
+    assert_bit_equal({n: t.numpy() for n, t in converted.items()}, dict(engine.export(component.table(config), params)))
 
 
 def test_where_a_file_is_looked_for(tmp_path, monkeypatch):
