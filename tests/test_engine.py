@@ -299,7 +299,10 @@ def test_saved_folder(search, tmp_path):
     saved = json.loads((folder / "result.json").read_text())
     assert saved["score"] == result.score
     assert saved["config"]["budget"] == 20
-    search(out=folder, seed=1)
+    with pytest.raises(ValueError, match=r"holds a result \(best\.png\) already; .*overwrite=True"):
+        search(out=folder, seed=1)
+    assert json.loads((folder / "result.json").read_text()) == saved
+    search(out=folder, seed=1, overwrite=True)
     assert {path.name for path in folder.iterdir()} == names
 
 
@@ -348,7 +351,7 @@ def test_an_unknown_setting_is_named(search, pipeline):
 
 def test_prompts_that_are_no_strings_are_named():
     with pytest.raises(ValueError, match="prompts must be strings, got 3"):
-        engine._prompt_list(["a", 3])
+        engine.prompt_list(["a", 3])
 
 
 def test_unwritable_folder_is_refused(search, tmp_path):

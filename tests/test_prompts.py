@@ -201,7 +201,7 @@ def test_other_files_are_refused(tmp_path):
         ("Bäume 木", "Bäume_木"),
         ("results.jsonl", "results_jsonl"),
         ("run.json", "run_json"),
-        ("x" * 300, "x" * 80),
+        ("x" * 300, "x" * 80 + "-0d4e2ca9"),
     ],
 )
 def test_ids_are_made_safe_as_folder_names(name, folder):
