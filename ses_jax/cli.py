@@ -23,6 +23,7 @@ Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
 File = Annotated[Path, tyro.conf.Positional]
 Flat = tyro.conf.OmitArgPrefixes  # its fields are options as they are
 INTERRUPTED = 130
+STOPPED = "ses-jax: stopped early; {} holds the best so far, and the same command with --resume goes on"
 
 
 # How the shell says what Python says with values that are no text or number.
@@ -119,7 +120,11 @@ def search(
 
     many = len(prompts) != 1
     named = arguments(settings)
-    found = ses_jax.search(list(prompts) if many else prompts[0], out=out, overwrite=overwrite, **named)
+    try:
+        found = ses_jax.search(list(prompts) if many else prompts[0], out=out, overwrite=overwrite, **named)
+    except SystemExit:
+        print(STOPPED.format(out), file=sys.stderr)
+        raise
     found = found if many else [found]
     for index, result in enumerate(found):
         folder = out / f"{index:03d}" if many else out
@@ -130,7 +135,7 @@ def search(
         )
     if len(found) == len(prompts) and not found[-1].interrupted:
         return 0
-    print(f"ses-jax: stopped early; {out} holds the best so far, and --resume goes on", file=sys.stderr)
+    print(STOPPED.format(out), file=sys.stderr)
     return INTERRUPTED
 
 
@@ -183,7 +188,12 @@ def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Proce
 
 
 def generate(
-    prompts: Texts, /, settings: Flat[RenderOptions], model: str = "demo", out: Path = Path("ses_out")
+    prompts: Texts,
+    /,
+    settings: Flat[RenderOptions],
+    model: str = "demo",
+    noise: Path | None = None,
+    out: Path = Path("ses_out"),
 ) -> None:
     """Render one image a prompt, without a search.
 
@@ -191,6 +201,7 @@ def generate(
         prompts: one or more prompts.
         settings: of the images.
         model: "demo", a folder, or a Hugging Face id.
+        noise: the noise.npy of a search, for one prompt.
         out: folder for the images 000.png, 001.png, ...
     """
     import numpy as np
@@ -199,7 +210,9 @@ def generate(
     from ses_jax.engine.result import to_image, writable_folder, write
 
     writable_folder(out)
-    for index, pixels in enumerate(np.asarray(ses_jax.generate(model, list(prompts), **arguments(settings)))):
+    for index, pixels in enumerate(
+        np.asarray(ses_jax.generate(model, list(prompts), noise=noise, **arguments(settings)))
+    ):
         path = out / f"{index:03d}.png"
         write(path, functools.partial(to_image(pixels).save, format="PNG"))
         print(path)
@@ -289,7 +302,11 @@ def models() -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs the command line; bad input is one line on stderr and exit status 2, an error of a reward its traceback and 1."""
+    """Runs the command line.
+
+    Returns:
+      The exit status: 2 for bad input, which is one line on stderr; 1 for an error of a reward, with its traceback.
+    """
     _keep_compiled_programs()
     commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "convert": convert}
     commands["models"] = models

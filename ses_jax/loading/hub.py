@@ -57,6 +57,8 @@ def resolve(source: str | Path, *, weights: str | tuple[str, ...] | None = None)
       FileNotFoundError: if a folder, or the demo, is not there.
       ValueError: if the source is none of the three or can't be downloaded.
     """
+    if not isinstance(source, str | Path):
+        raise TypeError(f"{source!r} is neither a name, a folder nor a Hugging Face id")
     if source == "demo":
         return _existing(DEMO, "the demo checkpoint is not part of this installation")
     folder = Path(source).expanduser()

@@ -25,6 +25,7 @@ from ses_jax.convert.engine import ConversionError, Placement, Weights
 from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
 from ses_jax.convert.table import Component
 from ses_jax.loading import checkpoint
+from ses_jax.models.config import check
 
 PARAMS, UNUSED, CONVERSION = "params", "unused", "conversion.json"
 
@@ -77,7 +78,7 @@ def load(
         return read(weights, component, json, dtype=dtype, sharding=sharding)
     json, config = read_config(folder / "config.json", component)
     if (folder / PARAMS).is_dir():
-        params = checkpoint.restore(folder / PARAMS, component.abstract(config), dtype=dtype, sharding=sharding)
+        params = checkpoint.restore(folder / PARAMS, _abstract(component, config), dtype=dtype, sharding=sharding)
         _check_finite(folder, params)
         return _with_facts(folder, json, config, params)
     return read(open_weights(folder, component.stem), component, json, dtype=dtype, sharding=sharding)
@@ -92,10 +93,29 @@ def read_config(file: Path, component: Component) -> tuple[dict[str, Any], Any]:
     """
     json = read_json(file)
     try:
-        return json, component.from_json(json)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{file}: {reason}") from error
+        return json, _config(component, json)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _config(component: Component, json: Mapping[str, Any]) -> Any:
+    """The config that a file's content makes; raises ValueError for content of another shape."""
+    try:
+        return check(component.from_json(json))
+    except ValueError:
+        raise
+    except KeyError as error:
+        raise ValueError(f"lacks {error}") from error
+    except Exception as error:  # a text in the place of an object, a size of 0: whatever comes of it
+        raise ValueError(f"makes no network: {type(error).__name__}: {error}") from error
+
+
+def _abstract(component: Component, config: Any) -> Any:
+    """The params as shapes; raises ValueError where the config's numbers do not go together."""
+    try:
+        return component.abstract(config)
+    except Exception as error:
+        raise ValueError(f"the config makes no network: {' '.join(str(error).split())[:200]}") from error
 
 
 def read(
@@ -119,8 +139,8 @@ def read(
     Raises:
       ConversionError: naming the tensors that do not fit.
     """
-    config = component.from_json(json)
-    abstract = component.abstract(config)
+    config = _config(component, json)
+    abstract = _abstract(component, config)
     plan = engine.plan(component.table(json), abstract, weights.headers)
     params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding)
     unused = Weights({name: weights.headers[name] for name in plan.unused}, weights.read)
@@ -202,6 +222,9 @@ def _single_file_config(file: Path, weights: Weights, folder: Path, component: C
 def _with_facts(folder: Path, json: Mapping[str, Any], config: Any, params: Any) -> Network:
     """A converted network with what its conversion noted down."""
     facts = read_json(folder / CONVERSION)
+    dropped = facts.get("dropped")
+    if not isinstance(facts.get("prefix"), str) or not isinstance(dropped, list) or set(map(type, dropped)) - {str}:
+        raise ValueError(f"{folder / CONVERSION} is damaged: expected a prefix and a list of dropped names")
     unused = open_weights(folder, UNUSED) if any(folder.glob(f"{UNUSED}*")) else open_files([])
     return Network(json, config, params, facts["prefix"], unused, tuple(facts["dropped"]))
 

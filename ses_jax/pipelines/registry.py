@@ -52,6 +52,8 @@ def load_pipeline(
       ValueError: for an unknown source, model family or option, a mesh that does not fit, or a broken checkpoint; the
         message names file and tensor.
     """
+    if not isinstance(offload_text_encoder, bool):
+        raise ValueError(f"offload_text_encoder={offload_text_encoder!r} is not true or false")
     dtype = hub.params_dtype(dtype)
     folder = hub.resolve(source)
     index = hub.read_json(folder / "model_index.json")
@@ -73,7 +75,22 @@ def load_pipeline(
     configs = {name: config for name, (config, _) in loaded.items()}
     params = {name: params for name, (_, params) in loaded.items()}
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder))
-    return _placed(family, family.assemble(parts, **options), mesh)
+    return _placed(family, _assembled(family, parts, options), mesh)
+
+
+def _assembled(family: ModuleType, parts: Parts, options: Mapping[str, Any]) -> Pipeline:
+    """The pipeline of parts that were read from files, which may say anything."""
+    try:
+        pipeline = family.assemble(parts, **options)
+        pipeline.sigmas(1, pipeline.defaults.height, pipeline.defaults.width)
+        return pipeline
+    except ValueError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        raise ValueError(
+            f"{parts.folder}: its configs, or the options {dict(options)}, make no pipeline: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None, **options: Any) -> Pipeline:

@@ -63,6 +63,11 @@ class Reward:
 
     parts: tuple[Part, ...]
 
+    def __repr__(self) -> str:
+        """What it is, without its weights."""
+        reported = [part.name for part in self.parts if not part.weight]
+        return f"Reward({self.name}" + (f", reported: {', '.join(reported)})" if reported else ")")
+
     @property
     def name(self) -> str:
         """The part's own name, or the weighted sum spelled out."""
