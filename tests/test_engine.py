@@ -11,7 +11,7 @@ import toy
 from PIL import Image
 
 import ses_jax
-from ses_jax.engine import generation, tasks
+from ses_jax.engine import generation, output, tasks
 from ses_jax.engine import search as engine
 from ses_jax.searchers import cem, wavelet
 
@@ -333,7 +333,7 @@ def test_saved_folder(search, tmp_path):
         ({"model": 5}, 'model=5 is not "demo", a folder, a Hugging Face id or a loaded pipeline'),
         ({"model": None}, "model=None is not"),
         ({"model": "a\0b"}, r"model='a\\x00b' is no path"),
-        ({"reward": {"clip": 0}}, "every weight of the reward is 0"),
+        ({"reward": {"clip": 0.0}}, "every weight of the reward is 0"),
         ({"reward": {"clip": float("nan")}}, "reward: the weight nan of 'clip' is not a number"),
         ({"reward": {"clip": "x"}}, "the weight 'x' of 'clip'"),
         ({"reward": {"clip": True}}, "the weight True of 'clip'"),
@@ -343,14 +343,9 @@ def test_saved_folder(search, tmp_path):
         ({"report": [["clip"]]}, r"report=\[\['clip'\]\] must be names or functions"),
         ({"report": {"clip": None}}, "report: the weight None of 'clip'"),
         ({"out": ""}, "the output folder has no name"),
-        ({"out": 5}, "out=5 is no path"),
         ({"out": "a\0"}, r"out='a\\x00' is no path"),
         ({"resume": True}, "resume needs out="),
         ({"resume": True, "overwrite": True, "out": "x"}, "resume goes on with what is in the folder, and overwrite"),
-        ({"prompt": 0}, "prompts must be strings, got 0"),
-        ({"prompt": None}, "prompts must be strings, got None"),
-        ({"prompt": {"a": 1}}, "prompts must be strings, got {'a': 1}"),
-        ({"prompt": b"x"}, "prompts must be strings, got b'x'"),
         ({"prompt": "a\ud800"}, r"the text 'a\\ud800' is not Unicode"),
         ({"steps": "20"}, "steps='20' is not a whole number"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
@@ -405,9 +400,18 @@ def test_a_pipeline_of_diffusers_is_named(search):
         search(model=kind())
 
 
-def test_prompts_that_are_no_strings_are_named():
-    with pytest.raises(ValueError, match="prompts must be strings, got 3"):
-        engine.prompt_list(["a", 3])
+@pytest.mark.parametrize("prompt", [["a", 3], 3, None, {"a": 1}, b"x"])
+def test_prompts_that_are_no_strings_are_named(prompt):
+    with pytest.raises(ValueError, match="prompts must be strings, got"):
+        engine.prompt_list(prompt)
+
+
+def test_paths_that_are_none_are_named():
+    for value in (5, "a\0", "a\ud800", b"a"):
+        with pytest.raises(ValueError, match=r"out=\S+ is no path"):
+            output.claim(value, listed=False, resume=False, overwrite=False)
+    with pytest.raises(ValueError, match="overwrite='yes' is not true or false"):
+        output.claim("a", listed=False, resume=False, overwrite="yes")
 
 
 def test_unwritable_folder_is_refused(search, tmp_path):
@@ -422,7 +426,7 @@ def test_generate_checks_noise_and_sizes(pipeline):
     with pytest.raises(ValueError, match="height=18"):
         ses_jax.generate(pipeline, "a", height=18)
     with pytest.raises(ValueError, match="noise=5 is neither an array nor the path"):
-        ses_jax.generate(pipeline, "a", noise=5)
+        engine._noise(5)
     images = ses_jax.generate(pipeline, ["a", "bb"], height=8, width=12, seed=2)
     assert images.shape == (2, 8, 12, 3)
 

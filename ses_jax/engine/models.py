@@ -18,8 +18,6 @@ from ses_jax.rewards import reward as rewards
 from ses_jax.rewards import scorers
 from ses_jax.rewards.reward import Reward, RewardSpec
 
-Report = RewardSpec | Reward | Sequence[str] | None
-
 
 class Kept:
     """Loaded things by what they were loaded from; those that the latest call did not ask for go."""
@@ -52,7 +50,7 @@ def forget() -> None:
     _SCORERS.clear()
 
 
-def check_rewards(reward: RewardSpec | Reward | None, report: Report) -> RewardSpec | Reward | None:
+def check_rewards(reward: Any, report: Any) -> RewardSpec | Reward | None:
     """The report as something to load, after both have been checked as far as that goes without loading them."""
     listed = isinstance(report, Sequence | Set) and not isinstance(report, str)
     if listed and not all(isinstance(name, Hashable) for name in report):

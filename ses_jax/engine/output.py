@@ -102,8 +102,13 @@ class Output(NamedTuple):
                 folder.rmdir()
 
 
-def claim(out: str | os.PathLike[str] | None, *, listed: bool, resume: bool, overwrite: bool) -> Output:
+def claim(out: Any, *, listed: bool, resume: bool, overwrite: Any) -> Output:
     """The output of a call, once it is clear that nothing is lost by it.
+
+    Args:
+      out: the folder; None saves nothing.
+      listed: whether the results are those of a list.
+      resume, overwrite: as for `search`.
 
     Raises:
       ValueError: for a folder that can't be written, that holds a batch run, or a result that is neither to be

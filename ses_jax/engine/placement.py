@@ -27,14 +27,14 @@ def _model(value: Any) -> Any:
     raise TypeError
 
 
-def check_path(value: str | os.PathLike[str], name: str) -> str | os.PathLike[str]:
+def check_path(value: Any, name: str) -> str | os.PathLike[str]:
     """A path as it is.
 
     Raises:
       ValueError: naming the setting, for one that no file can have.
     """
     try:
-        encoded = os.fsencode(value)
+        encoded = b"\0" if isinstance(value, bytes) else os.fsencode(value)
     except (UnicodeEncodeError, TypeError):
         encoded = b"\0"
     if b"\0" in encoded:

@@ -70,6 +70,14 @@ def load(
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
+    try:
+        return _load(folder, component, dtype, sharding)
+    except ConfigError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _load(folder: Path, component: Component, dtype: Any, sharding: Placement | None) -> Network:
+    """As `load`; a ConfigError names no file."""
     file = _single_file(folder, component)
     if file:
         weights = open_files([file])
@@ -94,28 +102,32 @@ def read_config(file: Path, component: Component) -> tuple[dict[str, Any], Any]:
     json = read_json(file)
     try:
         return json, _config(component, json)
-    except ValueError as error:
+    except ConfigError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+class ConfigError(ValueError):
+    """A config that no network can be made from."""
 
 
 def _config(component: Component, json: Mapping[str, Any]) -> Any:
     """The config that a file's content makes; raises ValueError for content of another shape."""
     try:
         return check(component.from_json(json))
-    except ValueError:
-        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     except KeyError as error:
-        raise ValueError(f"lacks {error}") from error
+        raise ConfigError(f"lacks {error}") from error
     except Exception as error:  # a text in the place of an object, a size of 0: whatever comes of it
-        raise ValueError(f"makes no network: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"makes no network: {type(error).__name__}: {error}") from error
 
 
 def _abstract(component: Component, config: Any) -> Any:
-    """The params as shapes; raises ValueError where the config's numbers do not go together."""
+    """The params as shapes; raises ConfigError where the config's numbers do not go together."""
     try:
         return component.abstract(config)
     except Exception as error:
-        raise ValueError(f"the config makes no network: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"makes no network: {' '.join(str(error).split())[:200]}") from error
 
 
 def read(
@@ -138,6 +150,7 @@ def read(
 
     Raises:
       ConversionError: naming the tensors that do not fit.
+      ConfigError: saying what is wrong with `json`.
     """
     config = _config(component, json)
     abstract = _abstract(component, config)

@@ -135,8 +135,8 @@ def _abstract_parts(family: ModuleType, published: Published, dtype: Any) -> Par
     return Parts(Path(published.source), published.configs, params, {}, published.scheduler, published.index)
 
 
-def _family(source: str, name: str | None) -> ModuleType:
-    if name not in FAMILIES:
+def _family(source: str, name: Any) -> ModuleType:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{source}: pipeline class {name!r} is not supported; known: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 

@@ -167,7 +167,7 @@ def assemble(spec: RewardSpec | Reward, known: Mapping[str, Scorer], *, traceabl
     return Reward(tuple(_part(name, weight, known, traceable) for name, weight in weights.items()))
 
 
-def check(kind: RewardSpec | Reward, setting: str = "reward") -> None:
+def check(kind: Any, setting: str = "reward") -> None:
     """Raises ValueError for a reward that `load_reward` does not know, before anything is loaded."""
     if isinstance(kind, Reward):
         return
