@@ -143,8 +143,9 @@ def _record(header: Sequence[str], cells: Sequence[str]) -> Any:
 
 
 def _read_json(path: Path) -> list[Any]:
+    text = _decode(path)
     try:
-        records = json.loads(_decode(path))
+        records = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"prompt file {path} is no JSON: {_reason(error)}") from None
     if not isinstance(records, list):

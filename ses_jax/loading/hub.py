@@ -138,7 +138,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer_config.json")
     tokenizers = _auto_tokenizer()
     try:
-        return tokenizers.from_pretrained(folder, local_files_only=True)
+        tokenizer = tokenizers.from_pretrained(folder, local_files_only=True)
+        tokenizer(["a"])  # settings of another kind show when they are used
+        return tokenizer
     except Exception as error:  # the library raises anything from OSError to KeyError for damaged files
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
