@@ -39,10 +39,11 @@ import ses_jax
 from ses_jax import cli
 from ses_jax.batch import run as batch
 from ses_jax.convert import autoencoder_kl, clip, decoder_lm, files, pickles, score_head, z_image
-from ses_jax.engine import resume, tasks
+from ses_jax.engine import resume
 from ses_jax.engine import search as engine
 from ses_jax.engine.config import Placement, RunConfig, SearchConfig
 from ses_jax.engine.cost import Cost, Spent
+from ses_jax.engine.program import Scored, State
 from ses_jax.engine.result import SearchResult
 from ses_jax.engine.settings import fields, shown
 from ses_jax.loading import hub, network
@@ -317,15 +318,15 @@ def runs(rng: random.Random, folder: Path) -> None:
 
 def states(rng: random.Random, folder: Path) -> None:
     """Damaged states of unfinished searches: each is read, or the search begins anew."""
-    state = [np.zeros((1, 3), np.float32), np.zeros((1,), np.int32)]
-    scored = tasks.generation.Scored(np.zeros((1, 4, 1), np.float32), np.zeros((1, 4), np.float32))
+    state = State(np.zeros((1, 3), np.float32), np.zeros((1,), np.int32), None)
+    scored = Scored(np.zeros((1, 4, 1), np.float32), np.zeros((1, 4), np.float32))
     resume.begin(folder / "s", {"prompts": ["a"]})
     resume.save(folder / "s", 1, state, [scored])
     _damage_some(rng, folder / "s")
     resume.begin(folder / "s", {"prompts": ["a"]})
     done, found, _ = resume.load(folder / "s", state)
     assert done in (0, 1), done
-    assert [x.shape for x in found] == [x.shape for x in state], "another state"
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, state), "another state"
     resume.save(folder / "s", done + 1, state, [scored])
 
 

@@ -91,7 +91,7 @@ class Run:
         """The `result.json` of a row that needs no more work."""
         try:
             found = read_summary(self.folder / row.folder / "result.json", only=NEEDED)
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
             return None  # not there, or damaged: it is made again
         return None if found["interrupted"] else found
 

@@ -2,6 +2,7 @@
 
 OUT/best.png ... result.json    the result of one prompt
 OUT/000/, OUT/001/, ...         those of a list
+OUT/unfinished/                 noise and history of a search that was to replace a result, and was ended at once
 OUT/.search/                    unfinished searches (`resume.py`)
 """
 
@@ -12,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ses_jax.engine import resume as saved_search
 from ses_jax.engine.placement import check_path
-from ses_jax.engine.result import FILES, SearchResult, writable_folder
+from ses_jax.engine.result import FILES, SearchResult, save_search, writable_folder
 
-STATE = ".search"
+STATE, UNFINISHED = ".search", "unfinished"
 BATCH = "run.json"
 # What may differ between a result and the call that asks for it again.
 FREE = ("chunk",)
@@ -75,10 +78,16 @@ class Output(NamedTuple):
             )
         return result
 
+    def keep(self, index: int, noise: np.ndarray, history: list[dict[str, Any]]) -> None:
+        """Saves what a search found before its images are rendered, beside a result that it is to replace."""
+        folder = self.of(index)
+        replaces = (folder / FILES[-1]).exists()
+        save_search(writable_folder(folder / UNFINISHED if replaces else folder), noise, history)
+
     def save(self, results: Sequence[SearchResult], indices: Sequence[int]) -> None:
         """Saves the results of prompts that were searched at once, and only then forgets the state they came from."""
         for result, index in zip(results, indices, strict=True):
-            result.save(self.of(index))
+            shutil.rmtree(result.save(self.of(index)) / UNFINISHED, ignore_errors=True)
         if not results[0].interrupted:
             self.forget(indices[0])
 

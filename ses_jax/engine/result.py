@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,14 @@ class SearchResult:
           OSError: naming the file that could not be, on a full disk; what was there before is whole.
         """
         folder = writable_folder(folder)
-        write(folder / "best.png", lambda path: self.image.save(path, format="PNG"))
-        write(folder / "baseline.png", lambda path: self.baseline_image.save(path, format="PNG"))
-        save_search(folder, self.noise, self.history)
         text = json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n"
-        write(folder / "result.json", lambda path: path.write_text(text, encoding="utf-8"))
+        writers = {
+            "best.png": lambda path: self.image.save(path, format="PNG"),
+            "baseline.png": lambda path: self.baseline_image.save(path, format="PNG"),
+            **_search_writers(self.noise, self.history),
+            "result.json": lambda path: path.write_text(text, encoding="utf-8"),
+        }
+        write_together({folder / name: writer for name, writer in writers.items()})
         return folder
 
     @classmethod
@@ -108,9 +111,15 @@ class SearchResult:
 
 def save_search(folder: Path, noise: np.ndarray, history: list[dict[str, Any]]) -> None:
     """Writes what a search found before its images are rendered: `noise.npy` and `history.jsonl`."""
-    write(folder / "noise.npy", lambda path: _save_array(path, noise))
+    write_together({folder / name: writer for name, writer in _search_writers(noise, history).items()})
+
+
+def _search_writers(noise: np.ndarray, history: list[dict[str, Any]]) -> dict[str, Callable[[Path], Any]]:
     lines = "".join(json.dumps(row) + "\n" for row in history)
-    write(folder / "history.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+    return {
+        "noise.npy": lambda path: _save_array(path, noise),
+        "history.jsonl": lambda path: path.write_text(lines, encoding="utf-8"),
+    }
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
@@ -144,12 +153,24 @@ def write(path: Path, writer: Callable[[Path], Any]) -> None:
     Raises:
       OSError: naming `path`.
     """
-    with naming(path), _temporary(path) as temporary:
-        writer(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # not every file system can
-            _sync(path.parent)
+    write_together({path: writer})
+
+
+def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """`write` for several files of a folder, of which none is renamed before all are written."""
+    with contextlib.ExitStack() as temporaries:
+        written = {}
+        for path, writer in files.items():
+            with naming(path):
+                written[path] = temporaries.enter_context(_temporary(path))
+                writer(written[path])
+                _sync(written[path])
+        for path, temporary in written.items():
+            with naming(path):
+                os.replace(temporary, path)
+        for folder in {path.parent for path in files}:
+            with contextlib.suppress(OSError):  # not every file system can
+                _sync(folder)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ses_jax.engine.denoising import Rows
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
 from ses_jax.engine.output import Output, claim
 from ses_jax.engine.placement import check_path
-from ses_jax.engine.result import SearchResult, save_search, writable_folder
+from ses_jax.engine.result import SearchResult
 from ses_jax.engine.runner import Found, search_prompts, settings_of
 from ses_jax.engine.saved import read_noise
 from ses_jax.engine.settings import check_text, fields, gather, read, shown, takes
@@ -121,7 +121,7 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> list[SearchResult]:
 
     def keep(found: Found) -> None:
         for i, noise, history in zip(chosen, found.noise, found.histories, strict=True) if saves else ():
-            save_search(writable_folder(work.output.of(i)), noise, history)
+            work.output.keep(i, noise, history)
 
     results = search_prompts(
         work.pipeline,

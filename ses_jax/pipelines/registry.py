@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from ses_jax.loading import hub, partition
@@ -82,10 +83,13 @@ def _assembled(family: ModuleType, parts: Parts, options: Mapping[str, Any]) -> 
     """The pipeline of parts that were read from files, which may say anything."""
     try:
         pipeline = family.assemble(parts, **options)
-        pipeline.sigmas(1, pipeline.defaults.height, pipeline.defaults.width)
+        if not np.isfinite(pipeline.sigmas(1, pipeline.defaults.height, pipeline.defaults.width)).all():
+            raise ValueError("its scheduler gives noise levels that are not finite")
         return pipeline
-    except ValueError:
-        raise
+    except ValueError as error:
+        if str(parts.folder) in str(error):
+            raise
+        raise ValueError(f"{parts.folder}: {error}") from error
     except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
         raise ValueError(
             f"{parts.folder}: its configs, or the options {dict(options)}, make no pipeline: "
