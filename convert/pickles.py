@@ -260,4 +260,4 @@ def _refusal(file: Path, name: str) -> ConversionError:
 
 
 def _corrupt(file: Path, error: Exception) -> ConversionError:
-    return ConversionError(f"{file} is truncated or corrupt: {str(error).splitlines()[0] if str(error) else error!r}")
+    return ConversionError(f"{file} is truncated or corrupt: {(str(error) or repr(error)).splitlines()[0]}")

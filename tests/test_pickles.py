@@ -191,16 +191,13 @@ def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
             read(tmp_path / "huge.pt")
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.zeros(2, device="meta"),
-        torch.eye(2).to_sparse(),
-        torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
-    ],
-    ids=["meta", "sparse", "quantized"],
-)
-def test_tensors_that_are_no_arrays_are_named(tmp_path, reader, tensor):
-    torch.save({"fine": torch.ones(2), "other": tensor}, tmp_path / "odd.pt")
+def odd(kind):
+    """A tensor that is no array."""
+    return torch.zeros(2, device="meta") if kind == "meta" else torch.eye(2).to_sparse()
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_tensors_that_are_no_arrays_are_named(tmp_path, reader, kind):
+    torch.save({"fine": torch.ones(2), "other": odd(kind)}, tmp_path / "odd.pt")
     with pytest.raises(ConversionError, match=r"odd\.pt"):
         reader(tmp_path / "odd.pt")

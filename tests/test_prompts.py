@@ -192,9 +192,8 @@ def test_rows_that_are_no_json_are_noted():
     assert "nested more than 64 deep" in rows[0].error
     assert "can't be written as JSON" in rows[1].error
     assert rows[2].error is None
-    for value in (5, b"x", {"prompt": "a"}, None):
-        with pytest.raises(ValueError, match=r"prompts=.* is neither a file nor a list of prompts"):
-            read_rows(value)
+    with pytest.raises(ValueError, match="prompts=b'x' is neither a file nor a list of prompts"):
+        read_rows(b"x")
 
 
 @pytest.mark.parametrize(
