@@ -34,6 +34,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -148,8 +150,8 @@ def write_weights(
 
 def _open_sharded(index: Path) -> Weights:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ConversionError(f"{index} has no weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_name, weight_map.values())):
+        raise ConversionError(f"{index} has no weight_map of names of files beside it")
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
@@ -168,13 +170,18 @@ def _agree(index: Path, weight_map: Mapping[str, str], weights: Weights, name: s
     return header is not None and name in weight_map and header.file == str(index.parent / weight_map[name])
 
 
+def _is_name(name: object) -> bool:
+    """Whether it is the name of a file in the same folder: an index leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 def _headers(file: Path) -> dict[str, Header]:
     """What a file says about its tensors; opening checks that against the file's size."""
     try:
         with safetensors.safe_open(os.fspath(file), "numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
             return {name: Header(tuple(s.get_shape()), s.get_dtype(), str(file)) for name, s in slices.items()}
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, ValueError, OverflowError) as error:
         raise ConversionError(f"{file} is truncated or corrupt: {error}") from error
 
 

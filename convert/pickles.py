@@ -5,7 +5,10 @@ torch is installed, else by the one below, which knows the zip format that torch
 """
 
 import collections
+import io
+import math
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -82,11 +85,21 @@ def _open_with(torch: Any, file: Path) -> Weights:
         raise _corrupt(file, error) from error
     names = {getattr(torch, dtype): name for dtype, name in TORCH_DTYPES.items()}
     tensors = _state(file, content, torch.Tensor)
+    hollow = [name for name, tensor in tensors.items() if not _has_numbers(torch, tensor)]
+    if hollow:
+        raise ConversionError(f"{file} holds tensors without plain numbers: {', '.join(hollow[:20])}")
     headers = {
         name: Header(tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)), str(file))
         for name, tensor in tensors.items()
     }
     return Weights(headers, lambda name: _from_torch(torch, tensors[name]))
+
+
+def _has_numbers(torch: Any, tensor: Any) -> bool:
+    """Whether a tensor is an array: not sparse, quantised or of the meta device, and no larger than its file."""
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _from_torch(torch: Any, tensor: Any) -> np.ndarray:
@@ -103,8 +116,10 @@ def _open(file: Path) -> Weights:
             folder = _folder(archive)
             if _entry(archive, f"{folder}/byteorder", b"little").strip() != b"little":
                 raise ConversionError(f"{file} is big-endian; {REMEDY}")
-            with archive.open(f"{folder}/data.pkl") as pickled:
-                content = _Unpickler(pickled, file).load()
+            _check_bounds(archive, file)
+            program = archive.read(f"{folder}/data.pkl")
+            _check_memo(program)
+            content = _Unpickler(io.BytesIO(program), file).load()
     except ConversionError:
         raise
     except zipfile.BadZipFile as error:
@@ -114,6 +129,21 @@ def _open(file: Path) -> Weights:
     tensors = _state(file, content, _Tensor)
     headers = {name: Header(tensor.shape, tensor.dtype, str(file)) for name, tensor in tensors.items()}
     return Weights(headers, lambda name: _read(file, folder, name, tensors[name]))
+
+
+def _check_bounds(archive: zipfile.ZipFile, file: Path) -> None:
+    """Raises ValueError for entries that unpack to more than the file: torch compresses nothing."""
+    size = file.stat().st_size
+    large = [entry.filename for entry in archive.infolist() if entry.file_size > size]
+    if large:
+        raise ValueError(f"{large[0]} would be larger than the file")
+
+
+def _check_memo(program: bytes) -> None:
+    """Raises ValueError for places in the pickle's memory that it has no use for: they would be allocated."""
+    for operation, argument, _ in pickletools.genops(program):
+        if "PUT" in operation.name and not 0 <= argument <= len(program):
+            raise ValueError(f"it remembers something at place {argument}")
 
 
 class _Storage(NamedTuple):
@@ -149,7 +179,7 @@ class _Rebuild:
         view = _Tensor(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
         last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.stride, strict=True))
         sane = view.offset >= 0 and min(view.shape, default=0) >= 0 and min(view.stride, default=0) >= 0
-        if not sane or (0 not in view.shape and last >= storage.size):
+        if not sane or (0 not in view.shape and last >= storage.size) or math.prod(view.shape) > storage.size:
             raise ValueError(f"a tensor outside its storage: {view}")
         return view
 
@@ -230,4 +260,4 @@ def _refusal(file: Path, name: str) -> ConversionError:
 
 
 def _corrupt(file: Path, error: Exception) -> ConversionError:
-    return ConversionError(f"{file} is truncated or corrupt: {str(error).splitlines()[0] if str(error) else error!r}")
+    return ConversionError(f"{file} is truncated or corrupt: {(str(error) or repr(error)).splitlines()[0]}")

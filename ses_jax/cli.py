@@ -5,6 +5,7 @@ import functools
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from json import dumps, loads
 from pathlib import Path
@@ -15,12 +16,15 @@ import tyro
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig
 from ses_jax.engine.settings import fields, read
 from ses_jax.planner.plan import PLANNED
+from ses_jax.rewards.host import origin, raised_by
 
 Text = Annotated[str, tyro.conf.Positional]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
 File = Annotated[Path, tyro.conf.Positional]
 Flat = tyro.conf.OmitArgPrefixes  # its fields are options as they are
 Quantize = Literal["int8", "fp8"] | None
+INTERRUPTED = 130
+STOPPED = "ses-jax: stopped early; {} holds the best so far, and the same command with --resume goes on"
 
 
 # How the shell says what Python says with values that are no text or number.
@@ -119,25 +123,41 @@ def arguments(chosen: Any) -> dict[str, Any]:
     return given
 
 
-def search(prompts: Texts, /, settings: Flat[SearchOptions], out: Path = Path("ses_out")) -> None:
+def search(
+    prompts: Texts, /, settings: Flat[SearchOptions], out: Path = Path("ses_out"), overwrite: bool = False
+) -> int:
     """Search the initial noise for the image that the reward likes best.
+
+    Exit status: 0 for a finished search, 130 if Ctrl-C and 143 if SIGTERM ended it early (the best so far is saved, a
+    second one ends at once), 1 for an error in the reward, 2 for bad input.
 
     Args:
         prompts: one or more prompts.
         settings: of the search.
         out: folder for the results; several prompts go to subfolders 000, 001, ...
+        overwrite: replace the results that are in the folder already; --resume gives finished ones back.
     """
     import ses_jax
 
     many = len(prompts) != 1
-    found = ses_jax.search(list(prompts) if many else prompts[0], out=out, **arguments(settings))
-    for index, result in enumerate(found if many else [found]):
+    named = arguments(settings)
+    try:
+        found = ses_jax.search(list(prompts) if many else prompts[0], out=out, overwrite=overwrite, **named)
+    except SystemExit:
+        print(STOPPED.format(out), file=sys.stderr)
+        raise
+    found = found if many else [found]
+    for index, result in enumerate(found):
         folder = out / f"{index:03d}" if many else out
         print(
             f"{result.prompt}\n  preview reward {result.baseline_score:.4f} -> {result.score:.4f}"
             f"  final {result.baseline_final_score:.4f} -> {result.final_score:.4f}"
             f"  {result.timings['search']:.1f} s\n  {folder / 'best.png'}"
         )
+    if len(found) == len(prompts) and not found[-1].interrupted:
+        return 0
+    print(STOPPED.format(out), file=sys.stderr)
+    return INTERRUPTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +180,8 @@ class Processes:
 def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Processes], out: Path) -> int:
     """Search every prompt of a file, each into its own folder; the same command goes on after a stop.
 
-    Exit status: 0 if all prompts are fine, 1 if some failed, 2 for bad input.
+    Exit status: 0 if all prompts are fine, 1 if some failed, 2 for bad input, 130 if Ctrl-C and 143 if SIGTERM ended it
+    after the generation at hand (a second one ends at once).
 
     Args:
         prompts: a .txt, .csv, .tsv, .json or .jsonl file; columns named like an option override it for their row.
@@ -180,7 +201,7 @@ def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Proce
     named = arguments(settings)
     try:
         summary = ses_jax.search_many(prompts, out=out, process_id=place[0], num_processes=place[1], **named)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         print("ses-jax: stopped; the same command goes on with what is left", file=sys.stderr)
         raise
     print_summary(summary)
@@ -188,7 +209,12 @@ def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Proce
 
 
 def generate(
-    prompts: Texts, /, settings: Flat[RenderOptions], model: str = "demo", out: Path = Path("ses_out")
+    prompts: Texts,
+    /,
+    settings: Flat[RenderOptions],
+    model: str = "demo",
+    noise: Path | None = None,
+    out: Path = Path("ses_out"),
 ) -> None:
     """Render one image a prompt, without a search.
 
@@ -196,6 +222,7 @@ def generate(
         prompts: one or more prompts.
         settings: of the images.
         model: "demo", a folder, or a Hugging Face id.
+        noise: the noise.npy of a search, for one prompt.
         out: folder for the images 000.png, 001.png, ...
     """
     import numpy as np
@@ -204,7 +231,9 @@ def generate(
     from ses_jax.engine.result import to_image, writable_folder, write
 
     writable_folder(out)
-    for index, pixels in enumerate(np.asarray(ses_jax.generate(model, list(prompts), **arguments(settings)))):
+    for index, pixels in enumerate(
+        np.asarray(ses_jax.generate(model, list(prompts), noise=noise, **arguments(settings)))
+    ):
         path = out / f"{index:03d}.png"
         write(path, functools.partial(to_image(pixels).save, format="PNG"))
         print(path)
@@ -300,18 +329,34 @@ def models() -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs the command line; bad input is one line on stderr and exit status 2."""
+    """Runs the command line.
+
+    Returns:
+      The exit status: 2 for bad input, which is one line on stderr; 1 for an error of a reward, with its traceback.
+    """
     _keep_compiled_programs()
     commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "convert": convert}
     commands["models"] = models
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", args=args)
-    except (ValueError, OSError) as error:
-        print(f"ses-jax: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except Exception as error:
+        if origin(error) is None and not isinstance(error, ValueError | OSError):
+            raise
+        return _told(error)
     return status or 0
+
+
+def _told(error: Exception) -> int:
+    """Says on stderr what went wrong; of what users' own code raised, also where."""
+    where = origin(error)
+    text = " ".join(str(error).split())
+    if where is not None:
+        traceback.print_exception(error)
+        text = f"{where}: {type(error).__name__}: {text}"
+    print(f"ses-jax: {text}", file=sys.stderr)
+    return 2 if where is None else 1
 
 
 def _keep_compiled_programs() -> None:
@@ -332,6 +377,9 @@ def _parse_reward(text: str) -> Any:
         weights = [(name.strip(), float(weight)) for name, weight in (part.split("=") for part in text.split(","))]
     except ValueError:
         raise ValueError(f"--reward {text}: expected a name, or weights such as pick=1,hps=0.5") from None
+    names = [name for name, _ in weights]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--reward {text}: a name is there twice")
     return {_parse_part(name): weight for name, weight in weights}
 
 
@@ -370,8 +418,9 @@ def _parse_part(name: str, kind: str = "reward") -> Any:
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        with raised_by(name):
+            return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{kind} {name!r}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())

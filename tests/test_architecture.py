@@ -30,6 +30,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         {"ses_jax.searchers", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading"},
         [
             "search",
+            "output",
             "models",
             "runner",
             "outline",
@@ -37,11 +38,15 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "resume",
             "records",
             "result",
+            "saved",
+            "lock",
+            "stopping",
             "cost",
             "generation",
             "looks",
             "previews",
             "config",
+            "placement",
             "settings",
             "program",
             "denoising",
@@ -70,7 +75,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.rewards": (
         {"ses_jax.loading", "ses_jax.convert", "ses_jax.models"},
-        ["reward", "scorers", "preprocess", "resample", "mixture", "images"],
+        ["reward", "scorers", "preprocess", "resample", "mixture", "images", "host"],
     ),
     "ses_jax.pipelines": (
         {"ses_jax.loading", "ses_jax.convert", "ses_jax.models"},

@@ -16,8 +16,7 @@ import ses_jax
 from ses_jax import cli
 from ses_jax.batch import progress, prompts, run_folder
 from ses_jax.batch import run as batch
-from ses_jax.engine import result
-from ses_jax.engine import search as engine
+from ses_jax.engine import models, output, result
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +172,7 @@ def test_a_run_of_bad_rows_alone_loads_no_model(tmp_path):
 def test_a_finished_run_loads_no_model_and_changes_nothing(whole, monkeypatch):
     out, summary = whole
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "results.jsonl"}
-    monkeypatch.setattr(engine, "load_models", None)
+    monkeypatch.setattr(models, "load_models", None)
     assert run(PROMPTS, out) == summary
     after = {path: path.stat().st_mtime_ns for path in before}
     assert {path for path in before if before[path] != after[path]} <= {out, out / "summary.json"}
@@ -358,7 +357,7 @@ def test_a_saved_search_goes_on_in_the_middle(tmp_path):
     run(PROMPTS[:2], tmp_path / "out", reward=interrupting(calls, -1), **settings)
     assert calls.count(PROMPTS[0]) == calls.count(PROMPTS[1]) - 2
     assert stable_files(tmp_path / "out") == stable_files(tmp_path / "whole")
-    assert not list((tmp_path / "out" / engine.STATE).iterdir())
+    assert not list((tmp_path / "out" / output.STATE).iterdir())
 
 
 def test_a_failed_search_is_not_continued(tmp_path):

@@ -11,7 +11,7 @@ import toy
 from PIL import Image
 
 import ses_jax
-from ses_jax.engine import generation, tasks
+from ses_jax.engine import generation, output, tasks
 from ses_jax.engine import search as engine
 from ses_jax.searchers import cem, wavelet
 
@@ -256,8 +256,10 @@ def test_errors_of_a_users_reward_come_through(search):
     def failing(images, prompts):
         raise JudgeError("judge is down")
 
-    with pytest.raises(JudgeError, match="judge is down"):
+    with pytest.raises(JudgeError, match="judge is down") as caught:
         search(reward=failing)
+    assert caught.value.__notes__ == ["raised by the reward 'failing'"]
+    assert caught.value.results == []
 
 
 def test_interrupt_returns_the_best_so_far(search, tmp_path):
@@ -289,6 +291,9 @@ def test_interrupt_before_anything_is_scored_propagates(search):
 def test_saved_folder(search, tmp_path):
     result = search(out=tmp_path / "deep" / "folder")
     folder = tmp_path / "deep" / "folder"
+    loaded = ses_jax.SearchResult.load(folder)
+    assert (loaded.summary(), loaded.history) == (result.summary(), result.history)
+    np.testing.assert_array_equal(loaded.image, result.image)
     names = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "result.json"}
     assert {path.name for path in folder.iterdir()} == names
     np.testing.assert_array_equal(np.load(folder / "noise.npy"), result.noise)
@@ -299,7 +304,10 @@ def test_saved_folder(search, tmp_path):
     saved = json.loads((folder / "result.json").read_text())
     assert saved["score"] == result.score
     assert saved["config"]["budget"] == 20
-    search(out=folder, seed=1)
+    with pytest.raises(ValueError, match=r"holds a result \(best\.png\) already; .*overwrite=True"):
+        search(out=folder, seed=1)
+    assert json.loads((folder / "result.json").read_text()) == saved
+    search(out=folder, seed=1, overwrite=True)
     assert {path.name for path in folder.iterdir()} == names
 
 
@@ -308,6 +316,37 @@ def test_saved_folder(search, tmp_path):
     [
         ({"budget": 0}, "budget=0 must be at least 1"),
         ({"budget": 2.5}, "budget=2.5 is not a whole number"),
+        ({"budget": 10**30}, r"budget=10+ must be less than 2147483648"),
+        ({"steps": 10**6}, "steps=1000000 must be less than 10001"),
+        ({"height": 10**6}, "height=1000000 must be less than 65537"),
+        ({"seed": [0, 1]}, r"seed=\[0, 1\] is not a whole number"),
+        ({"seed": object}, "seed=<class 'object'> is not a whole number"),
+        ({"guidance": float("inf")}, "guidance=inf is not a number"),
+        ({"guidance": 10**400}, r"guidance=1000\S*\.\.\. is not a number"),
+        ({"guidance": {"scale": "x"}}, r"guidance=\{'scale': 'x'\} is not a number"),
+        ({"negative_prompt": 5}, "negative_prompt=5 is not text"),
+        ({"negative_prompt": "\ud800"}, r"negative_prompt='\\ud800' is not text"),
+        ({"mesh": 3}, 'mesh=3 is not a mesh such as "data=4'),
+        ({"load": 5}, "load=5 is not a mapping of options"),
+        ({"load": {1: 2}}, r"load=\{1: 2\} is not a mapping of options"),
+        ({"load": {"mesh": "data=1"}}, "'mesh' is a setting of its own"),
+        ({"model": 5}, 'model=5 is not "demo", a folder, a Hugging Face id or a loaded pipeline'),
+        ({"model": None}, "model=None is not"),
+        ({"model": "a\0b"}, r"model='a\\x00b' is no path"),
+        ({"reward": {"clip": 0.0}}, "every weight of the reward is 0"),
+        ({"reward": {"clip": float("nan")}}, "reward: the weight nan of 'clip' is not a number"),
+        ({"reward": {"clip": "x"}}, "the weight 'x' of 'clip'"),
+        ({"reward": {"clip": True}}, "the weight True of 'clip'"),
+        ({"reward": ["clip"]}, r"reward=\['clip'\] is no name, function or mapping"),
+        ({"reward": {lambda i, p: 0: 1, lambda i, p: 1: 1}}, "two parts of the name '<lambda>'"),
+        ({"report": 5}, "unknown reward 5"),
+        ({"report": [["clip"]]}, r"report=\[\['clip'\]\] must be names or functions"),
+        ({"report": {"clip": None}}, "report: the weight None of 'clip'"),
+        ({"out": ""}, "the output folder has no name"),
+        ({"out": "a\0"}, r"out='a\\x00' is no path"),
+        ({"resume": True}, "resume needs out="),
+        ({"resume": True, "overwrite": True, "out": "x"}, "resume goes on with what is in the folder, and overwrite"),
+        ({"prompt": "a\ud800"}, r"the text 'a\\ud800' is not Unicode"),
         ({"steps": "20"}, "steps='20' is not a whole number"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"seed": 2**64}, "seed=18446744073709551616 must be less than"),
@@ -346,9 +385,33 @@ def test_an_unknown_setting_is_named(search, pipeline):
         ses_jax.generate(pipeline, "a", budget=3)
 
 
-def test_prompts_that_are_no_strings_are_named():
-    with pytest.raises(ValueError, match="prompts must be strings, got 3"):
-        engine._prompt_list(["a", 3])
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("num_inference_steps", "steps"), ("guidance_scale", "guidance"), ("generator", "seed"), ("output_dir", "out")],
+)
+def test_the_words_of_other_libraries_are_known(search, name, ours):
+    with pytest.raises(TypeError, match=f"unexpected argument '{name}'; here that is {ours}"):
+        search(**{name: 1})
+
+
+def test_a_pipeline_of_diffusers_is_named(search):
+    kind = type("StableDiffusionPipeline", (), {"__module__": "diffusers.pipelines.sd"})
+    with pytest.raises(ValueError, match="model=StableDiffusionPipeline is a pipeline of diffusers; pass the folder"):
+        search(model=kind())
+
+
+@pytest.mark.parametrize("prompt", [["a", 3], 3, None, {"a": 1}, b"x"])
+def test_prompts_that_are_no_strings_are_named(prompt):
+    with pytest.raises(ValueError, match="prompts must be strings, got"):
+        engine.prompt_list(prompt)
+
+
+def test_paths_that_are_none_are_named():
+    for value in (5, "a\0", "a\ud800", b"a"):
+        with pytest.raises(ValueError, match=r"out=\S+ is no path"):
+            output.claim(value, listed=False, resume=False, overwrite=False)
+    with pytest.raises(ValueError, match="overwrite='yes' is not true or false"):
+        output.claim("a", listed=False, resume=False, overwrite="yes")
 
 
 def test_unwritable_folder_is_refused(search, tmp_path):
@@ -362,8 +425,30 @@ def test_generate_checks_noise_and_sizes(pipeline):
         ses_jax.generate(pipeline, "a", noise=np.zeros((1, 3, 8, 8), np.float32))
     with pytest.raises(ValueError, match="height=18"):
         ses_jax.generate(pipeline, "a", height=18)
+    with pytest.raises(ValueError, match="noise=5 is neither an array nor the path"):
+        engine._noise(5)
     images = ses_jax.generate(pipeline, ["a", "bb"], height=8, width=12, seed=2)
     assert images.shape == (2, 8, 12, 3)
+
+
+def test_generate_takes_the_noise_of_one_image_and_its_file(search, pipeline, tmp_path):
+    result = search(budget=10, out=tmp_path)
+    images = [
+        ses_jax.generate(pipeline, PROMPT, noise=noise, steps=4)
+        for noise in (result.noise[None], result.noise, tmp_path / "noise.npy", str(tmp_path / "noise.npy"))
+    ]
+    assert images[0].shape == (1, 16, 16, 3)
+    for image in images[1:]:
+        np.testing.assert_array_equal(image, images[0])
+    (tmp_path / "noise.npy").write_bytes(b"no array")
+    with pytest.raises(ValueError, match=r"noise\.npy is damaged"):
+        ses_jax.generate(pipeline, PROMPT, noise=tmp_path / "noise.npy")
+    with pytest.raises(FileNotFoundError, match=r"none\.npy does not exist"):
+        ses_jax.generate(pipeline, PROMPT, noise=tmp_path / "none.npy")
+
+
+def test_a_pipeline_is_a_short_screen(pipeline):
+    assert repr(pipeline).splitlines() == ["Toy from toy: 16 x 16, 4 steps", "  gain: 1 parameters, float32, 0.0 MiB"]
 
 
 def test_settings_reach_the_model(search, pipeline):

@@ -158,3 +158,46 @@ def test_plain_pickles_are_refused_as_well(tmp_path, reader):
     with pytest.raises(ConversionError, match=r"x.pt"):
         reader(tmp_path / "x.pt")
     assert not (tmp_path / "trace").exists()
+
+
+def archive(file, program, storages=None, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(file, "w", compression) as out:
+        out.writestr("weights/data.pkl", program)
+        for name, data in (storages or {}).items():
+            out.writestr(f"weights/data/{name}", data)
+    return file
+
+
+def test_a_place_in_memory_far_away_is_not_made(tmp_path):
+    """The C unpickler would allocate all places before it: 8 GiB for this one."""
+    file = archive(tmp_path / "bomb.pt", b"\x80\x02}r\xff\xff\xff\x3f.")
+    with pytest.raises(
+        ConversionError, match=r"bomb\.pt is truncated or corrupt: it remembers something at place 1073741823"
+    ):
+        without_torch(file)
+
+
+def test_what_unpacks_to_more_than_the_file_is_not_unpacked(tmp_path):
+    file = archive(tmp_path / "bomb.pt", b"\x80\x02}.", {"0": bytes(10**7)}, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ConversionError, match=r"weights/data/0 would be larger than the file"):
+        without_torch(file)
+
+
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path):
+    repeated = torch.zeros(1).expand(10**6, 10**6)
+    torch.save({"huge": repeated}, tmp_path / "huge.pt")
+    for read in (open_pickle, without_torch):
+        with pytest.raises(ConversionError, match=r"huge\.pt (holds tensors without plain numbers: huge|is truncated)"):
+            read(tmp_path / "huge.pt")
+
+
+def odd(kind):
+    """A tensor that is no array."""
+    return torch.zeros(2, device="meta") if kind == "meta" else torch.eye(2).to_sparse()
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_tensors_that_are_no_arrays_are_named(tmp_path, reader, kind):
+    torch.save({"fine": torch.ones(2), "other": odd(kind)}, tmp_path / "odd.pt")
+    with pytest.raises(ConversionError, match=r"odd\.pt"):
+        reader(tmp_path / "odd.pt")

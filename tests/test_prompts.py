@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ses_jax.batch import prompts
+from ses_jax.batch import prompts, run_folder
 from ses_jax.batch.prompts import Row, read_rows
 
 pytestmark = pytest.mark.quick
@@ -160,9 +160,65 @@ def test_broken_lines_are_noted(tmp_path):
     assert rows[2].error == "the prompt is empty"
 
 
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (NESTED, "the line is no JSON: it is nested too deep"),
+        ('{"prompt": "a", "x": ' + "[" * 100 + "]" * 100 + "}", "the row is nested more than 64 deep"),
+        ('{"prompt": "a", "x": ' + "1" * 5000 + "}", "the line is no JSON: Exceeds the limit"),
+        ('{"prompt": "a", "guidance": "{' + NESTED + '"}', r"guidance='\{\[\[\S*\.\.\. is not a number"),
+        ('{"prompt": "half \\ud800"}', r"the text 'half \\ud800' is not Unicode"),
+        ('{"prompt": "a", "negative_prompt": "\\ud800"}', r"negative_prompt='\\ud800' is not text"),
+        ('{"prompt": "a", "seed": 1e30}', r"seed=\S+ must be less than"),
+        ('{"prompt": "a", "budget": 99999999999}', "budget=99999999999 must be less than 2147483648"),
+    ],
+)
+def test_hostile_rows_are_noted_and_can_be_written_down(tmp_path, line, message):
+    rows = read_rows(write(tmp_path, "p.jsonl", f'{{"prompt": "one"}}\n{line}\n{{"prompt": "two"}}\n'))
+    assert [row.error is None for row in rows] == [True, False, True]
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(rows[1].error)
+    for row in rows:
+        assert json.loads(run_folder._row_line(row).encode())["index"] == row.index
+
+
+def test_rows_that_are_no_json_are_noted():
+    circle = {"prompt": "a"}
+    circle["self"] = circle
+    rows = read_rows([circle, {"prompt": "a", "x": {(1, 2): 3}}, {"prompt": "a", "x": {1, 2}}])
+    assert "nested more than 64 deep" in rows[0].error
+    assert "can't be written as JSON" in rows[1].error
+    assert rows[2].error is None
+    with pytest.raises(ValueError, match="prompts=b'x' is neither a file nor a list of prompts"):
+        read_rows(b"x")
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts", "bad"),
+    [
+        ('a\n"b\nc\nd', ["a", "", "c", "d"], 1),
+        ('"a\nb\n"c" d\ne', ["", "b", "c d", "e"], 0),
+        ('a\n"b\nb" and more\n"c\nd"\ne', ["a", "", 'b" and more', "c\nd", "e"], 1),
+        ('a\n"b ""quoted"""\n"c" and "d"\ne"f', ["a", 'b "quoted"', 'c and "d"', 'e"f'], None),
+    ],
+)
+def test_a_quote_that_is_never_closed_takes_no_other_row(tmp_path, text, prompts, bad):
+    for name, separator in (("p.csv", ","), ("p.tsv", "\t")):
+        lines = text.replace("\n", f"{separator}x\n") if bad is None else text
+        rows = read_rows(write(tmp_path, name, f"prompt{separator}note\n{lines}\n"))
+        assert [row.prompt for row in rows] == prompts
+        assert [row.index for row in rows if row.error] == ([] if bad is None else [bad])
+        if bad is not None:
+            assert "a cell that begins with a quote must end with one" in rows[bad].error
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("q.json", NESTED, "is no JSON: it is nested too deep"),
         ("p.yaml", "- a", "unknown ending '.yaml'; known: .txt, .csv"),
         ("p.txt", " \n", "holds no prompts"),
         ("p.json", "[]", "holds no prompts"),
@@ -201,12 +257,20 @@ def test_other_files_are_refused(tmp_path):
         ("Bäume 木", "Bäume_木"),
         ("results.jsonl", "results_jsonl"),
         ("run.json", "run_json"),
-        ("x" * 300, "x" * 80),
+        ("x" * 300, "x" * 80 + "-0d4e2ca9"),
     ],
 )
 def test_ids_are_made_safe_as_folder_names(name, folder):
     row = read_rows([{"id": name, "prompt": "a"}])[0]
     assert (row.id, row.folder) == (name, folder)
+
+
+def test_long_ids_are_cut_by_bytes_and_told_apart():
+    names = ["\U0001f600" * 80, "木" * 80, "木" * 81, "ä" * 200 + "1", "ä" * 200 + "2", "x" * 80]
+    folders = [row.folder for row in read_rows([{"prompt": "a", "id": name} for name in names])]
+    assert len(set(folders)) == len(names)
+    assert all(len(folder.encode()) <= 89 for folder in folders)
+    assert folders[-1] == names[-1]
 
 
 @pytest.mark.parametrize("pair", [("a", "a"), ("a/b", "a b"), ("Cat", "cat"), ("00000", None), (7, "7")])

@@ -13,8 +13,7 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax.engine import generation, memory, runner, tasks
-from ses_jax.engine import search as engine
+from ses_jax.engine import generation, memory, output, runner, tasks
 from ses_jax.loading import checkpoint, partition
 from ses_jax.rewards import reward as rewards
 
@@ -280,7 +279,7 @@ def test_a_killed_search_goes_on_bit_equal(tmp_path, after, mixture):
     np.testing.assert_array_equal(found.noise, expected.noise)
     assert found.history == expected.history
     assert (tmp_path / "result.json").exists()
-    assert not (tmp_path / engine.STATE).exists()
+    assert not (tmp_path / output.STATE).exists()
 
 
 def test_only_what_is_missing_is_scored_again(tmp_path):

@@ -32,6 +32,7 @@ WRITES_NOTHING = {"examples/measure_demo.py"}
 # These are run by tests of their own.
 ELSEWHERE = {
     "benchmarks/compiled.py": "test_compilation",
+    "benchmarks/fuzz.py": "test_fuzz",
     "benchmarks/soak.py": "test_soak",
     "benchmarks/throughput.py": "test_throughput",
     "examples/flux1_dev.py": "test_examples",

@@ -7,21 +7,25 @@ one row is noted in that row; only what makes the whole file meaningless is an e
 
 import csv
 import dataclasses
+import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ses_jax.engine.config import SearchConfig
-from ses_jax.engine.settings import fields, read
+from ses_jax.engine.placement import check_path
+from ses_jax.engine.settings import check_text, fields, read, shown
 
 PROMPT_COLUMNS = ("prompt", "prompts")
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
-_MAX_NAME = 80
+_MAX_NAME = 80  # bytes: four times as many are still a name
+_MAX_DEPTH = 64
 _SETTINGS = fields(SearchConfig)
 
 Source = str | os.PathLike[str] | Sequence[Any]
@@ -50,8 +54,11 @@ class Row:
     @property
     def folder(self) -> str:
         """The id as a folder name that is safe everywhere and hides no file of the run."""
-        name = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", self.id))[:_MAX_NAME].strip(".")
-        return re.sub(r"\.(jsonl?)$", r"_\1", name) or "_"
+        whole = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", self.id))
+        name = whole.encode()[:_MAX_NAME].decode(errors="ignore")
+        if name != whole:  # what is cut off is told apart by a hash
+            name += "-" + hashlib.sha256(self.id.encode(errors="surrogatepass")).hexdigest()[:8]
+        return re.sub(r"\.(jsonl?)$", r"_\1", name.strip(".")) or "_"
 
     def as_json(self) -> dict[str, Any]:
         """The fields as plain JSON values, but for what metadata may hold."""
@@ -72,12 +79,14 @@ def read_rows(prompts: Source) -> list[Row]:
       ValueError: for an unknown ending, a file without prompts, or two rows with the same id.
     """
     if isinstance(prompts, str | os.PathLike):
-        path = Path(prompts)
+        path = Path(check_path(prompts, "prompts"))
         if path.suffix.lower() not in FORMATS:
             raise ValueError(f"prompt file {path}: unknown ending {path.suffix!r}; known: {', '.join(FORMATS)}")
         records = _READERS[path.suffix.lower()](path)
-    else:
+    elif isinstance(prompts, Iterable) and not isinstance(prompts, bytes | Mapping):
         path, records = None, list(prompts)
+    else:
+        raise ValueError(f"prompts={shown(prompts)} is neither a file nor a list of prompts")
     if not records:
         raise ValueError("no prompts: pass at least one" if path is None else f"prompt file {path} holds no prompts")
     rows = [_row(index, record) for index, record in enumerate(records)]
@@ -90,14 +99,41 @@ def _read_text(path: Path) -> list[Any]:
 
 
 def _read_table(path: Path, delimiter: str) -> list[Any]:
-    try:
-        lines = csv.reader(io.StringIO(_decode(path), newline=""), delimiter=delimiter)
-        header, *rows = [cells for cells in lines if cells] or [[]]
-    except csv.Error as error:
-        raise ValueError(f"prompt file {path}: {error}") from error
+    rows = [cells for cells in _cells(_decode(path), delimiter) if cells]
+    header = rows[0] if rows else []
+    if isinstance(header, ValueError):
+        raise ValueError(f"prompt file {path}: its first line: {header}")
     if not any(name.strip().lower() in PROMPT_COLUMNS for name in header):
-        raise ValueError(f"prompt file {path} has no column 'prompt'; its first line is {header}")
-    return [_record(header, cells) for cells in rows]
+        raise ValueError(f"prompt file {path} has no column 'prompt'; its first line is {shown(header)}")
+    return [cells if isinstance(cells, ValueError) else _record(header, cells) for cells in rows[1:]]
+
+
+def _cells(text: str, delimiter: str) -> Iterator[list[str] | ValueError]:
+    """Rows of a table; one whose quotes do not fit takes none of the next rows with it."""
+    lines = list(io.StringIO(text, newline=""))
+    place = 0
+    while place < len(lines):
+        try:
+            reader = csv.reader(itertools.islice(lines, place, None), delimiter=delimiter, strict=True)
+            cells = next(reader)
+            place += reader.line_num
+        except csv.Error:
+            cells = _lenient(lines[place], delimiter)
+            place += 1
+        yield cells
+
+
+def _lenient(line: str, delimiter: str) -> list[str] | ValueError:
+    """The row of a single line, which may hold quotes that quote nothing."""
+    try:
+        for strict in (True, False):
+            try:
+                return next(csv.reader([line], delimiter=delimiter, strict=strict))
+            except csv.Error as error:
+                if not strict or "end of data" in str(error):
+                    raise
+    except csv.Error as error:
+        return ValueError(f"the row can't be read ({error}); a cell that begins with a quote must end with one")
 
 
 def _record(header: Sequence[str], cells: Sequence[str]) -> Any:
@@ -107,10 +143,11 @@ def _record(header: Sequence[str], cells: Sequence[str]) -> Any:
 
 
 def _read_json(path: Path) -> list[Any]:
+    text = _decode(path)
     try:
-        records = json.loads(_decode(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"prompt file {path} is no JSON: {error}") from error
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"prompt file {path} is no JSON: {_reason(error)}") from None
     if not isinstance(records, list):
         raise ValueError(f"prompt file {path} must hold a list, got a {type(records).__name__}")
     return records
@@ -123,15 +160,20 @@ def _read_json_lines(path: Path) -> list[Any]:
 def _json_or_error(line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        return ValueError(f"the line is no JSON: {error}")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"the line is no JSON: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def _decode(path: Path) -> str:
+    data = path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {path} is not UTF-8: {error}") from error
+        raise ValueError(f"prompt file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 _READERS: dict[str, Callable[[Path], list[Any]]] = {
@@ -151,7 +193,9 @@ def _row(index: int, record: Any) -> Row:
     if isinstance(record, str):
         record = {"prompt": record}
     if not isinstance(record, Mapping):
-        return Row(index, name, "", error=f"a row is a prompt or a mapping, got {record!r}")
+        return Row(index, name, "", error=f"a row is a prompt or a mapping, got {shown(record)}")
+    if (error := _unwritable(record)) is not None:
+        return Row(index, name, "", error=error)
     columns = {_column(key): value for key, value in record.items() if value is not None}
     prompt = next((columns.pop(key) for key in PROMPT_COLUMNS if key in columns), "")
     name = str(columns.pop("id", name))
@@ -159,14 +203,36 @@ def _row(index: int, record: Any) -> Row:
     row = Row(index, name, prompt if isinstance(prompt, str) else "", metadata=columns)
     try:
         if not isinstance(prompt, str):
-            raise ValueError(f"the prompt must be a string, got {prompt!r}")
-        if not prompt.strip():
+            raise ValueError(f"the prompt must be a string, got {shown(prompt)}")
+        if not check_text(prompt).strip():
             raise ValueError("the prompt is empty")
         return dataclasses.replace(
             row, overrides={key: read(_SETTINGS[key], value) for key, value in overrides.items()}
         )
     except ValueError as error:
         return dataclasses.replace(row, error=str(error), metadata=columns | overrides)
+
+
+def _unwritable(record: Mapping[Any, Any]) -> str | None:
+    """Why a row could not be written down as JSON."""
+    if _too_deep(record):
+        return f"the row is nested more than {_MAX_DEPTH} deep"
+    try:
+        json.dumps({str(name): value for name, value in record.items()}, default=str)
+    except (TypeError, ValueError) as error:
+        return f"the row can't be written as JSON: {error}"
+    return None
+
+
+def _too_deep(record: Any) -> bool:
+    """Whether values lie in one another so deep that no reader or writer of JSON would follow."""
+    level = [record]
+    for _ in range(_MAX_DEPTH):
+        inner = [value.values() if isinstance(value, Mapping) else value for value in level]
+        level = [x for values in inner for x in values if isinstance(x, Mapping | list | tuple)]
+        if not level:
+            return False
+    return True
 
 
 def _column(name: Any) -> str:

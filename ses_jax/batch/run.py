@@ -17,19 +17,20 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ses_jax.batch.processes import own_place
+from ses_jax.batch.processes import Place, own_place
 from ses_jax.batch.progress import batch_progress
 from ses_jax.batch.prompts import Row, Source, read_rows
 from ses_jax.batch.run_folder import Outcome, Run
-from ses_jax.engine import models
+from ses_jax.engine import lock, models, output
 from ses_jax.engine import resume as saved_search
-from ses_jax.engine import search as engine
 from ses_jax.engine.config import Placement, RunConfig, SearchConfig, check_looks
-from ses_jax.engine.runner import search_prompts
+from ses_jax.engine.runner import Found, search_prompts
 from ses_jax.engine.settings import gather, takes
+from ses_jax.engine.stopping import Stop, noticed
 from ses_jax.loading import partition
 from ses_jax.loading.lora_files import pairs
 from ses_jax.pipelines.base import Pipeline
+from ses_jax.rewards import host
 from ses_jax.rewards.reward import Reward
 
 # Settings that change how fast a run is and not what comes out, so that they may change when it goes on.
@@ -44,6 +45,7 @@ class _Work(NamedTuple):
     reward: Reward
     config: SearchConfig
     resume: bool
+    stop: Stop | None = None
 
 
 @takes(RunConfig, SearchConfig, Placement)
@@ -74,34 +76,45 @@ def search_many(
       TypeError: for an unknown setting.
       ValueError: for bad settings, an unusable prompt file, and an `out` that holds something else or the beginning of
         a run with other settings or prompts.
-      KeyboardInterrupt: Ctrl-C; the same call goes on.
+      OSError: naming the file that cannot be written, as on a full disk; the same call goes on.
+      KeyboardInterrupt: Ctrl-C, after the generation at hand; the same call goes on.
+      SystemExit: of status 143, likewise after SIGTERM.
     """
     how, config, place = gather("search_many", settings, RunConfig, SearchConfig, Placement)
     rows = read_rows(prompts)
     report = models.check_rewards(how.reward, how.report)
     me = own_place(process_id, num_processes)
-    run = Run(Path(out), rows, me.process_id)
+    run = Run(output.run_folder(out), rows, me.process_id)
     load = dict(place.load or {})
     load |= {"lora": pairs(load["lora"])} if load.get("lora") else {}
     described = _described(config.as_json()) | {"load": _described(load)}
     described |= {"model": _name(how.model), "reward": _name(how.reward), "report": _name(report)}
     run.check(described)
+    with lock.held(run.folder, f".lock-{me.process_id}"):
+        return _go_on(run, (how, config, place, report), described, me)
 
-    pending = [row for row in rows[me.process_id :: me.num_processes] if run.finished(row) is None]
+
+def _go_on(run: Run, settings: tuple[Any, ...], described: Mapping[str, Any], me: Place) -> dict[str, Any]:
+    """Searches what this process still has to do, and merges what is known."""
+    how, config, place, report = settings
+    pending = [row for row in run.rows[me.process_id :: me.num_processes] if run.finished(row) is None]
     if not pending:
         return run.merge()
     work = None
     if any(row.error is None for row in pending):
         mesh = partition.parse_mesh(place.mesh, jax.local_devices())
-        pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **load})
+        pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **(place.load or {})})
         check_looks(config.resolve(pipeline), reward)
         work = _Work(run, pipeline, reward, config, how.resume)
     run.start(described)
     at_once = 1 if work is None or work.reward.one_prompt_at_a_time else how.prompts_at_once
-    with batch_progress(len(pending), enabled=how.progress) as show:
-        for outcome in _outcomes(run, work, pending, at_once):
+    with noticed() as stop, batch_progress(len(pending), enabled=how.progress) as show:
+        for outcome in _outcomes(run, work and work._replace(stop=stop), pending, at_once):
             show(_headline(outcome), "error" in outcome)
-    return run.merge()
+        summary = run.merge()
+    if stop.terminated:
+        stop.leave()
+    return summary
 
 
 def _described(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +140,7 @@ def _outcomes(run: Run, work: _Work | None, rows: Sequence[Row], at_once: int) -
     usable = []
     for row in rows:
         config, error = _row_config(work, row)
+        error = run.obstacle(row) if error is None else error
         if error is None:
             usable.append((row, config))
         else:
@@ -153,7 +167,14 @@ def _row_config(work: _Work | None, row: Row) -> tuple[SearchConfig | None, str 
 
 def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[Outcome]:
     """Searches rows at once; where that fails, one by one, so that each fails for itself only."""
+    if work.stop:
+        work.stop.leave()
     state = _state_folder(work, rows)
+
+    def keep(found: Found) -> None:
+        if found.interrupted:  # by the next call it is searched to its end
+            work.stop.leave()
+
     try:
         results = search_prompts(
             work.pipeline,
@@ -162,8 +183,12 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
             [row.prompt for row in rows],
             indices=[row.index for row in rows],
             state_folder=state,
+            stop=work.stop,
+            keep=keep,
         )
     except Exception as error:
+        if isinstance(error, OSError) and error.filename and host.origin(error) is None:
+            raise  # a full disk stays full for the other rows
         saved_search.clear(state)
         if len(rows) == 1:
             yield work.run.fail(rows[0], f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
@@ -173,8 +198,6 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
         for row in rows:
             yield from _search(work, [row], config)
         return
-    if results[0].interrupted:
-        raise KeyboardInterrupt
     for row, result in zip(rows, results, strict=True):
         yield work.run.save(row, result)
     saved_search.clear(state)
@@ -185,7 +208,7 @@ def _state_folder(work: _Work, rows: Sequence[Row]) -> Path | None:
     if not work.resume:
         return None
     rest = hashlib.sha256(",".join(str(row.index) for row in rows).encode()).hexdigest()[:8]
-    return work.run.folder / engine.STATE / f"{rows[0].index:06d}-{rest}"
+    return work.run.folder / output.STATE / f"{rows[0].index:06d}-{rest}"
 
 
 def _headline(outcome: Outcome) -> str:

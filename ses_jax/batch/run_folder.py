@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from ses_jax.batch.prompts import Row
-from ses_jax.engine.result import SearchResult, writable_folder, write
+from ses_jax.engine.result import SearchResult, naming, writable_folder, write
+from ses_jax.engine.saved import SCORES, read_json, read_summary
 
 Outcome = dict[str, Any]
-SCORES = ("baseline_score", "score", "baseline_final_score", "final_score")
+NEEDED = (*SCORES, "components", "scored", "timings", "interrupted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Run:
             if set(present) - {"prompts.jsonl"} and not (self.folder / "run.json").exists():
                 raise ValueError(f"{self.folder} is not empty and no run.json tells of a run; choose another folder")
             return
-        saved = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["settings"]
+        saved = self._saved_settings()
         for name, value in _plain(settings).items():
             if saved.get(name, value) != value:
                 raise ValueError(
@@ -51,8 +52,23 @@ class Run:
                 )
         self._check_rows()
 
+    def _saved_settings(self) -> Mapping[str, Any]:
+        """What `run.json` tells."""
+        file = self.folder / "run.json"
+        try:
+            saved = read_json(file).get("settings")
+            if not isinstance(saved, dict):
+                raise ValueError(f"{file} is damaged: it has no settings")
+        except ValueError as error:
+            raise ValueError(f"{error}; restore it, or choose another folder") from None
+        return saved
+
     def _check_rows(self) -> None:
-        lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        file = self.folder / "prompts.jsonl"
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        except (FileNotFoundError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is damaged or gone: {error}; restore it, or choose another folder") from None
         for row, line in zip(self.rows, lines, strict=False):
             if _row_line(row) != line:
                 raise ValueError(
@@ -74,10 +90,15 @@ class Run:
     def finished(self, row: Row) -> Mapping[str, Any] | None:
         """The `result.json` of a row that needs no more work."""
         try:
-            found = json.loads((self.folder / row.folder / "result.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
+            found = read_summary(self.folder / row.folder / "result.json", only=NEEDED)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+            return None  # not there, or damaged: it is made again
         return None if found["interrupted"] else found
+
+    def obstacle(self, row: Row) -> str | None:
+        """Why the row's results could not be saved, as far as that is plain now."""
+        path = self.folder / row.folder
+        return f"{path} is a file, and this row's folder has that name; remove it" if path.is_file() else None
 
     def save(self, row: Row, result: SearchResult) -> Outcome:
         """Saves a result, and what an earlier process left half written goes."""
@@ -94,7 +115,7 @@ class Run:
     def _note(self, outcome: Outcome) -> Outcome:
         path = self.folder / f"results-{self.process}.jsonl"
         line = _line(outcome)
-        with path.open("a+b") as file:
+        with naming(path), path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, 2)
                 line = line if file.read() == b"\n" else "\n" + line  # a killed process ended in the middle of a line
@@ -105,15 +126,15 @@ class Run:
         """What is known of each row: its result, else its error, else None."""
         errors = self._errors()
         found = ((row, self.finished(row)) for row in self.rows)
-        return [errors.get(row.id) if summary is None else _success(row, summary) for row, summary in found]
+        return [_failure(row, errors) if summary is None else _success(row, summary) for row, summary in found]
 
     def _errors(self) -> dict[str, Outcome]:
         noted = {}
         for path in sorted(self.folder.glob("results-*.jsonl")):
             for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 outcome = _json_or_none(line)
-                if outcome and "error" in outcome:
-                    noted[outcome["id"]] = outcome
+                if isinstance(outcome, dict) and isinstance(outcome.get("error"), str):
+                    noted[str(outcome.get("id"))] = outcome
         return noted
 
     def merge(self) -> dict[str, Any]:
@@ -189,6 +210,12 @@ def _base(row: Row) -> Outcome:
     return {"id": row.id, "index": row.index, "prompt": row.prompt, "metadata": dict(row.metadata)}
 
 
+def _failure(row: Row, noted: Mapping[str, Outcome]) -> Outcome | None:
+    """A line of results from a row and what was noted of its error, if there was one."""
+    outcome = noted.get(row.id)
+    return outcome and _base(row) | {name: outcome[name] for name in ("error", "traceback") if name in outcome}
+
+
 def _success(row: Row, summary: Mapping[str, Any]) -> Outcome:
     """A line of results from a row and its `SearchResult.summary()`."""
     timings = summary["timings"]
@@ -211,7 +238,12 @@ def _row_line(row: Row) -> str:
 
 def _line(value: Any) -> str:
     """A line of JSON; of a user's own objects, their text."""
-    return json.dumps(value, ensure_ascii=False, default=str) + "\n"
+    line = json.dumps(value, ensure_ascii=False, default=str) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a character: escaped, it is still JSON
+        line = json.dumps(value, default=str) + "\n"
+    return line
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +254,7 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _json_or_none(line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -1,6 +1,7 @@
 """The search itself, and rendering without one.
 
 search       `search`, `generate`: the public calls
+output       the folder that a search is saved to
 models       the pipeline and the reward of a search, loaded and kept for the next one
 runner       generations, final renders, results of one or more prompts at once
 outline      a search as shapes, and its programs lowered
@@ -11,10 +12,14 @@ previews     few-step images of candidates, and their scores
 program      what a compiled generation is given and gives
 denoising    rows of noise to images, on meshes and in chunks
 config       `SearchConfig` and the other settings
+placement    the settings that say which model, and where
 settings     what a setting is
 fidelity     which looks there are
 evaluations  what a network evaluation is
 result       `SearchResult` and its folder
+saved        that folder read again
+lock         one process at a time in a folder
+stopping     Ctrl-C and SIGTERM
 records      what a search notes down
 cost         what it took: network evaluations, FLOPs, seconds
 progress     what it shows

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from ses_jax.engine import evaluations
 from ses_jax.engine.fidelity import Fidelity
+from ses_jax.engine.placement import LOAD, MESH, MODEL
 from ses_jax.engine.settings import ANY, FIDELITY, GUIDANCE, SEARCHER, TEXT, TRUTH, WHOLE, Settings, described, setting
 from ses_jax.pipelines.base import Guidance, Pipeline
 from ses_jax.pipelines.guidance import forwards
@@ -18,6 +19,8 @@ from ses_jax.searchers.searcher import Searcher
 
 SEEDS = 2**64
 BUDGET = 50
+STEPS = 10_001  # more noise levels than any model was trained on
+PIXELS = 65_537
 # More words than any family reads.
 LONG = "a " * 2000
 
@@ -27,13 +30,13 @@ LONG = "a " * 2000
 class RenderConfig(Settings):
     """Settings of images. None means the model's own default."""
 
-    steps: int | None = setting(None, WHOLE, "denoising steps of the final images", at_least=1)
+    steps: int | None = setting(None, WHOLE, "denoising steps of the final images", at_least=1, below=STEPS)
     guidance: Guidance | None = setting(
         None, GUIDANCE, "guidance scale in the model's own convention, or a mapping of the model's own options"
     )
     negative_prompt: str | None = setting(None, TEXT, "what to steer away from, where guidance is on")
-    height: int | None = setting(None, WHOLE, "of the image, in pixels", at_least=1)
-    width: int | None = setting(None, WHOLE, "of the image, in pixels", at_least=1)
+    height: int | None = setting(None, WHOLE, "of the image, in pixels", at_least=1, below=PIXELS)
+    width: int | None = setting(None, WHOLE, "of the image, in pixels", at_least=1, below=PIXELS)
     seed: int = setting(0, WHOLE, "of all random draws, up to 64 bits", at_least=0, below=SEEDS)
     chunk: int | None = setting(
         None, WHOLE, "images made at a time; by default as many as fit on the device", at_least=1
@@ -62,6 +65,7 @@ class SearchConfig(RenderConfig):
         WHOLE,
         "denoising steps of a candidate; the default is never more than steps",
         at_least=1,
+        below=STEPS,
         reference="ses_inference_steps",
     )
     nfe: int | None = setting(
@@ -176,12 +180,12 @@ class Placement(Settings):
 
     mesh: str | Mesh | None = setting(
         None,
-        ANY,
+        MESH,
         'devices to spread over, such as "data=4,model=2"; by default those of the loaded pipeline, or the default one',
     )
     load: Mapping[str, Any] | None = setting(
         None,
-        ANY,
+        LOAD,
         'what else load_pipeline takes, such as {"offload_text_encoder": True}; only where the model is a name',
     )
 
@@ -191,7 +195,7 @@ class Placement(Settings):
 class RunConfig(Settings):
     """What a search runs with, and how."""
 
-    model: str | Pipeline = setting("demo", ANY, "what load_pipeline takes, or a loaded pipeline")
+    model: str | Pipeline = setting("demo", MODEL, "what load_pipeline takes, or a loaded pipeline")
     reward: Any = setting(
         None,
         ANY,

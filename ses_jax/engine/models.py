@@ -5,7 +5,7 @@ call used stays. A caller who wants to decide how long weights live loads them w
 """
 
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from ses_jax.pipelines.registry import load_pipeline
 from ses_jax.rewards import reward as rewards
 from ses_jax.rewards import scorers
 from ses_jax.rewards.reward import Reward, RewardSpec
-
-Report = RewardSpec | Reward | Sequence[str] | None
 
 
 class Kept:
@@ -53,12 +51,18 @@ def forget() -> None:
     _SCORERS.clear()
 
 
-def check_rewards(reward: RewardSpec | Reward | None, report: Report) -> RewardSpec | Reward | None:
+def check_rewards(reward: Any, report: Any) -> RewardSpec | Reward | None:
     """The report as something to load, after both have been checked as far as that goes without loading them."""
-    report = dict.fromkeys(report, 1.0) if isinstance(report, Sequence) and not isinstance(report, str) else report
-    for spec in (reward, report):
-        if spec is not None:
-            rewards.check(spec)
+    listed = isinstance(report, Sequence | Set) and not isinstance(report, str)
+    if listed and not all(isinstance(name, Hashable) for name in report):
+        raise ValueError(f"report={report!r} must be names or functions")
+    report = dict.fromkeys(report, 1.0) if listed else report
+    report = None if isinstance(report, Mapping) and not report else report
+    if reward is not None:
+        rewards.check(reward, "reward")
+        rewards.check_drives(reward)
+    if report is not None:
+        rewards.check(report, "report")
     return report
 
 

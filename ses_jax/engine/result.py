@@ -2,19 +2,24 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ses_jax.engine import saved
 from ses_jax.engine.cost import Cost
+
+# What `SearchResult.save` writes, the last one last.
+FILES = ("best.png", "baseline.png", "noise.npy", "history.jsonl", "result.json")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +44,7 @@ class SearchResult:
       cost: network evaluations, FLOPs and seconds: `search` of the candidates, `finals` of winner and base.
       timings: seconds of each phase, and images per second of the search.
       interrupted: whether the search was stopped before its budget was spent.
+      notes: calls of the user's reward that failed and were made again.
     """
 
     prompt: str
@@ -55,6 +61,7 @@ class SearchResult:
     cost: Cost
     timings: dict[str, float]
     interrupted: bool = False
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Everything but images, noise and history, as plain JSON values; a score that is not finite is None."""
@@ -69,7 +76,7 @@ class SearchResult:
             "cost": self.cost.as_json(),
             "timings": self.timings,
             "config": self.config,
-        }
+        } | ({"notes": list(self.notes)} if self.notes else {})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes `best.png`, `baseline.png`, `noise.npy`, `history.jsonl` and `result.json`.
@@ -78,16 +85,41 @@ class SearchResult:
 
         Raises:
           ValueError: if the folder cannot be written.
+          OSError: naming the file that could not be, on a full disk; what was there before is whole.
         """
         folder = writable_folder(folder)
-        write(folder / "best.png", lambda path: self.image.save(path, format="PNG"))
-        write(folder / "baseline.png", lambda path: self.baseline_image.save(path, format="PNG"))
-        write(folder / "noise.npy", lambda path: _save_array(path, self.noise))
-        lines = "".join(json.dumps(row) + "\n" for row in self.history)
-        write(folder / "history.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
         text = json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n"
-        write(folder / "result.json", lambda path: path.write_text(text, encoding="utf-8"))
+        writers = {
+            "best.png": lambda path: self.image.save(path, format="PNG"),
+            "baseline.png": lambda path: self.baseline_image.save(path, format="PNG"),
+            **_search_writers(self.noise, self.history),
+            "result.json": lambda path: path.write_text(text, encoding="utf-8"),
+        }
+        write_together({folder / name: writer for name, writer in writers.items()})
         return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "SearchResult":
+        """The result that `save` wrote to a folder.
+
+        Raises:
+          FileNotFoundError: naming a file that is not there.
+          ValueError: naming a file that is damaged.
+        """
+        return cls(**saved.read(Path(folder)))
+
+
+def save_search(folder: Path, noise: np.ndarray, history: list[dict[str, Any]]) -> None:
+    """Writes what a search found before its images are rendered: `noise.npy` and `history.jsonl`."""
+    write_together({folder / name: writer for name, writer in _search_writers(noise, history).items()})
+
+
+def _search_writers(noise: np.ndarray, history: list[dict[str, Any]]) -> dict[str, Callable[[Path], Any]]:
+    lines = "".join(json.dumps(row) + "\n" for row in history)
+    return {
+        "noise.npy": lambda path: _save_array(path, noise),
+        "history.jsonl": lambda path: path.write_text(lines, encoding="utf-8"),
+    }
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
@@ -101,21 +133,62 @@ def writable_folder(folder: str | os.PathLike[str]) -> Path:
     Raises:
       ValueError: if not.
     """
+    if not str(folder):
+        raise ValueError("the output folder has no name; '.' is the current one")
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise ValueError(f"output folder {folder} is not writable: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # the latter for names that no file can have
+        raise ValueError(f"output folder {folder} is not writable: {getattr(error, 'strerror', 0) or error}") from error
     return folder
 
 
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Runs `writer(temporary path)` and renames its file to `path`, so that no reader ever sees half a file."""
-    with _temporary(path) as temporary:
-        writer(temporary)
-        os.replace(temporary, path)
+    """Runs `writer(temporary path)` and renames its file to `path`, so that no reader ever sees half a file.
+
+    What the file holds is on the disk before it has its name: a machine that goes down leaves no file of zeros.
+
+    Raises:
+      OSError: naming `path`.
+    """
+    write_together({path: writer})
+
+
+def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
+    """`write` for several files of a folder, of which none is renamed before all are written."""
+    with contextlib.ExitStack() as temporaries:
+        written = {}
+        for path, writer in files.items():
+            with naming(path):
+                written[path] = temporaries.enter_context(_temporary(path))
+                writer(written[path])
+                _sync(written[path])
+        for path, temporary in written.items():
+            with naming(path):
+                os.replace(temporary, path)
+        for folder in {path.parent for path in files}:
+            with contextlib.suppress(OSError):  # not every file system can
+                _sync(folder)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the file system within name this path."""
+    try:
+        yield
+    except OSError as error:
+        text = error.strerror or " ".join(str(error).split())
+        raise OSError(error.errno or errno.EIO, f"cannot write: {text}", str(path)) from error
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager
@@ -125,7 +198,8 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what matters
+            temporary.unlink(missing_ok=True)
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

@@ -6,7 +6,9 @@
 Everywhere a folder of None saves nothing.
 """
 
+import errno
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +19,10 @@ import numpy as np
 
 from ses_jax.engine.program import Scored, State
 from ses_jax.engine.result import write
+from ses_jax.engine.saved import read_json
 from ses_jax.loading import checkpoint
 
+LOG = logging.getLogger("ses_jax")
 IDENTITY = "search.json"
 
 
@@ -31,8 +35,8 @@ def begin(folder: Path | None, identity: Mapping[str, Any]) -> None:
     if folder is None:
         return
     file = folder / IDENTITY
-    if file.exists():
-        saved = json.loads(file.read_text(encoding="utf-8"))
+    saved = _identity(file)
+    if saved is not None:
         wanted = json.loads(json.dumps(identity))
         differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
         if differing:
@@ -42,13 +46,34 @@ def begin(folder: Path | None, identity: Mapping[str, Any]) -> None:
     write(file, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
 
 
+def _identity(file: Path) -> dict[str, Any] | None:
+    """What a saved search is; None where there is none, or one that nobody can go on with."""
+    try:
+        return read_json(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        LOG.warning("%s; the search begins anew", error)
+        clear(file.parent)
+        return None
+
+
 def save(folder: Path | None, generations: int, state: State, parts: Sequence[Scored]) -> None:
-    """Writes the state after so many generations with all their scores, then removes the one before."""
+    """Writes the state after so many generations with all their scores, then removes the one before.
+
+    Raises:
+      OSError: naming the folder, if it can't be written.
+    """
     if folder is None:
         return
     scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1), *parts)
     tree = {"state": jax.tree.leaves(jax.device_get(state)), "scored": jax.tree.leaves(scored)}
-    checkpoint.save(folder / f"{generations:06d}", tree)
+    path = folder / f"{generations:06d}"
+    try:
+        checkpoint.save(path, tree)
+    except Exception as error:  # the writer raises anything for a full disk
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(getattr(error, "errno", None) or errno.EIO, f"cannot write: {reason}", str(path)) from error
     for old in _saved(folder)[:-1]:
         shutil.rmtree(old)
 
@@ -66,11 +91,29 @@ def load(folder: Path | None, initial: State) -> tuple[int, State, list[Scored]]
     saved = [] if folder is None or not folder.is_dir() else _saved(folder)
     if not saved:
         return 0, initial, []
-    leaves = jax.tree.leaves(initial)
-    tree = checkpoint.restore(saved[-1], checkpoint.metadata(saved[-1]))
-    state = [np.asarray(x) for x, _ in zip(tree["state"], leaves, strict=True)]
-    scored = Scored(*map(np.asarray, tree["scored"]))
+    try:
+        tree = checkpoint.restore(saved[-1], checkpoint.metadata(saved[-1]))
+        state, scored = _checked(tree, initial)
+    except ValueError as error:
+        LOG.warning("%s; the search begins anew", error)
+        shutil.rmtree(saved[-1])
+        return load(folder, initial)
     return int(saved[-1].name), jax.tree.unflatten(jax.tree.structure(initial), state), [scored]
+
+
+def _checked(tree: Any, initial: State) -> tuple[list[np.ndarray], Scored]:
+    """The leaves of a state, and the scores, of a tree that was read; raises ValueError for any other tree."""
+    leaves = jax.tree.leaves(initial)
+    try:
+        state, scored = [list(map(np.asarray, tree[name])) for name in ("state", "scored")]
+        fits = [x.shape == y.shape and x.dtype == y.dtype for x, y in zip(state, leaves, strict=True)]
+        prompts, candidates = scored[0].shape[:2]
+        fits += [x.shape[:2] == (prompts, candidates) and x.dtype == np.float32 for x in scored]
+        if all(fits) and (prompts, candidates > 0) == (leaves[0].shape[0], True):
+            return state, Scored(*scored)
+    except (KeyError, TypeError, ValueError, IndexError):
+        pass
+    raise ValueError("the saved state is that of another search")
 
 
 def clear(folder: Path | None) -> None:
@@ -80,4 +123,4 @@ def clear(folder: Path | None) -> None:
 
 
 def _saved(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.isdigit())
+    return sorted(path for path in folder.iterdir() if path.name.isascii() and path.name.isdecimal() and path.is_dir())

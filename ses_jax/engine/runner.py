@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,32 +19,54 @@ from ses_jax.engine.fidelity import Stage
 from ses_jax.engine.program import Program, Scored, State
 from ses_jax.engine.progress import Report, progress_bar
 from ses_jax.engine.result import SearchResult, to_image
+from ses_jax.engine.stopping import Stop
 from ses_jax.engine.tasks import FINALS, Task, generation_count, initial_state, model_of, prepare
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
-from ses_jax.rewards import mixture
+from ses_jax.rewards import host, mixture
 from ses_jax.rewards import reward as rewards
 from ses_jax.rewards.reward import Reward
 
+# Seconds between two looks at whether a program has run; signals are noticed in between.
+POLL = 0.002
+
 
 class Outcome(NamedTuple):
-    """What all generations came to: the last state, and what was scored, `[P, candidates, ...]`."""
+    """What all generations came to.
+
+    Attributes:
+      state: the last one.
+      scored: what was, `[P, candidates, ...]`.
+      interrupted: whether there is more to score.
+      at_once: whether even the final renders are not wanted any more.
+    """
 
     state: State
     scored: Scored
     interrupted: bool
+    at_once: bool
+
+
+class Found(NamedTuple):
+    """What a search has found before its images are rendered: the winners' noise `[P, C, h, w]`, and histories."""
+
+    noise: np.ndarray
+    histories: list[list[records.Row]]
+    interrupted: bool
+
+
+def _drop(found: Found) -> None:
+    """Keeps nothing."""
 
 
 class Finals(NamedTuple):
     """Winner and base of every prompt, rendered with all steps.
 
     Attributes:
-      noise: `[P, C, h, w]`, the winners'.
       images: `[P, 2, H, W, 3]`.
       components: `[P, 2, parts]`.
     """
 
-    noise: np.ndarray
     images: np.ndarray
     components: np.ndarray
 
@@ -56,6 +78,7 @@ class Account(NamedTuple):
     config: dict[str, Any]
     cost: Cost
     timings: dict[str, float]
+    notes: tuple[str, ...]
 
 
 def search_prompts(
@@ -67,6 +90,8 @@ def search_prompts(
     indices: Sequence[int] | None = None,
     progress: bool = False,
     state_folder: Path | None = None,
+    stop: Stop | None = None,
+    keep: Callable[[Found], None] = _drop,
 ) -> list[SearchResult]:
     """Searches for several prompts at once, as one batch.
 
@@ -79,12 +104,15 @@ def search_prompts(
       progress: whether to show a progress bar.
       state_folder: where the search is saved after each generation and continued from (`resume.clear` it once the
         results are safe); None saves nothing.
+      stop: ends the search after the generation at hand.
+      keep: is given what the search has found before the final renders, which take their time.
 
     Returns:
       A result a prompt; it does not depend on what else is in the batch.
 
     Raises:
       ValueError: where every score of a prompt was NaN or infinite, and for a saved search with other settings.
+      KeyboardInterrupt: before anything is scored, or where the user interrupts a search that is to stop already.
     """
     times = [time.perf_counter()]
     indices = range(len(prompts)) if indices is None else indices
@@ -93,49 +121,60 @@ def search_prompts(
     task = prepare(pipeline, reward, config, prompts, indices)
     times.append(time.perf_counter())
     title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
-    with progress_bar(title, config.budget * len(prompts), enabled=progress) as report:
-        task, outcome = _generations(task, state_folder, report)
-    times.append(time.perf_counter())
-    histories = [_history(task, outcome.scored, i) for i in range(len(prompts))]
-    finals = _finals(task, pipeline, outcome.state)
+    with progress_bar(title, config.budget * len(prompts), enabled=progress) as report, host.noting() as notes:
+        task, outcome = _generations(task, state_folder, report, Stop() if stop is None else stop)
+        times.append(time.perf_counter())
+        found = _found(task, outcome)
+        keep(found)
+        if outcome.at_once:
+            raise KeyboardInterrupt
+        finals = _finals(task, pipeline, found.noise)
     times.append(time.perf_counter())
 
+    histories = found.histories
     timings = _timings(times, sum(len(history) for history in histories))
     spent = _cost(task, len(histories[0]), timings)
-    settings = config.as_json() | {"chunk": task.program.chunk, "family": pipeline.family, "reward": reward.name}
-    settings |= pipeline.changes
-    settings = [settings | {"prompt_index": int(index)} for index in indices]
-    accounts = [Account(*facts, spent, timings) for facts in zip(histories, settings, strict=True)]
-    return [_result(task, i, outcome, finals, account) for i, account in enumerate(accounts)]
+    settings = [settings_of(pipeline, reward, config, index) | {"chunk": task.program.chunk} for index in indices]
+    accounts = [Account(*facts, spent, timings, tuple(notes)) for facts in zip(histories, settings, strict=True)]
+    return [_result(task, i, outcome, (found, finals), account) for i, account in enumerate(accounts)]
 
 
-def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task, Outcome]:
-    """Runs generations until the budget is spent or the user interrupts.
+def settings_of(pipeline: Pipeline, reward: Reward, config: SearchConfig, index: int) -> dict[str, Any]:
+    """What the result of a prompt says of the settings it was searched with."""
+    facts = {"family": pipeline.family, "model": str(pipeline.folder), "reward": reward.name}
+    return config.as_json() | facts | dict(pipeline.changes) | {"prompt_index": int(index)}
+
+
+def _generations(task: Task, folder: Path | None, report: Report, stop: Stop) -> tuple[Task, Outcome]:
+    """Runs generations until the budget is spent, or until it is to stop.
 
     Returns:
       The task, with the chunk that was found to fit, and the outcome.
     """
-    population, prompts = task.config.population, len(task.prompts)
+    population, prompts, mesh = task.config.population, len(task.prompts), task.program.model.mesh
     first, state, parts = resume.load(folder, initial_state(task))
-    state = partition.replicate(task.program.model.mesh, state)
+    state = partition.replicate(mesh, state)
     start = time.perf_counter()
-    interrupted = False
+    interrupted = at_once = False
     for index in range(first, generation_count(task.config)):
+        interrupted = bool(parts) and partition.any_process(mesh, bool(stop))
+        if interrupted:
+            break
         try:
             task, state, scored = _roomy_step(task, np.int32(index), state)
         except KeyboardInterrupt:
             if not parts:
                 raise
-            interrupted = True
+            interrupted, at_once = True, bool(stop)
             break
         parts.append(scored)
-        if partition.leads(task.program.model.mesh):
+        if partition.leads(mesh):
             resume.save(folder, index + 1, state, parts)
         done = min((index + 1) * population, task.config.budget)
         rate = prompts * (done - first * population) / (time.perf_counter() - start)
         report(prompts * done, index, float(np.max(np.asarray(state.best.scores))), rate)
     scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1)[:, : task.config.budget], *parts)
-    return task, Outcome(state, scored, interrupted)
+    return task, Outcome(state, scored, interrupted, at_once)
 
 
 def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State, Scored]:
@@ -143,11 +182,18 @@ def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State,
     while True:
         try:
             new, scored = _step(task, index, state)
-            return task, new, jax.device_get(scored)
+            return task, new, jax.device_get(_waited_for(scored))
         except jax.errors.JaxRuntimeError as error:
             if not memory.is_exhausted(error) or task.program.chunk == 1:
                 raise
             task = task._replace(program=task.program._replace(chunk=memory.half(task.program.chunk)))
+
+
+def _waited_for(tree: Any) -> Any:
+    """Arrays, once they are there; unlike in JAX's own waiting, signals are noticed meanwhile."""
+    while not all(leaf.is_ready() for leaf in jax.tree.leaves(tree)):
+        time.sleep(POLL)
+    return tree
 
 
 def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
@@ -174,18 +220,23 @@ def _history(task: Task, scored: Scored, prompt: int) -> list[records.Row]:
     return rows
 
 
-def _finals(task: Task, pipeline: Pipeline, state: State) -> Finals:
+def _found(task: Task, outcome: Outcome) -> Found:
+    """The winners' noise and the histories; raises ValueError where a prompt has no finite score."""
+    histories = [_history(task, outcome.scored, i) for i in range(len(task.prompts))]
+    winners = generation.winners(task.program.problem.space, outcome.state.best, task.inputs.rest)
+    return Found(np.asarray(winners), histories, outcome.interrupted)
+
+
+def _finals(task: Task, pipeline: Pipeline, winners: Float[np.ndarray, "p c h w"]) -> Finals:
     """Renders and scores the winners and the bases."""
     program, inputs, prompts = task.program, task.inputs, task.prompts
-    winners = generation.winners(program.problem.space, state.best, inputs.rest)
-    noise = jnp.stack([jnp.asarray(np.asarray(winners)), task.noise], axis=1).reshape(-1, *winners.shape[1:])
+    noise = jnp.stack([jnp.asarray(winners), task.noise], axis=1).reshape(-1, *winners.shape[1:])
     owner = jnp.repeat(jnp.arange(len(prompts)), 2)
     images = render(pipeline, task.params[0], Rows(noise, owner), inputs.condition, (task.config, program.chunk))
     device = np.asarray(generation.score(program, task.params, inputs, images, np.asarray(owner)))
     texts = [prompt for prompt in prompts for _ in range(2)]
     components = rewards.host_components(task.reward, device, images, texts)
-    pairs = (np.asarray(x).reshape(len(prompts), 2, *x.shape[1:]) for x in (images, components))
-    return Finals(np.asarray(winners), *pairs)
+    return Finals(*(np.asarray(x).reshape(len(prompts), 2, *x.shape[1:]) for x in (images, components)))
 
 
 def render(
@@ -198,7 +249,7 @@ def render(
     arrays = partition.replicate(pipeline.mesh, ((sigmas, condition), rows))
     while True:
         try:
-            return jax.block_until_ready(generation.render(model, chunk, params, *arrays))
+            return jax.block_until_ready(_waited_for(generation.render(model, chunk, params, *arrays)))
         except jax.errors.JaxRuntimeError as error:
             if not memory.is_exhausted(error) or chunk == 1:
                 raise
@@ -241,16 +292,16 @@ def _cost(task: Task, scored: int, timings: dict[str, float]) -> Cost:
     )
 
 
-def _result(task: Task, i: int, outcome: Outcome, finals: Finals, account: Account) -> SearchResult:
+def _result(task: Task, i: int, outcome: Outcome, rendered: tuple[Found, Finals], account: Account) -> SearchResult:
     """The result of prompt `i`."""
-    history = account.history
+    (found, finals), history = rendered, account.history
     names = [part.name for part in task.reward.parts]
     final_score, baseline_final = _total(task.program, finals.components[i], outcome.scored.components[i]).tolist()
     image, baseline_image = (to_image(pixels) for pixels in finals.images[i])
     return SearchResult(
         prompt=task.prompts[i],
         image=image,
-        noise=finals.noise[i],
+        noise=found.noise[i],
         score=history[-1]["best"],
         final_score=final_score,
         baseline_image=baseline_image,

@@ -6,78 +6,144 @@ seed -> noise -> split -> ask -> merge -> denoise -> decode -> reward -> tell ->
                                            winner -> denoise (all steps) -> decode -> image
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.engine import resume as saved_search
-from ses_jax.engine import runner
+from ses_jax.engine import lock, runner
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_looks, check_size
 from ses_jax.engine.denoising import Rows
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
-from ses_jax.engine.result import SearchResult, writable_folder
-from ses_jax.engine.runner import search_prompts
-from ses_jax.engine.settings import gather, takes
+from ses_jax.engine.output import Output, claim
+from ses_jax.engine.placement import check_path
+from ses_jax.engine.result import SearchResult
+from ses_jax.engine.runner import Found, search_prompts, settings_of
+from ses_jax.engine.saved import read_noise
+from ses_jax.engine.settings import check_text, fields, gather, read, shown, takes
+from ses_jax.engine.stopping import TERMINATED, Stop, noticed
 from ses_jax.engine.tasks import base_noise, encode, image_params, prompt_keys
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
-
-STATE = ".search"
+from ses_jax.rewards.reward import Reward
 
 
 @takes(RunConfig, SearchConfig, Placement)
 def search(
-    prompt: str | Sequence[str], *, out: str | os.PathLike[str] | None = None, **settings: Any
+    prompt: str | Sequence[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    **settings: Any,
 ) -> SearchResult | list[SearchResult]:
     """Searches the initial noise for the image that the reward likes best (arXiv 2602.03208).
 
     Args:
       prompt: one prompt, or a list of prompts, each searched on its own.
       out: folder to save to: one prompt's result in it, or those of a list in its subfolders `000`, `001`, ...
+      overwrite: whether a result that is in `out` already may be replaced. With `resume` a finished one comes back.
       {settings}
 
     Returns:
       A `SearchResult`, or a list of them for a list of prompts. Prompt i draws from its own key, whatever the other
-      prompts are. Ctrl-C ends the search after the generation at hand, and returns the best so far.
+      prompts are. Ctrl-C ends the search after the generation at hand, and returns the best so far; of a list, the
+      results until then.
 
     Raises:
       TypeError: for an unknown setting.
-      ValueError: for bad settings, before any long work starts; and where every score was NaN or infinite.
+      ValueError: for bad settings, before any long work starts; for an `out` that holds something else; and where every
+        score was NaN or infinite.
+      OSError: naming the file that cannot be written.
+      SystemExit: of status 143, once the best so far is saved, where SIGTERM ended the search.
+      KeyboardInterrupt: for a second Ctrl-C, and where nothing was scored before the first.
+      What a reward raises comes through. All of these have the results that were finished before as `results`.
     """
     run, config, place = gather("search", settings, RunConfig, SearchConfig, Placement)
-    prompts = _prompt_list(prompt)
-    check_resume(run.resume, out)
+    prompts, listed = prompt_list(prompt), not isinstance(prompt, str)
     report = check_rewards(run.reward, run.report)
-    folder = None if out is None else writable_folder(out)
+    output = claim(out, listed=listed, resume=run.resume, overwrite=overwrite)
     pipeline, reward = load_models(run.model, run.reward, report, {"mesh": place.mesh, **(place.load or {})})
     config = config.resolve(pipeline)
     check_looks(config, reward)
-
-    results: list[SearchResult] = []
     at_once = 1 if reward.one_prompt_at_a_time else run.prompts_at_once
-    for start in range(0, len(prompts), at_once):
-        chosen = range(start, min(start + at_once, len(prompts)))
-        state = folder / STATE / f"{start:06d}" if folder and run.resume else None
-        found = search_prompts(
-            pipeline,
-            reward,
-            config,
-            [prompts[i] for i in chosen],
-            indices=chosen,
-            progress=run.progress,
-            state_folder=state,
-        )
-        if folder is not None and partition.leads(pipeline.mesh):
-            _save(found, [folder if isinstance(prompt, str) else folder / f"{i:03d}" for i in chosen], state)
-        results += found
-        if found[0].interrupted:
+    work = Work(pipeline, reward, config, tuple(prompts), output, run.progress)
+
+    leads = partition.leads(pipeline.mesh)
+    with lock.held(output.folder if leads else None), noticed() as stop:
+        results = _search_all(work, at_once, stop)
+        if leads and len(results) == len(prompts) and not results[-1].interrupted:
+            output.clean(len(prompts))
+    if stop.terminated:
+        raise _with_results(SystemExit(TERMINATED), results)
+    return results if listed else results[0]
+
+
+class Work(NamedTuple):
+    """What a call of `search` is to do."""
+
+    pipeline: Pipeline
+    reward: Reward
+    config: SearchConfig
+    prompts: tuple[str, ...]
+    output: Output
+    progress: bool
+
+
+def _search_all(work: Work, at_once: int, stop: Stop) -> list[SearchResult]:
+    """The results of all prompts, or of those until it was to stop."""
+    results: list[SearchResult] = []
+    for start in range(0, len(work.prompts), at_once):
+        try:
+            results += _search_some(work, range(start, min(start + at_once, len(work.prompts))), stop)
+        except KeyboardInterrupt as error:
+            if not results or stop.terminated:
+                raise _with_results(error, results)  # noqa: B904 (the same error)
             break
-    return results[0] if isinstance(prompt, str) else results
+        except BaseException as error:
+            raise _with_results(error, results)  # noqa: B904 (the same error)
+        if results[-1].interrupted or stop:
+            break
+    return results
+
+
+def _search_some(work: Work, chosen: range, stop: Stop) -> list[SearchResult]:
+    """The results of prompts that are searched at once, saved; or those that are there already."""
+    wanted = [settings_of(work.pipeline, work.reward, work.config, i) | {"prompt": work.prompts[i]} for i in chosen]
+    finished = work.output.finished(chosen, wanted)
+    if finished:
+        return finished
+    saves = work.output.folder is not None and partition.leads(work.pipeline.mesh)
+
+    def keep(found: Found) -> None:
+        for i, noise, history in zip(chosen, found.noise, found.histories, strict=True) if saves else ():
+            work.output.keep(i, noise, history)
+
+    results = search_prompts(
+        work.pipeline,
+        work.reward,
+        work.config,
+        [work.prompts[i] for i in chosen],
+        indices=chosen,
+        progress=work.progress,
+        state_folder=work.output.state(chosen[0]),
+        stop=stop,
+        keep=keep,
+    )
+    if saves:
+        work.output.save(results, chosen)
+    return results
+
+
+def _with_results(error: BaseException, results: list[SearchResult]) -> BaseException:
+    """An error that knows what was finished before it."""
+    with contextlib.suppress(AttributeError):  # there are errors without room for it
+        error.results = results
+    return error
 
 
 @takes(RenderConfig, Placement)
@@ -85,7 +151,7 @@ def generate(
     pipeline: str | Pipeline,
     prompts: str | Sequence[str],
     *,
-    noise: Float[Array | np.ndarray, "b c h w"] | None = None,
+    noise: Array | np.ndarray | str | os.PathLike[str] | None = None,
     **settings: Any,
 ) -> Float[Array, "b H W 3"]:
     """Renders one image a prompt, without a search.
@@ -93,7 +159,8 @@ def generate(
     Args:
       pipeline: a loaded pipeline, or what `load_pipeline` takes.
       prompts: one prompt or `B` prompts.
-      noise: `[B, C, h, w]` initial noise; None draws the noise that `search` starts from with the same seed.
+      noise: `[B, C, h, w]` initial noise, that of a single prompt also `[C, h, w]`, or the path of the `noise.npy` of a
+        result; None draws the noise that `search` starts from with the same seed.
       {settings}
 
     Returns:
@@ -104,14 +171,17 @@ def generate(
       ValueError: for sizes that the model cannot make, or noise of another shape.
     """
     config, place = gather("generate", settings, RenderConfig, Placement)
-    prompts = _prompt_list(prompts)
-    pipeline = find_pipeline(pipeline, place.mesh, **(place.load or {}))
+    prompts = prompt_list(prompts)
+    noise = _noise(noise)
+    pipeline = find_pipeline(read(fields(RunConfig)["model"], pipeline), place.mesh, **(place.load or {}))
     config = config.with_defaults(pipeline)
     size = config.height, config.width
     check_size(pipeline, *size)
     shape = (len(prompts), *pipeline.noise_shape(*size))
     if noise is None:
         noise = jnp.stack([base_noise(prompt_keys(config.seed, i)[0], shape[1:]) for i in range(len(prompts))])
+    if len(prompts) == 1 and noise.ndim == 3:
+        noise = noise[None]
     if noise.shape != shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; {len(prompts)} images of {size} need {shape}")
     condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
@@ -120,27 +190,26 @@ def generate(
     return runner.render(pipeline, params, rows, condition, (config, config.chunk or len(prompts)))
 
 
-def check_resume(resume: bool, out: Any) -> None:
-    """Raises ValueError where there is no folder to save a search in."""
-    if resume and out is None:
-        raise ValueError("resume needs out=, the folder that the search is saved in")
-
-
-def _save(results: Sequence[SearchResult], folders: Sequence[Path], state: Path | None) -> None:
-    """Saves results, and only then forgets the state they came from; an interrupted search keeps it."""
-    for result, folder in zip(results, folders, strict=True):
-        result.save(folder)
-    if not results[0].interrupted:
-        saved_search.clear(state)
-        if state is not None and not any(state.parent.iterdir()):
-            state.parent.rmdir()
-
-
-def _prompt_list(prompt: Any) -> list[str]:
+def prompt_list(prompt: Any) -> list[str]:
+    """One prompt or several as a list; raises ValueError for anything else."""
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+        raise ValueError(f"prompts must be strings, got {shown(prompt)}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ValueError("no prompts: pass at least one")
     for text in prompts:
         if not isinstance(text, str):
-            raise ValueError(f"prompts must be strings, got {text!r}")
+            raise ValueError(f"prompts must be strings, got {shown(text)}")
+        check_text(text)
     return prompts
+
+
+def _noise(noise: Any) -> Array | np.ndarray | None:
+    """Noise that was handed over, or that of a file."""
+    if noise is None:
+        return None
+    if isinstance(noise, str | os.PathLike):
+        return read_noise(Path(check_path(noise, "noise")))
+    if not hasattr(noise, "shape") or not hasattr(noise, "dtype"):
+        raise ValueError(f"noise={shown(noise)} is neither an array nor the path of a noise.npy")
+    return noise

@@ -16,6 +16,23 @@ from typing import Any, NamedTuple
 from ses_jax.engine import fidelity
 from ses_jax.searchers import registry
 
+# What compiled programs count with.
+COUNTS = 2**31
+# Longer values are cut where messages show them.
+SHOWN = 120
+# Other libraries' words for settings, and ours.
+FOREIGN = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "true_cfg_scale": 'guidance, as in {"scale": 3.5, "true_cfg": 4}',
+    "generator": "seed, a whole number",
+    "num_images_per_prompt": "a list of prompts, or budget",
+    "max_sequence_length": "load",
+    "output_dir": "out",
+    "reward_model": "reward",
+    "n_trials": "budget",
+}
+
 
 class Kind(NamedTuple):
     """A kind of values.
@@ -48,9 +65,10 @@ def setting(
       default: None is also taken where it is the default.
       kind: of its values.
       doc: what it means, in lower case, without a full stop.
-      at_least, below: bounds of a number.
+      at_least, below: bounds of a number; whole numbers are below `COUNTS` where nothing else is said.
       reference: what the reference implementation calls it.
     """
+    below = COUNTS if below is None and kind is WHOLE else below
     metadata = {"kind": kind, "doc": doc, "at_least": at_least, "below": below, "reference": reference}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -88,7 +106,7 @@ def read(field: dataclasses.Field, value: Any) -> Any:
     """
     try:
         return _checked(field, field.metadata["kind"].parse(value) if isinstance(value, str) else value)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _refusal(field, value) if not str(error).startswith(f"{field.name}=") else error from None
 
 
@@ -121,6 +139,8 @@ def gather(call: str, settings: Mapping[str, Any], *groups: type[Settings]) -> t
     """
     known = fields(*groups)
     for name in settings:
+        if name in FOREIGN and name not in known:
+            raise TypeError(f"{call}() got an unexpected argument {name!r}; here that is {FOREIGN[name]}")
         if name not in known:
             raise TypeError(f"{call}() got an unexpected argument {name!r}; settings are {', '.join(known)}")
     return tuple(group(**{n: v for n, v in settings.items() if n in fields(group)}) for group in groups)
@@ -139,14 +159,32 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         raise (error if str(error).startswith(f"{field.name}=") else _refusal(field, value)) from None
     least, below = field.metadata["at_least"], field.metadata["below"]
     if least is not None and value < least:
-        raise ValueError(f"{field.name}={value} must be at least {least}")
+        raise ValueError(f"{field.name}={shown(value)} must be at least {least}")
     if below is not None and value >= below:
-        raise ValueError(f"{field.name}={value} must be less than {below}")
+        raise ValueError(f"{field.name}={shown(value)} must be less than {below}")
     return value
 
 
+def check_text(text: str) -> str:
+    """A text as it is; raises ValueError for one with half a character, which no file or tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text {shown(text)} is not Unicode: {error.reason} at character {error.start}") from None
+    return text
+
+
+def shown(value: Any) -> str:
+    """A value for a message, in one short line."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of a user's object, or a number with more digits than Python writes
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
 def _refusal(field: dataclasses.Field, value: Any) -> ValueError:
-    return ValueError(f"{field.name}={value!r} is not {field.metadata['kind'].meaning}")
+    return ValueError(f"{field.name}={shown(value)} is not {field.metadata['kind'].meaning}")
 
 
 def _whole(value: Any) -> int:
@@ -171,6 +209,7 @@ def _truth(value: Any) -> bool:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
+    value.encode()  # half a character is no text
     return value
 
 

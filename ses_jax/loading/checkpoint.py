@@ -20,6 +20,10 @@ from ses_jax.models.quantized import Quantization
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 
 
+class MismatchError(ValueError):
+    """A checkpoint that is whole and holds something else."""
+
+
 def save(folder: Path, params: Any) -> None:
     """Writes a tree of arrays; the folder appears only when it is complete, and replaces one that is there."""
     with _checkpointer() as checkpointer:
@@ -86,10 +90,18 @@ def restore_changed(
 
 
 def metadata(folder: Path) -> Any:
-    """The tree that `save` wrote, as shapes."""
-    with _checkpointer() as checkpointer:
-        saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+    """The tree that `save` wrote, as shapes; raises ValueError naming the folder, if it is damaged."""
+    try:
+        with _checkpointer() as checkpointer:
+            saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+    except Exception as error:  # Orbax raises anything for damaged files
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(f"{folder} is not a complete checkpoint: {reason[:300]}")
 
 
 def _checkpointer() -> Any:
@@ -122,8 +134,10 @@ def _opened(folder: Path, abstract: Any) -> Iterator[tuple[Any, Any]]:
             saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
             _check_tree(folder, saved, abstract)
             yield checkpointer, saved
-    except (OSError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder} is not a complete checkpoint: {error}") from error
+    except (MismatchError, engine.ConversionError):
+        raise
+    except Exception as error:  # Orbax raises anything for damaged files
+        raise _damaged(folder, error) from error
 
 
 def _restore_leaf(folder: Path, path: str, target: Any) -> Any:
@@ -150,7 +164,7 @@ def _check_tree(folder: Path, saved: Any, abstract: Any) -> None:
     wrong = [path for path in sorted(found.keys() | wanted.keys()) if found.get(path) != wanted.get(path)]
     lines = [f"{path}: expected {wanted.get(path, 'nothing')}, found {found.get(path, 'nothing')}" for path in wrong]
     if lines:
-        raise ValueError(f"{folder} holds other params than its config asks for:\n  " + "\n  ".join(lines[:20]))
+        raise MismatchError(f"{folder} holds other params than its config asks for:\n  " + "\n  ".join(lines[:20]))
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:

@@ -35,7 +35,7 @@ def components(folder: Path, families: Mapping[str, ModuleType]) -> dict[str, Co
             raise ValueError(f"{folder}: model type {model_type!r} is not supported; expected a pipeline or 'clip'")
         return {".": clip.COMPONENT}
     name = read_json(folder / "model_index.json").get("_class_name")
-    if name not in families:
+    if not isinstance(name, str) or name not in families:
         raise ValueError(f"{folder}: pipeline class {name!r} is not supported; known: {', '.join(families)}")
     reward = {"clip": clip.COMPONENT} if (folder / "clip").is_dir() else {}
     return families[name].COMPONENTS | reward

@@ -58,6 +58,8 @@ def resolve(source: str | Path, *, weights: str | tuple[str, ...] | None = None)
       FileNotFoundError: if a folder, or the demo, is not there.
       ValueError: if the source is none of the three or can't be downloaded.
     """
+    if not isinstance(source, str | Path):
+        raise TypeError(f"{source!r} is neither a name, a folder nor a Hugging Face id")
     if source == "demo":
         return _existing(DEMO, "the demo checkpoint is not part of this installation")
     folder = Path(source).expanduser()
@@ -175,7 +177,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer_config.json")
     tokenizers = _auto_tokenizer()
     try:
-        return tokenizers.from_pretrained(folder, local_files_only=True)
+        tokenizer = tokenizers.from_pretrained(folder, local_files_only=True)
+        tokenizer(["a"])  # settings of another kind show when they are used
+        return tokenizer
     except Exception as error:  # the library raises anything from OSError to KeyError for damaged files
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
 

@@ -26,6 +26,7 @@ from ses_jax.convert.files import open_files, open_weights, read_json, write_jso
 from ses_jax.convert.table import Component, Table
 from ses_jax.loading import checkpoint
 from ses_jax.models import quantized
+from ses_jax.models.config import check
 
 PARAMS, UNUSED, CONVERSION = "params", "unused", "conversion.json"
 
@@ -78,18 +79,29 @@ def load(
       FileNotFoundError: naming the file that is absent.
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
-    json, how = config_of(folder, component, file), {"dtype": dtype, "sharding": sharding, "edits": edits}
+    try:
+        json = config_of(folder, component, file)
+        how = {"dtype": dtype, "sharding": sharding, "edits": edits, "quantize": quantize}
+        return _load(folder, component, json, file, how)
+    except ConfigError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _load(
+    folder: Path, component: Component, json: Mapping[str, Any], file: Path | None, how: Mapping[str, Any]
+) -> Network:
+    """As `load`, `how` being its other arguments; a ConfigError names no file."""
     if file:
         weights = dialects.open_file(file)
         component = dataclasses.replace(component, table=_table_of(weights, component, json))
-        return read(weights, component, json, quantize=quantize, **how)
+        return read(weights, component, json, **how)
     file = _single_file(folder, component)
     if file:
         component = dataclasses.replace(component, table=component.single_file.table)
-        return read(dialects.logical(open_files([file])), component, json, quantize=quantize, **how)
+        return read(dialects.logical(open_files([file])), component, json, **how)
     if (folder / PARAMS).is_dir():
-        return _restore(folder, component, json, quantize=quantize, **how)
-    return read(dialects.logical(open_weights(folder, component.stem)), component, json, quantize=quantize, **how)
+        return _restore(folder, component, json, **how)
+    return read(dialects.logical(open_weights(folder, component.stem)), component, json, **how)
 
 
 def config_of(folder: Path, component: Component, file: Path | None = None) -> dict[str, Any]:
@@ -111,10 +123,33 @@ def read_config(file: Path, component: Component) -> tuple[dict[str, Any], Any]:
     """
     json = read_json(file)
     try:
-        return json, component.from_json(json)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{file}: {reason}") from error
+        return json, _config(component, json)
+    except ConfigError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+class ConfigError(ValueError):
+    """A config that no network can be made from."""
+
+
+def _config(component: Component, json: Mapping[str, Any]) -> Any:
+    """The config that a file's content makes; raises ValueError for content of another shape."""
+    try:
+        return check(component.from_json(json))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except KeyError as error:
+        raise ConfigError(f"lacks {error}") from error
+    except Exception as error:  # a text in the place of an object, a size of 0: whatever comes of it
+        raise ConfigError(f"makes no network: {type(error).__name__}: {error}") from error
+
+
+def _abstract(component: Component, config: Any) -> Any:
+    """The params as shapes; raises ConfigError where the config's numbers do not go together."""
+    try:
+        return component.abstract(config)
+    except Exception as error:
+        raise ConfigError(f"makes no network: {' '.join(str(error).split())[:200]}") from error
 
 
 def read(
@@ -141,9 +176,10 @@ def read(
 
     Raises:
       ConversionError: naming the tensors that do not fit.
+      ConfigError: saying what is wrong with `json`.
     """
-    config = component.from_json(json)
-    abstract = component.abstract(config)
+    config = _config(component, json)
+    abstract = _abstract(component, config)
     plan = engine.plan(component.table(json), abstract, weights.headers)
     rule = component.quantization(quantize)
     params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding, edits=edits, quantization=rule)
@@ -222,7 +258,7 @@ def _table_of(weights: Weights, component: Component, json: Mapping[str, Any]) -
     """Of the tables of a network's two published forms, the one that has more of the tensors' names."""
     if component.single_file is None:
         return component.table
-    abstract = component.abstract(component.from_json(json))
+    abstract = _abstract(component, _config(component, json))
 
     def known(table):
         return sum(name in weights.headers for name in {slot.name for slot in engine.layout(table(json), abstract)})
@@ -253,8 +289,8 @@ def _restore(
     **how: Any,
 ) -> Network:
     """A converted network with what its conversion noted down."""
-    config, facts = component.from_json(json), read_json(folder / CONVERSION)
-    abstract, saved = component.abstract(config), facts.get("quantize")
+    config, facts = _config(component, json), _facts(folder)
+    abstract, saved = _abstract(component, config), facts.get("quantize")
     if saved and quantize not in (saved, None):
         raise ValueError(f"{folder} is quantised already ({saved}); quantize={quantize!r} takes its original")
     if saved and edits:
@@ -267,6 +303,16 @@ def _restore(
     _check_finite(folder, params)
     unused = open_weights(folder, UNUSED) if any(folder.glob(f"{UNUSED}*")) else open_files([])
     return Network(json, config, params, facts["prefix"], unused, tuple(facts["dropped"]), rule and rule.kind)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What the conversion of a network noted down."""
+    facts = read_json(folder / CONVERSION)
+    dropped, quantize = facts.get("dropped"), facts.get("quantize")
+    names = isinstance(dropped, list) and not set(map(type, dropped)) - {str}
+    if not names or not isinstance(facts.get("prefix"), str) or quantize not in (None, *quantized.KINDS):
+        raise ValueError(f"{folder / CONVERSION} is damaged: expected a prefix and a list of dropped names")
+    return facts
 
 
 def _check_finite(folder: Path, params: Any) -> None:

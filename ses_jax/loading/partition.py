@@ -183,6 +183,15 @@ def leads(mesh: Mesh | None) -> bool:
     return mesh is None or mesh.devices.flat[0].process_index == jax.process_index()
 
 
+def any_process(mesh: Mesh | None, value: bool) -> bool:
+    """Whether the value holds in any of the processes that share a mesh, in which all have to do the same."""
+    if mesh is None or mesh.is_multi_process is False:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
 def loader(mesh: Mesh | None, rules: Rules) -> Any:
     """`(path, shape) -> Sharding` for reading one network's files straight into their shards; None without a mesh."""
     return None if mesh is None else functools.partial(sharding, mesh, rules)

@@ -22,6 +22,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from ses_jax.models.config import check
+
 Guidance = float | Mapping[str, float]
 
 TOKEN_BUCKETS = (32, 64, 128, 256, 512)
@@ -138,6 +140,23 @@ class Pipeline:
     mesh: Mesh | None = None
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """What it is, without its weights."""
+        size = f"{self.defaults.height} x {self.defaults.width}, {self.defaults.steps} steps"
+        lines = [f"{self.family} from {self.folder}: {size}", *_networks(self.params)]
+        return "\n  ".join(lines + ([] if self.mesh is None else [f"on {self.mesh}"]))
+
+
+def _networks(params: Any) -> list[str]:
+    """A line a network: its parameters, their dtypes and bytes."""
+    lines = []
+    for name, network in params.items() if isinstance(params, Mapping) else [("params", params)]:
+        leaves = [leaf for leaf in jax.tree.leaves(network) if hasattr(leaf, "dtype")]
+        count, size = (sum(part) for part in zip(*((x.size, x.size * x.dtype.itemsize) for x in leaves), strict=True))
+        dtypes = ", ".join(sorted({x.dtype.name for x in leaves}))
+        lines.append(f"{name}: {count:,} parameters, {dtypes}, {size / 2**20:,.1f} MiB")
+    return lines
+
 
 def pick(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """The function that takes only these networks out of the params."""
@@ -153,7 +172,10 @@ def override(defaults: Defaults, settings: Mapping[str, Any]) -> Defaults:
     unknown = settings.keys() - {field.name for field in dataclasses.fields(Defaults)}
     if unknown:
         raise ValueError(f"ses_jax.json has unknown entries {sorted(unknown)}; see ses_jax.pipelines.base.Defaults")
-    return dataclasses.replace(defaults, **settings)
+    try:
+        return check(dataclasses.replace(defaults, **settings))
+    except ValueError as error:
+        raise ValueError(f"ses_jax.json: {error}") from None
 
 
 def noise_shape(channels: int, cell: int, height: int, width: int) -> tuple[int, int, int]:
@@ -166,6 +188,19 @@ class Tokens(NamedTuple):
 
     ids: np.ndarray
     lengths: np.ndarray
+
+
+def in_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """A conversation as text, by the template that came with the tokenizer.
+
+    Raises:
+      ValueError: naming the tokenizer, where its template fails.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # the template is a program of the checkpoint, in a sandbox
+        name = getattr(tokenizer, "name_or_path", "")
+        raise ValueError(f"the chat template of the tokenizer in {name} fails: {error}") from error
 
 
 def pad_to_bucket(token_ids: Sequence[Sequence[int]], pad_id: int) -> Tokens:

@@ -261,13 +261,12 @@ def _in_mistral_template(tokenizer: Any, prompt: str) -> str:
         {"role": role, "content": [{"type": "text", "text": text}]}
         for role, text in (("system", SYSTEM_PROMPT), ("user", prompt))
     ]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    return base.in_chat_template(tokenizer, messages, add_generation_prompt=False)
 
 
 def _in_qwen_template(tokenizer: Any, prompt: str) -> str:
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    message = {"role": "user", "content": prompt}
+    return base.in_chat_template(tokenizer, [message], add_generation_prompt=True, enable_thinking=False)
 
 
 DEV = Kind("FLUX.2-dev", "distilled", base.Defaults(steps=50, guidance=4.0), _in_mistral_template)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from ses_jax.loading import adapters, hub, network, partition
@@ -72,6 +73,8 @@ def load_pipeline(
         message names file and tensor. For adapters that do not fit the model, before any weights are read, naming all
         of their tensors that don't.
     """
+    if not isinstance(offload_text_encoder, bool):
+        raise ValueError(f"offload_text_encoder={offload_text_encoder!r} is not true or false")
     dtype = hub.params_dtype(dtype)
     quantized.check_kind(quantize)
     files = {name: options.pop(name) for name in _networks() & options.keys()}
@@ -104,8 +107,26 @@ def load_pipeline(
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder), schedule or {})
     changes = {"lora": [list(pair) for pair in pairs(lora)], "schedule": dict(schedule or {})}
     changes |= {"quantize": quantized.kind_of(params), "files": {name: str(file) for name, file in files.items()}}
-    pipeline = _placed(family, family.assemble(parts, **options), mesh)
+    pipeline = _placed(family, _assembled(family, parts, options), mesh)
     return dataclasses.replace(pipeline, changes={name: change for name, change in changes.items() if change})
+
+
+def _assembled(family: ModuleType, parts: Parts, options: Mapping[str, Any]) -> Pipeline:
+    """The pipeline of parts that were read from files, which may say anything."""
+    try:
+        pipeline = family.assemble(parts, **options)
+        if not np.isfinite(pipeline.sigmas(1, pipeline.defaults.height, pipeline.defaults.width)).all():
+            raise ValueError("its scheduler gives noise levels that are not finite")
+        return pipeline
+    except ValueError as error:
+        if str(parts.folder) in str(error):
+            raise
+        raise ValueError(f"{parts.folder}: {error}") from error
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        raise ValueError(
+            f"{parts.folder}: its configs, or the options {dict(options)}, make no pipeline: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def abstract_pipeline(
@@ -185,8 +206,8 @@ def _abstract_parts(family: ModuleType, published: Published, dtype: Any, quanti
     return Parts(Path(published.source), published.configs, params, {}, published.scheduler, published.index)
 
 
-def _family(source: str, name: str | None) -> ModuleType:
-    if name not in FAMILIES:
+def _family(source: str, name: Any) -> ModuleType:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"{source}: pipeline class {name!r} is not supported; known: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 

@@ -164,9 +164,8 @@ def decode(config: autoencoder_kl.Config, params: Any, latents: Float[Array, "b 
 
 
 def _in_template(tokenizer: Any, prompt: str) -> str:
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
+    message = {"role": "user", "content": prompt}
+    return base.in_chat_template(tokenizer, [message], add_generation_prompt=True, enable_thinking=True)
 
 
 def _norm(x: jax.Array) -> jax.Array:

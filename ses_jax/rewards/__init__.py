@@ -2,6 +2,7 @@
 
 reward       `Reward`, `load_reward`: one or more parts, published scorers or functions of the user
 scorers      the published scorers, `KINDS`
+host         calls of users' functions
 mixture      parts to one score
 images       what people hand over as images, as arrays
 preprocess   images to the pixels that a scorer sees

@@ -6,7 +6,9 @@ weight zero is only reported: it scores every image and drives nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+import numbers
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from jaxtyping import Array, Float
 from ses_jax.loading import partition
 from ses_jax.loading.programs import comparable, compiled
 from ses_jax.models import target
-from ses_jax.rewards import mixture
+from ses_jax.rewards import host, mixture
+from ses_jax.rewards.host import Calls
 from ses_jax.rewards.images import Images, batches
 from ses_jax.rewards.scorers import KINDS, Scorer, load_scorer
 
@@ -38,6 +41,7 @@ class Part:
       function: `(images [B, H, W, 3] in [0, 1], prompts) -> [B]`; None for a scorer.
       traceable: whether JAX can trace the function.
       reads_prompt: whether a traceable function looks at its prompts; one that does is compiled for each of them.
+      calls: how a function on the host is called.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Part:
     function: Function | None = None
     traceable: bool = False
     reads_prompt: bool = True
+    calls: Calls = host.PLAIN
 
     @property
     def on_host(self) -> bool:
@@ -57,6 +62,11 @@ class Reward:
     """A weighted sum of parts."""
 
     parts: tuple[Part, ...]
+
+    def __repr__(self) -> str:
+        """What it is, without its weights."""
+        reported = [part.name for part in self.parts if not part.weight]
+        return f"Reward({self.name}" + (f", reported: {', '.join(reported)})" if reported else ")")
 
     @property
     def name(self) -> str:
@@ -110,6 +120,9 @@ def load_reward(
     dtype: Any = None,
     traceable: bool | None = None,
     quantize: str | None = None,
+    workers: int = 1,
+    timeout: float | None = None,
+    retries: int = 0,
 ) -> Reward:
     """Loads a reward.
 
@@ -121,11 +134,20 @@ def load_reward(
       dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
       traceable: whether JAX can trace the functions in `kind`; None finds out by trying.
       quantize: "int8" or "fp8" puts the linear layers of scorers into eight bits as they are read; None leaves them.
+      workers: how many calls of a function are made at once, each with its share of the images, from threads.
+      timeout: seconds that a call may take.
+      retries: how often a call is made again that raised or took too long; each one is logged, and in the result's
+        `notes`. Functions that workers, timeout or retries are given for run on the host.
 
     Raises:
       ValueError: for an unknown kind or a broken checkpoint.
     """
     check(kind)
+    calls = Calls(workers, timeout, retries).check()
+    if calls != host.PLAIN:
+        if traceable:
+            raise ValueError("workers, timeout and retries are for functions on the host; leave traceable out")
+        traceable = False
     weights = dict(kind) if isinstance(kind, Mapping) else {kind: 1.0}
     if source is not None and not isinstance(source, Mapping):
         if len(weights) > 1:
@@ -136,7 +158,9 @@ def load_reward(
         for name in weights
         if not callable(name)
     }
-    return assemble(weights, known, traceable=traceable)
+    return Reward(
+        tuple(dataclasses.replace(p, calls=calls) for p in assemble(weights, known, traceable=traceable).parts)
+    )
 
 
 def assemble(spec: RewardSpec | Reward, known: Mapping[str, Scorer], *, traceable: bool | None = None) -> Reward:
@@ -147,15 +171,30 @@ def assemble(spec: RewardSpec | Reward, known: Mapping[str, Scorer], *, traceabl
     return Reward(tuple(_part(name, weight, known, traceable) for name, weight in weights.items()))
 
 
-def check(kind: RewardSpec | Reward) -> None:
+def check(kind: Any, setting: str = "reward") -> None:
     """Raises ValueError for a reward that `load_reward` does not know, before anything is loaded."""
     if isinstance(kind, Reward):
         return
-    if isinstance(kind, Mapping) and not kind:
+    parts = kind if isinstance(kind, Mapping) else {kind: 1.0} if isinstance(kind, Hashable) else None
+    if parts is None:
+        raise ValueError(f"{setting}={kind!r} is no name, function or mapping of these to weights")
+    if not parts:
         raise ValueError("a mixture of rewards needs at least one part")
-    for name in kind if isinstance(kind, Mapping) else [kind]:
+    titles: dict[str, Any] = {}
+    for name, weight in parts.items():
         if not callable(name) and name not in KINDS:
             raise ValueError(f"unknown reward {name!r}; known: {', '.join(KINDS)}, a mapping of these, or a function")
+        if isinstance(weight, bool | str) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise ValueError(f"{setting}: the weight {weight!r} of {_title(name)!r} is not a number")
+        if titles.setdefault(_title(name), name) is not name:
+            raise ValueError(f"{setting} has two parts of the name {_title(name)!r}; give one another __name__")
+
+
+def check_drives(kind: RewardSpec | Reward) -> None:
+    """Raises ValueError for a checked reward whose every weight is 0."""
+    weights = kind.weights if isinstance(kind, Reward) else kind.values() if isinstance(kind, Mapping) else [1.0]
+    if not any(weights):
+        raise ValueError("every weight of the reward is 0, so nothing drives the search; report= only reports")
 
 
 def with_report(reward: Reward, report: Reward | None) -> Reward:
@@ -193,7 +232,8 @@ class TracedFunction:
 
     def __call__(self, params: None, images: Array, text: None) -> Array:
         prompts = UnreadPrompts(len(images)) if self.prompt is None else [self.prompt] * len(images)
-        return self.function(images, prompts)
+        with host.raised_by(_title(self.function)):
+            return self.function(images, prompts)
 
 
 class UnreadPrompts(Sequence):
@@ -260,8 +300,12 @@ def _part(name: str | Function, weight: float, known: Mapping[str, Scorer], trac
     if not callable(name):
         return Part(name, weight, scorer=known[name])
     found, reads_prompt = (False, True) if traceable is False else _probe(name)
-    title = getattr(name, "__name__", "custom")
-    return Part(title, weight, function=name, traceable=found or bool(traceable), reads_prompt=reads_prompt)
+    return Part(_title(name), weight, function=name, traceable=found or bool(traceable), reads_prompt=reads_prompt)
+
+
+def _title(name: str | Function) -> str:
+    """What a part is called in results."""
+    return getattr(name, "__name__", "custom") if callable(name) else name
 
 
 def _traced(part: Part, prompt: str) -> TracedFunction:
@@ -294,12 +338,11 @@ def _column(part: Part, images: Batch, prompts: Sequence[str]) -> np.ndarray:
     if part.scorer is not None:
         device, params = partition.device_of(part.scorer.params), part.scorer.params
         return np.asarray(score(part.scorer.score, device, params, images, _embedded(part, prompts)), np.float32)
-    scores = np.asarray(part.function(images, list(prompts)), np.float32)
-    if scores.shape != (len(prompts),):
-        raise ValueError(
-            f"reward {part.name!r} returned shape {scores.shape} for {len(prompts)} images; need one score each"
-        )
-    return scores
+    if part.on_host:
+        return host.scores(part.name, part.function, part.calls, images, prompts)
+    with host.raised_by(part.name):
+        value = part.function(jnp.asarray(images), list(prompts))
+    return host.as_scores(part.name, value, len(prompts))
 
 
 def _embedded(part: Part, prompts: Sequence[str]) -> Any:

@@ -51,7 +51,7 @@ class Scorer:
     """
 
     name: str
-    params: Any
+    params: Any = dataclasses.field(repr=False)
     tokenize: Callable[[Sequence[str]], Any]
     embed_text: Callable[[Any, Any], Any]
     score: Callable[[Any, Array, Any], Array]

@@ -1,0 +1,166 @@
+"""The folder that searches are saved to: what may be there already, what comes back from it, what goes.
+
+OUT/best.png ... result.json    the result of one prompt
+OUT/000/, OUT/001/, ...         those of a list
+OUT/unfinished/                 noise and history of a search that was to replace a result, and was ended at once
+OUT/.search/                    unfinished searches (`resume.py`)
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ses_jax.engine import resume as saved_search
+from ses_jax.engine.placement import check_path
+from ses_jax.engine.result import FILES, SearchResult, save_search, writable_folder
+
+STATE, UNFINISHED = ".search", "unfinished"
+BATCH = "run.json"
+# What may differ between a result and the call that asks for it again.
+FREE = ("chunk",)
+
+
+class Output(NamedTuple):
+    """Where the results of a call go.
+
+    Attributes:
+      folder: None saves nothing.
+      listed: whether it is a list's, a subfolder a prompt.
+      resume: whether what is there already is gone on from.
+    """
+
+    folder: Path | None
+    listed: bool
+    resume: bool
+
+    def of(self, index: int) -> Path | None:
+        """The folder of a prompt."""
+        return self.folder / f"{index:03d}" if self.folder and self.listed else self.folder
+
+    def state(self, start: int) -> Path | None:
+        """Where the search of the prompts from `start` on is saved on its way."""
+        return self.folder / STATE / f"{start:06d}" if self.folder and self.resume else None
+
+    def finished(self, indices: Sequence[int], wanted: Sequence[Mapping[str, Any]]) -> list[SearchResult] | None:
+        """The finished results of prompts, if all of them are there.
+
+        Args:
+          indices: of the prompts.
+          wanted: of each, what its result must say of prompt and settings.
+
+        Raises:
+          ValueError: for the result of something else, naming what differs.
+        """
+        found = [self._finished(index, facts) for index, facts in zip(indices, wanted, strict=True)]
+        return None if None in found else found
+
+    def _finished(self, index: int, wanted: Mapping[str, Any]) -> SearchResult | None:
+        if self.folder is None or not self.resume:
+            return None
+        try:
+            result = SearchResult.load(self.of(index))
+        except (OSError, ValueError):
+            return None  # not there, or damaged: it is made again
+        if result.interrupted:
+            return None
+        had = result.config | {"prompt": result.prompt}
+        differing = [name for name, value in wanted.items() if name not in FREE and had.get(name, value) != value]
+        if differing:
+            changes = ", ".join(f"{name} {had[name]!r} -> {wanted[name]!r}" for name in differing)
+            raise ValueError(
+                f"{self.of(index)} holds a finished search with other settings ({changes}); choose another folder, or "
+                "overwrite it with overwrite=True (--overwrite)"
+            )
+        return result
+
+    def keep(self, index: int, noise: np.ndarray, history: list[dict[str, Any]]) -> None:
+        """Saves what a search found before its images are rendered, beside a result that it is to replace."""
+        folder = self.of(index)
+        replaces = (folder / FILES[-1]).exists()
+        save_search(writable_folder(folder / UNFINISHED if replaces else folder), noise, history)
+
+    def save(self, results: Sequence[SearchResult], indices: Sequence[int]) -> None:
+        """Saves the results of prompts that were searched at once, and only then forgets the state they came from."""
+        for result, index in zip(results, indices, strict=True):
+            shutil.rmtree(result.save(self.of(index)) / UNFINISHED, ignore_errors=True)
+        if not results[0].interrupted:
+            self.forget(indices[0])
+
+    def forget(self, start: int) -> None:
+        """Removes the saved search of finished prompts."""
+        saved_search.clear(self.state(start))
+        if self.folder and self.resume and (self.folder / STATE).is_dir() and not any((self.folder / STATE).iterdir()):
+            (self.folder / STATE).rmdir()
+
+    def clean(self, count: int) -> None:
+        """Removes what an overwritten result of another shape left beside the new one."""
+        if self.folder is None or self.resume:
+            return
+        shutil.rmtree(self.folder / STATE, ignore_errors=True)
+        stale = [self.folder] if self.listed else []
+        stale += [path for path in _numbered(self.folder) if not self.listed or int(path.name) >= count]
+        for folder in stale:
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+            if folder != self.folder and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def claim(out: Any, *, listed: bool, resume: bool, overwrite: Any) -> Output:
+    """The output of a call, once it is clear that nothing is lost by it.
+
+    Args:
+      out: the folder; None saves nothing.
+      listed: whether the results are those of a list.
+      resume, overwrite: as for `search`.
+
+    Raises:
+      ValueError: for a folder that can't be written, that holds a batch run, or a result that is neither to be
+        overwritten nor gone on from.
+    """
+    if not isinstance(overwrite, bool):
+        raise ValueError(f"overwrite={overwrite!r} is not true or false")
+    if resume and out is None:
+        raise ValueError("resume needs out=, the folder that the search is saved in")
+    if resume and overwrite:
+        raise ValueError("resume goes on with what is in the folder, and overwrite begins anew; give one of them")
+    if out is None:
+        return Output(None, listed, False)
+    folder = writable_folder(check_path(out, "out"))
+    if (folder / BATCH).exists():
+        raise ValueError(f"{folder} holds a batch run; choose another folder for a search")
+    held = None if overwrite else _held(folder, other=listed if resume else None)
+    if held is not None:
+        remedy = "" if resume else " go on from it with resume=True (--resume),"
+        raise ValueError(
+            f"{folder} holds {held} already; choose another folder,{remedy} or replace it with overwrite=True "
+            "(--overwrite)"
+        )
+    return Output(folder, listed, resume)
+
+
+def run_folder(out: str | os.PathLike[str]) -> Path:
+    """The folder of a batch run; raises ValueError for what is no path."""
+    if not os.fspath(check_path(out, "out")):
+        raise ValueError("out has no name; '.' is the current folder")
+    return Path(out)
+
+
+def _held(folder: Path, other: bool | None) -> str | None:
+    """What is in a folder that a search would replace; of the other shape only, where the shape is given."""
+    single = next((name for name in FILES if (folder / name).exists()), None)
+    many = next((path.name for path in _numbered(folder) if any((path / name).exists() for name in FILES)), None)
+    if other is None and (folder / STATE).is_dir() and any((folder / STATE).iterdir()):
+        return "an unfinished search"
+    if single and other is not False:
+        return f"a result ({single})"
+    return f"the results of a list ({many})" if many and other is not True else None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{3,}", path.name) and path.is_dir())
