@@ -147,7 +147,7 @@ def outcome(area: str, number: int) -> Failure | None:
         what = f"more than {SECONDS} s"
     if grown > BYTES:
         what = f"more than {BYTES >> 30} GiB"
-    return what and Failure(area, what)
+    return what and Failure(area, what.replace(folder, "FOLDER"))
 
 
 def _empty(folder: str) -> Path:

@@ -372,6 +372,20 @@ def test_a_failed_search_is_not_continued(tmp_path):
     assert run(PROMPTS[:1], tmp_path, reward=reward, resume=True)["finished"] == 1
 
 
+def test_sigterm_ends_a_process_after_the_generation_at_hand(whole, tmp_path):
+    """What SLURM and Kubernetes send."""
+    process = batch_runs.start(tmp_path, sleep=0.1)
+    batch_runs.wait_for((tmp_path, "*/result.json"), process)
+    process.terminate()
+    status, _, error = batch_runs.finish(process)
+    assert status == 143
+    assert "SIGTERM: stopping after the generation at hand" in error
+    assert len(finished(tmp_path)) < len(PROMPTS)
+    assert not list(tmp_path.glob(".lock*"))
+    run(PROMPTS, tmp_path)
+    assert stable_files(tmp_path) == stable_files(whole[0])
+
+
 def test_merging_goes_on_until_what_is_written_is_what_is_there(whole, tmp_path, monkeypatch):
     rows = [*PROMPTS[:1], ""]
     run(rows, tmp_path)

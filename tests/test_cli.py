@@ -64,14 +64,45 @@ def test_models_lists_every_model_and_reward(capsys):
         (["search", "x", "--report", "nice"], "unknown reward 'nice'"),
         (["search", "x", "--height", "60"], "height=60 must be a multiple of 16"),
         (["search", "x", "--level", "7"], "level=7 does not fit a latent of 8 x 8"),
+        (["search", "x", "--reward", "clip=1,clip=2"], "--reward clip=1,clip=2: a name is there twice"),
+        (["search", "x", "--reward", "clip=0"], "every weight of the reward is 0"),
+        (["search", "x", "--reward", "clip=nan"], "reward: the weight nan of 'clip' is not a number"),
+        (["search", "half \udcff"], r"the text 'half \udcff' is not Unicode"),
+        (["search", "x", "--budget", str(10**30)], "must be less than 2147483648"),
         (["generate", "x", "--steps", "0"], "steps=0 must be at least 1"),
+        (["generate", "x", "--noise", "none.npy"], "none.npy does not exist"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_two(tmp_path, capsys, arguments, message):
     assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "-5"], "tokens=-5 must be at least 1 and at most"),
+        (["--tokens", "100000"], "tokens=100000 must be at least 1 and at most"),
+        (["--utilization", "nan"], "utilization=nan must lie in"),
+        (["--mesh", "data=0"], "mesh 'data=0'"),
+    ],
+)
+def test_bad_plans_are_one_line(capsys, arguments, message):
+    assert cli.main(["plan", "Tongyi-MAI/Z-Image-Turbo", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_module_of_the_user_that_fails_shows_where(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_broken.py").write_text("def judge(images, prompts):\n    return undefined\n\n\n1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["search", "x", "--reward", "my_broken:judge"]) == 1
+    error = capsys.readouterr().err
+    assert 'my_broken.py", line 5' in error
+    assert error.splitlines()[-1].startswith("ses-jax: raised by the reward 'my_broken:judge': ZeroDivisionError")
 
 
 def test_rewards_are_parsed(tmp_path, monkeypatch):

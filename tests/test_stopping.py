@@ -286,3 +286,18 @@ def test_file_systems_without_locks_do_not_matter(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", None)
     with lock.held(tmp_path):
         assert names(tmp_path) <= {".lock"}
+
+
+def test_two_threads_at_once_give_what_one_after_the_other_gives(whole):
+    found = {}
+
+    def searching(index):
+        found[index] = search(PROMPTS[index])
+
+    threads = [threading.Thread(target=searching, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0].history == whole.history
+    assert found[1].history == search(PROMPTS[1]).history

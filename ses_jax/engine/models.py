@@ -53,16 +53,19 @@ def forget() -> None:
 
 def check_rewards(reward: Any, report: Any) -> RewardSpec | Reward | None:
     """The report as something to load, after both have been checked as far as that goes without loading them."""
-    listed = isinstance(report, Sequence | Set) and not isinstance(report, str)
-    if listed and not all(isinstance(name, Hashable) for name in report):
-        raise ValueError(f"report={report!r} must be names or functions")
-    report = dict.fromkeys(report, 1.0) if listed else report
-    report = None if isinstance(report, Mapping) and not report else report
-    if reward is not None:
-        rewards.check(reward, "reward")
-        rewards.check_drives(reward)
-    if report is not None:
-        rewards.check(report, "report")
+    try:
+        listed = isinstance(report, Sequence | Set) and not isinstance(report, str)
+        if listed and not all(isinstance(name, Hashable) for name in report):
+            raise ValueError(f"report={report!r} must be names or functions")
+        report = dict.fromkeys(report, 1.0) if listed else report
+        report = None if isinstance(report, Mapping) and not report else report
+        if reward is not None:
+            rewards.check(reward, "reward")
+            rewards.check_drives(reward)
+        if report is not None:
+            rewards.check(report, "report")
+    except (RecursionError, TypeError) as error:  # of values that can't be shown, or not even looked up
+        raise ValueError(f"reward and report must be names, functions or mappings of these: {error}") from error
     return report
 
 

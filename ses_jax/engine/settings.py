@@ -155,7 +155,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         return None
     try:
         value = field.metadata["kind"].check(value)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise (error if str(error).startswith(f"{field.name}=") else _refusal(field, value)) from None
     least, below = field.metadata["at_least"], field.metadata["below"]
     if least is not None and value < least:

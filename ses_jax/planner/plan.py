@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.settings import takes
 from ses_jax.models import quantized
+from ses_jax.pipelines.base import TOKEN_BUCKETS
 from ses_jax.pipelines.registry import abstract_pipeline
 from ses_jax.planner import compilation, footprint, tables
 from ses_jax.planner.advice import changes, memory_fraction
@@ -121,6 +122,8 @@ def plan(
     """
     if not 0 < utilization <= 1:
         raise ValueError(f"utilization={utilization} must lie in (0, 1]")
+    if not 1 <= tokens <= TOKEN_BUCKETS[-1]:
+        raise ValueError(f"tokens={tokens} must be at least 1 and at most {TOKEN_BUCKETS[-1]}, what models read")
     machine = Machine(device, mesh, offload_text_encoder, utilization)
     target = machine.to_compile_for() if compile else None
     pipeline = abstract_pipeline(model, dtype=dtype, mesh=target, quantize=quantize)
