@@ -27,6 +27,7 @@ PREFIXES = {
 }
 PEFT_CONFIG = "adapter_config.json"
 PEFT_METADATA = "lora_adapter_metadata"
+NETWORKS = ("transformer", "text_encoder", "text_encoder_2")  # in that metadata, as in a checkpoint
 
 
 class Adapter(NamedTuple):
@@ -104,7 +105,7 @@ def _configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any
     configs: dict[str, dict[str, Any]] = {}
     for key, value in json.loads(metadata.get(PEFT_METADATA, "{}")).items():
         network, _, entry = key.partition(".")
-        network, entry = (network, entry) if network in PREFIXES else ("", key)
+        network, entry = (network, entry) if network in NETWORKS else ("", key)
         configs.setdefault(network, {})[entry] = value
     return configs
 
