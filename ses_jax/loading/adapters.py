@@ -18,10 +18,19 @@ from ses_jax.convert.engine import ConversionError, Edits, Slot, Weights
 from ses_jax.convert.lora import Change, Layer, Problem
 from ses_jax.convert.names import BIAS, WEIGHT, Vocabulary, vocabulary, window
 from ses_jax.convert.table import Component
-from ses_jax.loading.lora_files import PEFT_CONFIG, PREFIXES, Adapter
+from ses_jax.loading.lora_files import PEFT_CONFIG, Adapter
 
 LOG = logging.getLogger("ses_jax")
 
+# What names of layers begin with, by network; the names themselves follow, dotted or with underscores.
+PREFIXES = {
+    "transformer": (
+        *("transformer.", "diffusion_model.", "model.diffusion_model."),
+        *("lora_unet_", "lora_transformer_", "lycoris_", ""),
+    ),
+    "text_encoder": ("text_encoder.", "lora_te1_", "lora_te_", "text_encoders.clip_l.transformer."),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_", "lora_te3_", "text_encoders.t5xxl.transformer."),
+}
 DUMP = "base_model.model."
 
 

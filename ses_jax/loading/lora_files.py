@@ -16,15 +16,6 @@ from ses_jax.convert.files import open_files, read_json, read_metadata
 Loras = str | Path | Mapping[str | Path, float] | Sequence[Any]
 
 USUAL_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-# What names of layers begin with, by network; the names themselves follow, dotted or with underscores.
-PREFIXES = {
-    "transformer": (
-        *("transformer.", "diffusion_model.", "model.diffusion_model."),
-        *("lora_unet_", "lora_transformer_", "lycoris_", ""),
-    ),
-    "text_encoder": ("text_encoder.", "lora_te1_", "lora_te_", "text_encoders.clip_l.transformer."),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_", "lora_te3_", "text_encoders.t5xxl.transformer."),
-}
 PEFT_CONFIG = "adapter_config.json"
 PEFT_METADATA = "lora_adapter_metadata"
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2")  # in that metadata, as in a checkpoint
