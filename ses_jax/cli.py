@@ -180,7 +180,8 @@ def generate(
     import numpy as np
 
     import ses_jax
-    from ses_jax.engine.result import to_image, writable_folder, write
+    from ses_jax.engine.files import writable_folder, write
+    from ses_jax.engine.result import to_image
 
     writable_folder(out)
     for index, pixels in enumerate(np.asarray(ses_jax.generate(model, list(prompts), **arguments(settings)))):

@@ -27,16 +27,19 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         ],
     ),
     "ses_jax.engine": (
-        {"ses_jax.searchers", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading"},
+        {"ses_jax.searchers", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.exports"},
         [
             "search",
             "models",
             "runner",
             "outline",
             "tasks",
+            "base",
             "resume",
-            "records",
             "result",
+            "repeat",
+            "watching",
+            "records",
             "cost",
             "generation",
             "looks",
@@ -50,6 +53,14 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "progress",
             "memory",
             "flops",
+            "files",
+        ],
+    ),
+    "ses_jax.exports": (
+        {"ses_jax.pipelines", "ses_jax.loading"},
+        [
+            *("export", "comfyui", "noises", "pictures"),
+            *("flux1", "flux2", "qwen_image", "z_image", "layouts"),
         ],
     ),
     "ses_jax.searchers": (

@@ -26,6 +26,7 @@ from ses_jax.engine import search as engine
 from ses_jax.engine.config import Placement, RunConfig, SearchConfig, check_looks
 from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.settings import gather, takes
+from ses_jax.engine.watching import Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards.reward import Reward
@@ -41,7 +42,7 @@ class _Work(NamedTuple):
     pipeline: Pipeline
     reward: Reward
     config: SearchConfig
-    resume: bool
+    how: RunConfig
 
 
 @takes(RunConfig, SearchConfig, Placement)
@@ -92,7 +93,7 @@ def search_many(
         mesh = partition.parse_mesh(place.mesh, jax.local_devices())
         pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **load})
         check_looks(config.resolve(pipeline), reward)
-        work = _Work(run, pipeline, reward, config, how.resume)
+        work = _Work(run, pipeline, reward, config, how)
     run.start(described)
     at_once = 1 if work is None or work.reward.one_prompt_at_a_time else how.prompts_at_once
     with batch_progress(len(pending), enabled=how.progress) as show:
@@ -158,6 +159,7 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
             [row.prompt for row in rows],
             indices=[row.index for row in rows],
             state_folder=state,
+            watch=Watch(not work.how.no_report, folders=_folders(work, rows)),
         )
     except Exception as error:
         saved_search.clear(state)
@@ -172,13 +174,18 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
     if results[0].interrupted:
         raise KeyboardInterrupt
     for row, result in zip(rows, results, strict=True):
-        yield work.run.save(row, result)
+        yield work.run.save(row, result, work.how)
     saved_search.clear(state)
+
+
+def _folders(work: _Work, rows: Sequence[Row]) -> list[Path] | None:
+    """Where the rows' candidates go."""
+    return [work.run.folder / row.folder for row in rows] if work.how.save_candidates else None
 
 
 def _state_folder(work: _Work, rows: Sequence[Row]) -> Path | None:
     """Where the search of exactly these rows is saved on its way."""
-    if not work.resume:
+    if not work.how.resume:
         return None
     rest = hashlib.sha256(",".join(str(row.index) for row in rows).encode()).hexdigest()[:8]
     return work.run.folder / engine.STATE / f"{rows[0].index:06d}-{rest}"

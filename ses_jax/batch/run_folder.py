@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from ses_jax.batch.prompts import Row
-from ses_jax.engine.result import SearchResult, writable_folder, write
+from ses_jax.engine.config import RunConfig
+from ses_jax.engine.files import writable_folder, write
+from ses_jax.engine.result import SearchResult
 
 Outcome = dict[str, Any]
 SCORES = ("baseline_score", "score", "baseline_final_score", "final_score")
@@ -79,12 +81,12 @@ class Run:
             return None
         return None if found["interrupted"] else found
 
-    def save(self, row: Row, result: SearchResult) -> Outcome:
+    def save(self, row: Row, result: SearchResult, how: RunConfig) -> Outcome:
         """Saves a result, and what an earlier process left half written goes."""
         folder = self.folder / row.folder
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        result.save(folder)
+        result.save(folder, image_format=how.image_format, report=not how.no_report)
         return self._note(_success(row, result.summary()))
 
     def fail(self, row: Row, error: str, **details: Any) -> Outcome:

@@ -14,11 +14,15 @@ config       `SearchConfig` and the other settings
 settings     what a setting is
 fidelity     which looks there are
 evaluations  what a network evaluation is
+base         a noise that searches start from, where it is given
 result       `SearchResult` and its folder
+watching     what is seen of a search while it runs
+repeat       the command, the call and the text that stand for a result
 records      what a search notes down
 cost         what it took: network evaluations, FLOPs, seconds
 progress     what it shows
 resume       what it saves on its way
 memory       how many candidates at a time fit on a device
 flops        floating point operations of a traced program
+files        files that appear whole or not at all
 """

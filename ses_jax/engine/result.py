@@ -1,20 +1,22 @@
 """What a search returns, and the folder it is saved to."""
 
-import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
-import tempfile
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ses_jax.engine import repeat
 from ses_jax.engine.cost import Cost
+from ses_jax.engine.files import save_array, writable_folder, write
+from ses_jax.engine.watching import Shot
+from ses_jax.exports import export, pictures
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +41,7 @@ class SearchResult:
       cost: network evaluations, FLOPs and seconds: `search` of the candidates, `finals` of winner and base.
       timings: seconds of each phase, and images per second of the search.
       interrupted: whether the search was stopped before its budget was spent.
+      film: the best and the worst preview of each generation, small.
     """
 
     prompt: str
@@ -55,6 +58,7 @@ class SearchResult:
     cost: Cost
     timings: dict[str, float]
     interrupted: bool = False
+    film: Sequence[Shot] = ()
 
     def summary(self) -> dict[str, Any]:
         """Everything but images, noise and history, as plain JSON values; a score that is not finite is None."""
@@ -71,63 +75,67 @@ class SearchResult:
             "config": self.config,
         }
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes `best.png`, `baseline.png`, `noise.npy`, `history.jsonl` and `result.json`.
+    def save(self, folder: str | os.PathLike[str], *, image_format: str = "png", report: bool = True) -> Path:
+        """Writes `best.png`, `baseline.png`, `noise.npy`, `history.jsonl`, `report.html` and `result.json`.
 
-        Each file appears whole or not at all, `result.json` last.
+        Each file appears whole or not at all, `result.json` last. The pictures carry prompt, settings and versions.
+
+        Args:
+          folder: is made if it is not there.
+          image_format: "png", "jpeg" or "webp", which is also the pictures' ending.
+          report: whether to write `report.html`, a page for people.
 
         Raises:
           ValueError: if the folder cannot be written.
         """
         folder = writable_folder(folder)
-        write(folder / "best.png", lambda path: self.image.save(path, format="PNG"))
-        write(folder / "baseline.png", lambda path: self.baseline_image.save(path, format="PNG"))
-        write(folder / "noise.npy", lambda path: _save_array(path, self.noise))
+        for name, image in (("best", self.image), ("baseline", self.baseline_image)):
+            notes = repeat.notes(self.facts(name))
+            save = functools.partial(pictures.save, image=image, kind=image_format, notes=notes)
+            write(folder / f"{name}.{image_format}", save)
+        write(folder / "noise.npy", lambda path: save_array(path, self.noise))
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         write(folder / "history.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
         text = json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n"
         write(folder / "result.json", lambda path: path.write_text(text, encoding="utf-8"))
         return folder
 
+    def facts(self, image: str) -> dict[str, Any]:
+        """What the picture "best" or "baseline" says of itself, as plain JSON values."""
+        before = "" if image == "best" else "baseline_"
+        scores = {name: getattr(self, before + name) for name in ("score", "final_score")}
+        scores = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+        return repeat.facts(self.prompt, self.config, image=image, **scores)
+
+    def export(self, to: str, folder: str | os.PathLike[str] | None = None) -> Path:
+        """Writes the noise as another program takes it.
+
+        Args:
+          to: "diffusers", a file for `latents=` and a script that makes the image with it; or "comfyui", a `.latent`
+            file, a custom node and a workflow.
+          folder: to write to; `ses_diffusers` or `ses_comfyui` by default.
+
+        Returns:
+          The folder.
+
+        Raises:
+          ValueError: for another program, a model that other programs don't know, and a folder that cannot be written.
+        """
+        return export_noise(self.noise, self.summary(), to, folder)
+
+
+def export_noise(
+    noise: np.ndarray, summary: Mapping[str, Any], to: str, folder: str | os.PathLike[str] | None = None
+) -> Path:
+    """As `SearchResult.export`, of a noise and what `result.json` says of it."""
+    files = export.export(noise, summary["prompt"], summary["config"], to)
+    folder = writable_folder(f"ses_{to}" if folder is None else folder)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write(folder / name, lambda path, content=content: path.write_bytes(content))
+    return folder
+
 
 def to_image(pixels: np.ndarray) -> Image.Image:
     """An 8-bit image of `[H, W, 3]` in [0, 1]."""
     return Image.fromarray(np.round(np.clip(np.asarray(pixels, np.float32), 0, 1) * 255).astype(np.uint8))
-
-
-def writable_folder(folder: str | os.PathLike[str]) -> Path:
-    """Makes sure that `folder` exists and can be written.
-
-    Raises:
-      ValueError: if not.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"output folder {folder} is not writable: {error.strerror or error}") from error
-    return folder
-
-
-def write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Runs `writer(temporary path)` and renames its file to `path`, so that no reader ever sees half a file."""
-    with _temporary(path) as temporary:
-        writer(temporary)
-        os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    # Not the process id, which several machines or containers with one file system may share.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)

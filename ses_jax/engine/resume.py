@@ -1,6 +1,7 @@
 """A search's state on disk after every generation, so that a search that was killed goes on where it was.
 
     folder/search.json      what the search is
+    folder/film.npz         what was seen of its generations
     folder/000012/          the state after 12 generations, and all scores so far (Orbax)
 
 Everywhere a folder of None saves nothing.
@@ -14,12 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
+from ses_jax.engine.files import write
 from ses_jax.engine.program import Scored, State
-from ses_jax.engine.result import write
+from ses_jax.engine.watching import Shot
 from ses_jax.loading import checkpoint
 
-IDENTITY = "search.json"
+IDENTITY, FILM = "search.json", "film.npz"
 
 
 def begin(folder: Path | None, identity: Mapping[str, Any]) -> None:
@@ -47,7 +50,8 @@ def save(folder: Path | None, generations: int, state: State, parts: Sequence[Sc
     if folder is None:
         return
     scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1), *parts)
-    tree = {"state": jax.tree.leaves(jax.device_get(state)), "scored": jax.tree.leaves(scored)}
+    scored = {name: column for name, column in scored._asdict().items() if column is not None}
+    tree = {"state": jax.tree.leaves(jax.device_get(state)), "scored": scored}
     checkpoint.save(folder / f"{generations:06d}", tree)
     for old in _saved(folder)[:-1]:
         shutil.rmtree(old)
@@ -69,8 +73,37 @@ def load(folder: Path | None, initial: State) -> tuple[int, State, list[Scored]]
     leaves = jax.tree.leaves(initial)
     tree = checkpoint.restore(saved[-1], checkpoint.metadata(saved[-1]))
     state = [np.asarray(x) for x, _ in zip(tree["state"], leaves, strict=True)]
-    scored = Scored(*map(np.asarray, tree["scored"]))
+    scored = Scored(**jax.tree.map(np.asarray, tree["scored"]))
     return int(saved[-1].name), jax.tree.unflatten(jax.tree.structure(initial), state), [scored]
+
+
+def save_films(folder: Path | None, films: Sequence[Sequence[Shot]]) -> None:
+    """Writes what was seen of the generations so far."""
+    if folder is None:
+        return
+    facts = [[[shot.generation, shot.index, shot.best] for shot in film] for film in films]
+    images = {
+        f"{prompt}-{place}": np.asarray(shot.image)
+        for prompt, film in enumerate(films)
+        for place, shot in enumerate(film)
+    }
+    write(folder / FILM, lambda path: _save_arrays(path, images | {"facts": np.array(json.dumps(facts))}))
+
+
+def load_films(folder: Path | None, prompts: int) -> list[list[Shot]]:
+    """What `save_films` wrote, of as many prompts."""
+    if folder is None or not (folder / FILM).exists():
+        return [[] for _ in range(prompts)]
+    with np.load(folder / FILM) as arrays:
+        return [
+            [Shot(*shot, Image.fromarray(arrays[f"{prompt}-{place}"])) for place, shot in enumerate(film)]
+            for prompt, film in enumerate(json.loads(str(arrays["facts"])))
+        ]
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def clear(folder: Path | None) -> None:

@@ -11,28 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.engine import cost, generation, memory, records, resume
+from ses_jax.engine import cost, generation, memory, records, resume, watching
+from ses_jax.engine.base import Base
 from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.cost import Cost
 from ses_jax.engine.denoising import Rows
 from ses_jax.engine.fidelity import Stage
-from ses_jax.engine.program import Program, Scored, State
-from ses_jax.engine.progress import Report, progress_bar
+from ses_jax.engine.program import Scored, State
+from ses_jax.engine.progress import Report, Step, Work, progress_bar, seconds_left
 from ses_jax.engine.result import SearchResult, to_image
 from ses_jax.engine.tasks import FINALS, Task, generation_count, initial_state, model_of, prepare
+from ses_jax.engine.watching import Shot, Sight, Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
-from ses_jax.rewards import mixture
 from ses_jax.rewards import reward as rewards
 from ses_jax.rewards.reward import Reward
 
 
 class Outcome(NamedTuple):
-    """What all generations came to: the last state, and what was scored, `[P, candidates, ...]`."""
+    """What all generations came to: the last state, what was scored, `[P, candidates, ...]`, and each prompt's film."""
 
     state: State
     scored: Scored
     interrupted: bool
+    films: list[list[Shot]]
 
 
 class Finals(NamedTuple):
@@ -65,8 +67,10 @@ def search_prompts(
     prompts: Sequence[str],
     *,
     indices: Sequence[int] | None = None,
+    base: Base | None = None,
     progress: bool = False,
     state_folder: Path | None = None,
+    watch: Watch = Watch(),
 ) -> list[SearchResult]:
     """Searches for several prompts at once, as one batch.
 
@@ -76,9 +80,11 @@ def search_prompts(
       config: resolved for the pipeline.
       prompts: P of them.
       indices: choose the prompts' own random draws; None counts from 0.
-      progress: whether to show a progress bar.
+      base: the noise that they start from; None draws it.
+      progress: whether to show progress.
       state_folder: where the search is saved after each generation and continued from (`resume.clear` it once the
         results are safe); None saves nothing.
+      watch: what is done with candidates beside scoring them.
 
     Returns:
       A result a prompt; it does not depend on what else is in the batch.
@@ -88,13 +94,15 @@ def search_prompts(
     """
     times = [time.perf_counter()]
     indices = range(len(prompts)) if indices is None else indices
+    given = [None] * len(prompts) if base is None else base.as_json()
     if partition.leads(pipeline.mesh):
-        resume.begin(state_folder, _identity(pipeline, reward, config, prompts, indices))
-    task = prepare(pipeline, reward, config, prompts, indices)
+        identity = _identity(pipeline, reward, config, prompts, indices)
+        resume.begin(state_folder, identity if base is None else identity | {"base_noise": given})
+    noise = None if base is None else base.noise
+    task = prepare(pipeline, reward, config, prompts, indices, noise=noise, shown=watch.shown)
     times.append(time.perf_counter())
-    title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
-    with progress_bar(title, config.budget * len(prompts), enabled=progress) as report:
-        task, outcome = _generations(task, state_folder, report)
+    with progress_bar(_work(config, prompts), enabled=progress) as report:
+        task, outcome = _generations(task, state_folder, report, watch)
     times.append(time.perf_counter())
     histories = [_history(task, outcome.scored, i) for i in range(len(prompts))]
     finals = _finals(task, pipeline, outcome.state)
@@ -102,13 +110,34 @@ def search_prompts(
 
     timings = _timings(times, sum(len(history) for history in histories))
     spent = _cost(task, len(histories[0]), timings)
-    settings = config.as_json() | {"chunk": task.program.chunk, "family": pipeline.family, "reward": reward.name}
-    settings = [settings | {"prompt_index": int(index)} for index in indices]
+    settings = config.as_json() | {"chunk": task.program.chunk} | _described(pipeline, reward, config)
+    settings = [
+        settings | {"prompt_index": int(index), "base_noise": one} for index, one in zip(indices, given, strict=True)
+    ]
     accounts = [Account(*facts, spent, timings) for facts in zip(histories, settings, strict=True)]
     return [_result(task, i, outcome, finals, account) for i, account in enumerate(accounts)]
 
 
-def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task, Outcome]:
+def _work(config: SearchConfig, prompts: Sequence[str]) -> Work:
+    """What there is to do, for people."""
+    title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
+    candidates = min(config.population, config.budget) * config.preview_steps
+    return Work(title, config.budget * len(prompts), generation_count(config), FINALS * config.steps / candidates)
+
+
+def _described(pipeline: Pipeline, reward: Reward, config: SearchConfig) -> dict[str, Any]:
+    """What a result says of its models, as plain JSON values."""
+    return {
+        "family": pipeline.family,
+        "model": pipeline.source or str(pipeline.folder),
+        "load": dict(pipeline.options),
+        "reward": reward.name,
+        "rewards": {part.name: part.weight for part in reward.parts},
+        "sigmas": [float(sigma) for sigma in pipeline.sigmas(config.steps, config.height, config.width)],
+    }
+
+
+def _generations(task: Task, folder: Path | None, report: Report, watch: Watch) -> tuple[Task, Outcome]:
     """Runs generations until the budget is spent or the user interrupts.
 
     Returns:
@@ -117,7 +146,8 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
     population, prompts = task.config.population, len(task.prompts)
     first, state, parts = resume.load(folder, initial_state(task))
     state = partition.replicate(task.program.model.mesh, state)
-    start = time.perf_counter()
+    work, times = _work(task.config, task.prompts), [time.perf_counter()]
+    sight = Sight(resume.load_films(folder, prompts))
     interrupted = False
     for index in range(first, generation_count(task.config)):
         try:
@@ -127,14 +157,23 @@ def _generations(task: Task, folder: Path | None, report: Report) -> tuple[Task,
                 raise
             interrupted = True
             break
-        parts.append(scored)
+        sight = watching.look(
+            watch, sight, watching.generation(task.program, index, (parts, scored), task.config.budget)
+        )
+        parts.append(watching.numbers(scored))
         if partition.leads(task.program.model.mesh):
+            resume.save_films(folder, sight.films)
             resume.save(folder, index + 1, state, parts)
         done = min((index + 1) * population, task.config.budget)
-        rate = prompts * (done - first * population) / (time.perf_counter() - start)
-        report(prompts * done, index, float(np.max(np.asarray(state.best.scores))), rate)
+        times.append(time.perf_counter())
+        rate = prompts * (done - first * population) / (times[-1] - times[0])
+        left = seconds_left(np.diff(times).tolist(), work.generations - first, work.finals)
+        report(Step(index, prompts * done, float(np.max(np.asarray(state.best.scores))), rate, left))
+        if sight.stop:
+            interrupted = done < task.config.budget
+            break
     scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1)[:, : task.config.budget], *parts)
-    return task, Outcome(state, scored, interrupted)
+    return task, Outcome(state, scored, interrupted, sight.films)
 
 
 def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State, Scored]:
@@ -153,19 +192,25 @@ def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
     """One generation, as one compiled program, or as two with the parts on the host between them."""
     if not task.reward.on_host:
         return generation.generation_step(task.program, task.params, task.inputs, index, state)
-    points, images, device = generation.candidates(task.program, task.params, task.inputs, index, state)
+    program, shown = task.program, task.program.shown
+    points, images, device = generation.candidates(program, task.params, task.inputs, index, state)
     count = task.program.evaluated
     texts = [prompt for prompt in task.prompts for _ in range(count)]
     components = rewards.host_components(task.reward, np.asarray(device), images, texts)
     components = jnp.asarray(components).reshape(len(task.prompts), count, -1)
-    return generation.update(task.program, task.inputs, index, state, points, components)
+    new, scored = generation.update(program, task.inputs, index, state, points, components)
+    if shown is None:
+        return new, scored
+    pixels = generation.pixels(shown.side, images)
+    noise = generation.noise_of(program, task.inputs, points) if shown.noise else None
+    return new, scored._replace(previews=pixels.reshape(len(task.prompts), count, *pixels.shape[1:]), noise=noise)
 
 
 def _history(task: Task, scored: Scored, prompt: int) -> list[records.Row]:
     """The rows of one prompt; raises ValueError if there is no finite score."""
     one = jax.tree.map(lambda x: x[prompt], scored)
     components, names = one.components, [part.name for part in task.reward.parts]
-    rows = records.history(names, one, _total(task.program, components, components), task.config.population)
+    rows = records.history(names, one, records.total(task.program, components, components), task.config.population)
     if rows[-1]["best"] is None:
         raise ValueError(
             f"reward {task.reward.name!r} gave no finite score in {len(rows)} candidates; check the reward"
@@ -204,15 +249,6 @@ def render(
             chunk = memory.half(min(chunk, len(rows.owner)))
 
 
-def _total(
-    program: Program, components: Float[np.ndarray, "n parts"], population: Float[np.ndarray, "m parts"]
-) -> Float[np.ndarray, " n"]:
-    """Scores of components; in a standardised mixture as the whole population of the search has them in the end."""
-    if not program.standardize:
-        return np.asarray(mixture.plain_sum(components, program.weights))
-    return np.asarray(mixture.standardized_sum(components, program.weights, population))
-
-
 def _identity(
     pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], indices: Sequence[int]
 ) -> dict[str, Any]:
@@ -243,7 +279,9 @@ def _result(task: Task, i: int, outcome: Outcome, finals: Finals, account: Accou
     """The result of prompt `i`."""
     history = account.history
     names = [part.name for part in task.reward.parts]
-    final_score, baseline_final = _total(task.program, finals.components[i], outcome.scored.components[i]).tolist()
+    final_score, baseline_final = records.total(
+        task.program, finals.components[i], outcome.scored.components[i]
+    ).tolist()
     image, baseline_image = (to_image(pixels) for pixels in finals.images[i])
     return SearchResult(
         prompt=task.prompts[i],
@@ -257,4 +295,5 @@ def _result(task: Task, i: int, outcome: Outcome, finals: Finals, account: Accou
         components=records.part_scores(names, history, finals.components[i]),
         **account._asdict(),
         interrupted=outcome.interrupted,
+        film=outcome.films[i],
     )

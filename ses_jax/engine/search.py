@@ -15,15 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ses_jax.engine import base, runner, tasks
 from ses_jax.engine import resume as saved_search
-from ses_jax.engine import runner
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_looks, check_size
 from ses_jax.engine.denoising import Rows
+from ses_jax.engine.files import writable_folder
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
-from ses_jax.engine.result import SearchResult, writable_folder
+from ses_jax.engine.result import SearchResult
 from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.settings import gather, takes
-from ses_jax.engine.tasks import base_noise, encode, image_params, prompt_keys
+from ses_jax.engine.tasks import encode, image_params, prompt_keys
+from ses_jax.engine.watching import OnGeneration, Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 
@@ -32,13 +34,27 @@ STATE = ".search"
 
 @takes(RunConfig, SearchConfig, Placement)
 def search(
-    prompt: str | Sequence[str], *, out: str | os.PathLike[str] | None = None, **settings: Any
+    prompt: str | Sequence[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    base_noise: Any = None,
+    index: int = 0,
+    on_generation: OnGeneration | None = None,
+    **settings: Any,
 ) -> SearchResult | list[SearchResult]:
     """Searches the initial noise for the image that the reward likes best (arXiv 2602.03208).
 
     Args:
       prompt: one prompt, or a list of prompts, each searched on its own.
       out: folder to save to: one prompt's result in it, or those of a list in its subfolders `000`, `001`, ...
+      base_noise: of the image that the search starts from, `[C, h, w]` or one a prompt: an array, a tensor of torch, or
+        a `.npy`, `.safetensors` or `.latent` file; in the model's own layout, in that of `latents=` of its diffusers
+        pipeline, or in ComfyUI's. By default it is drawn.
+      index: number of the first prompt, which chooses its random draws: with it, a prompt from the middle of a list is
+        searched again alone.
+      on_generation: `(generation, best preview so far, scores) -> bool`, called after each generation of each prompt,
+        with a PIL image and the generation's scores (NaN where there is none); the search of a prompt ends where it
+        returns True, with the best so far.
       {settings}
 
     Returns:
@@ -52,30 +68,47 @@ def search(
     run, config, place = gather("search", settings, RunConfig, SearchConfig, Placement)
     prompts = _prompt_list(prompt)
     check_resume(run.resume, out)
+    if run.save_candidates and out is None:
+        raise ValueError("save_candidates needs out=, the folder that they are saved in")
     report = check_rewards(run.reward, run.report)
+    given = base.read(base_noise)
     folder = None if out is None else writable_folder(out)
     pipeline, reward = load_models(run.model, run.reward, report, {"mesh": place.mesh, **(place.load or {})})
     config = config.resolve(pipeline)
     check_looks(config, reward)
+    start_from = given and given.fit(pipeline, (config.height, config.width), len(prompts))
 
     results: list[SearchResult] = []
-    at_once = 1 if reward.one_prompt_at_a_time else run.prompts_at_once
+    at_once = 1 if reward.one_prompt_at_a_time or on_generation else run.prompts_at_once
+    stops: list[bool] = []
+
+    def ask(*seen):
+        stops.append(bool(on_generation(*seen)))
+        return stops[-1]
+
     for start in range(0, len(prompts), at_once):
         chosen = range(start, min(start + at_once, len(prompts)))
+        folders = folder and [folder if isinstance(prompt, str) else folder / f"{i:03d}" for i in chosen]
         state = folder / STATE / f"{start:06d}" if folder and run.resume else None
         found = search_prompts(
             pipeline,
             reward,
             config,
             [prompts[i] for i in chosen],
-            indices=chosen,
+            indices=[index + i for i in chosen],
+            base=start_from and start_from.of(chosen),
             progress=run.progress,
             state_folder=state,
+            watch=Watch(
+                not run.no_report,
+                on_generation and ask,
+                folders if run.save_candidates and partition.leads(pipeline.mesh) else None,
+            ),
         )
         if folder is not None and partition.leads(pipeline.mesh):
-            _save(found, [folder if isinstance(prompt, str) else folder / f"{i:03d}" for i in chosen], state)
+            _save(found, folders, state, run)
         results += found
-        if found[0].interrupted:
+        if found[0].interrupted and not (stops and stops[-1]):
             break
     return results[0] if isinstance(prompt, str) else results
 
@@ -111,7 +144,7 @@ def generate(
     check_size(pipeline, *size)
     shape = (len(prompts), *pipeline.noise_shape(*size))
     if noise is None:
-        noise = jnp.stack([base_noise(prompt_keys(config.seed, i)[0], shape[1:]) for i in range(len(prompts))])
+        noise = jnp.stack([tasks.base_noise(prompt_keys(config.seed, i)[0], shape[1:]) for i in range(len(prompts))])
     if noise.shape != shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; {len(prompts)} images of {size} need {shape}")
     condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
@@ -126,10 +159,10 @@ def check_resume(resume: bool, out: Any) -> None:
         raise ValueError("resume needs out=, the folder that the search is saved in")
 
 
-def _save(results: Sequence[SearchResult], folders: Sequence[Path], state: Path | None) -> None:
+def _save(results: Sequence[SearchResult], folders: Sequence[Path], state: Path | None, run: RunConfig) -> None:
     """Saves results, and only then forgets the state they came from; an interrupted search keeps it."""
     for result, folder in zip(results, folders, strict=True):
-        result.save(folder)
+        result.save(folder, image_format=run.image_format, report=not run.no_report)
     if not results[0].interrupted:
         saved_search.clear(state)
         if state is not None and not any(state.parent.iterdir()):

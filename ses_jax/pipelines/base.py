@@ -114,6 +114,8 @@ class Pipeline:
       image_params: the part that `velocity` and `decode` use.
       place: `(params) -> params`, puts any of these parts on their devices; moves nothing that is there already.
       mesh: the devices; None is the default device.
+      source: what `load_pipeline` was given; "" is the folder.
+      options: the family's own options that it was loaded with.
     """
 
     family: str
@@ -132,6 +134,8 @@ class Pipeline:
     image_params: Callable[[Any], Any] = lambda params: params
     place: Callable[[Any], Any] = lambda params: params
     mesh: Mesh | None = None
+    source: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def pick(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

@@ -73,7 +73,8 @@ def load_pipeline(
     configs = {name: config for name, (config, _) in loaded.items()}
     params = {name: params for name, (_, params) in loaded.items()}
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder))
-    return _placed(family, family.assemble(parts, **options), mesh)
+    pipeline = dataclasses.replace(family.assemble(parts, **options), source=str(source), options=options)
+    return _placed(family, pipeline, mesh)
 
 
 def abstract_pipeline(source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None, **options: Any) -> Pipeline:
