@@ -98,18 +98,31 @@ def arguments(chosen: Any) -> dict[str, Any]:
     return given
 
 
-def search(prompts: Texts, /, settings: Flat[SearchOptions], out: Path = Path("ses_out")) -> None:
+def search(
+    prompts: Texts,
+    /,
+    settings: Flat[SearchOptions],
+    out: Path = Path("ses_out"),
+    base_noise: Path | None = None,
+    index: int = 0,
+    like: Path | None = None,
+) -> None:
     """Search the initial noise for the image that the reward likes best.
 
     Args:
         prompts: one or more prompts.
         settings: of the search.
         out: folder for the results; several prompts go to subfolders 000, 001, ...
+        base_noise: file of the noise to start from: .npy, .safetensors, .latent or a result's folder.
+        index: number of the first prompt, which chooses its random draws.
+        like: a picture or folder of an earlier search, to repeat it; other options stand on top of its settings.
     """
     import ses_jax
 
+    prompts, index = (prompts, index) if like is None else _like(like, prompts, index)
     many = len(prompts) != 1
-    found = ses_jax.search(list(prompts) if many else prompts[0], out=out, **arguments(settings))
+    how = {"out": out, "base_noise": base_noise, "index": index}
+    found = ses_jax.search(list(prompts) if many else prompts[0], **how, **arguments(settings))
     for index, result in enumerate(found if many else [found]):
         folder = out / f"{index:03d}" if many else out
         print(
@@ -117,6 +130,44 @@ def search(prompts: Texts, /, settings: Flat[SearchOptions], out: Path = Path("s
             f"  final {result.baseline_final_score:.4f} -> {result.final_score:.4f}"
             f"  {result.timings['search']:.1f} s\n  {folder / 'best.png'}"
         )
+
+
+def _like(file: Path, prompts: Sequence[str], index: int) -> tuple[Sequence[str], int]:
+    """The prompts, or that of an earlier search with its own draws; its settings stand among the options already."""
+    from ses_jax.engine import repeat
+
+    about = repeat.read(file)
+    return (prompts, 0) if prompts else ([about["prompt"]], index)
+
+
+def show(file: File, /) -> None:
+    """Print how an image was made, and the command that makes it again.
+
+    Args:
+        file: a picture of ses_jax, or the folder of a result.
+    """
+    from ses_jax.engine import repeat
+
+    about = repeat.read(file)
+    print(repeat.parameters(about))
+    if "budget" in about["config"]:
+        print(f"\n{repeat.command(about['prompt'], about['config'])}")
+
+
+def export(result: File, /, to: Literal["diffusers", "comfyui"], out: Path | None = None) -> None:
+    """Write a found noise for another program.
+
+    Args:
+        result: folder of a result.
+        to: a file for `latents=` of diffusers and a script that uses it; or a .latent file, a custom node and a
+            workflow of ComfyUI.
+        out: folder to write to, ses_diffusers or ses_comfyui by default.
+    """
+    from ses_jax.engine import repeat
+    from ses_jax.engine.result import export_noise
+    from ses_jax.exports import noises
+
+    print(export_noise(noises.read(result), repeat.read(result / "result.json"), to, out))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,10 +326,13 @@ def models() -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line; bad input is one line on stderr and exit status 2."""
+    from ses_jax.engine import repeat
+
     _keep_compiled_programs()
     commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "convert": convert}
-    commands["models"] = models
+    commands |= {"models": models, "show": show, "export": export}
     try:
+        args = repeat.expand(sys.argv[1:] if args is None else args)
         status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", args=args)
     except (ValueError, OSError) as error:
         print(f"ses-jax: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ def facts(prompt: str, config: Facts, **more: Any) -> dict[str, Any]:
       config: of its result.
       more: whatever else is to be known of it, such as scores.
     """
-    kept = {name: value for name, value in config.items() if name not in (*_FREE, "sigmas")}
+    kept = {name: value for name, value in config.items() if name not in _FREE}
     return {"prompt": prompt, **more, "config": kept, "versions": versions()}
 
 
