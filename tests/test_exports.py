@@ -235,7 +235,7 @@ def test_pictures_of_others_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is no picture"):
         repeat.read(tmp_path / "text.png")
     (tmp_path / "result.json").write_text("[]")
-    with pytest.raises(ValueError, match="is not the result.json of a search"):
+    with pytest.raises(ValueError, match=r"is not the result\.json of a search"):
         repeat.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         repeat.read(tmp_path / "none.png")

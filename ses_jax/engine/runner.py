@@ -21,7 +21,7 @@ from ses_jax.engine.program import Scored, State
 from ses_jax.engine.progress import Report, Step, Work, progress_bar, seconds_left
 from ses_jax.engine.result import SearchResult, to_image
 from ses_jax.engine.tasks import FINALS, Task, generation_count, initial_state, model_of, prepare
-from ses_jax.engine.watching import Shot, Sight, Watch
+from ses_jax.engine.watching import NOTHING, Shot, Sight, Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards import reward as rewards
@@ -70,7 +70,7 @@ def search_prompts(
     base: Base | None = None,
     progress: bool = False,
     state_folder: Path | None = None,
-    watch: Watch = Watch(),
+    watch: Watch = NOTHING,
 ) -> list[SearchResult]:
     """Searches for several prompts at once, as one batch.
 

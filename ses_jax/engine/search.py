@@ -79,6 +79,7 @@ def search(
     start_from = given and given.fit(pipeline, (config.height, config.width), len(prompts))
 
     results: list[SearchResult] = []
+    saves = run.save_candidates and partition.leads(pipeline.mesh)
     at_once = 1 if reward.one_prompt_at_a_time or on_generation else run.prompts_at_once
     stops: list[bool] = []
 
@@ -102,7 +103,7 @@ def search(
             watch=Watch(
                 not run.no_report,
                 on_generation and ask,
-                folders if run.save_candidates and partition.leads(pipeline.mesh) else None,
+                folders if saves else None,
             ),
         )
         if folder is not None and partition.leads(pipeline.mesh):

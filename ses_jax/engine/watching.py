@@ -59,6 +59,9 @@ class Watch(NamedTuple):
         return Shown(SIDE) if self.film else None
 
 
+NOTHING = Watch()
+
+
 class Seen(NamedTuple):
     """A generation of one prompt.
 
@@ -80,7 +83,7 @@ class Seen(NamedTuple):
 
 
 class Sight(NamedTuple):
-    """What was seen so far: the film of each prompt, the first prompt's best preview, and whether the caller has enough."""
+    """What was seen so far: each prompt's film, the first prompt's best preview, and whether the caller has enough."""
 
     films: list[list[Shot]]
     best: Image.Image | None = None

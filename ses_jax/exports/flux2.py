@@ -1,4 +1,4 @@
-"""FLUX.2 elsewhere: everybody's noise is the grid that the network sees, 2x2 cells of the autoencoder in its channels."""
+"""FLUX.2 elsewhere: the noise is the grid that the network sees, 2x2 cells of the autoencoder in its channels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,5 +37,7 @@ def comfy(config: Mapping[str, Any]) -> Comfy:
         encoders = ("mistral_3_small_flux2_bf16.safetensors",)
         return Comfy("flux2-dev.safetensors", encoders, "flux2", "flux2-vae.safetensors", empty, distilled=scale)
     cfg = scale if scale > 1 else None
-    network = "flux-2-klein-4b.safetensors" if cfg is None else "flux-2-klein-base-4b.safetensors"
-    return Comfy(network, ("qwen_3_4b.safetensors",), "flux2", "flux2-vae.safetensors", empty, cfg=cfg)
+    kind = "klein" if cfg is None else "klein-base"
+    size, encoder = ("9b", "qwen_3_8b") if "9b" in str(config.get("model")).lower() else ("4b", "qwen_3_4b")
+    network = f"flux-2-{kind}-{size}.safetensors"
+    return Comfy(network, (f"{encoder}.safetensors",), "flux2", "flux2-vae.safetensors", empty, cfg=cfg)
