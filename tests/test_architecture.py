@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # imports inside a room point down too.
 ROOMS: dict[str, tuple[set[str], list[str]]] = {
     "ses_jax.batch": (
-        {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading"},
+        {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.report"},
         ["run", "progress", "run_folder", "prompts", "processes"],
     ),
     "ses_jax.planner": (
@@ -27,7 +27,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         ],
     ),
     "ses_jax.engine": (
-        {"ses_jax.searchers", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.exports"},
+        {f"ses_jax.{room}" for room in ("searchers", "rewards", "pipelines", "loading", "exports", "report")},
         [
             "search",
             "models",
@@ -63,6 +63,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             *("flux1", "flux2", "qwen_image", "z_image", "layouts"),
         ],
     ),
+    "ses_jax.report": (set(), ["page", "gallery", "html", "charts", "curves", "grid"]),
     "ses_jax.searchers": (
         set(),
         ["registry", "ses", "zero_order", "best_of_n", "searcher", "space", "options", "cem", "elites", "wavelet"],

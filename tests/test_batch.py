@@ -30,7 +30,7 @@ def whole(tmp_path_factory):
 def test_a_run_holds_a_folder_a_prompt_and_merged_results(whole):
     out, summary = whole
     names = [f"{i:05d}" for i in range(len(PROMPTS))]
-    files = {"run.json", "prompts.jsonl", "results-0.jsonl", "results.jsonl", "summary.json"}
+    files = {"run.json", "prompts.jsonl", "results-0.jsonl", "results.jsonl", "summary.json", "report.html"}
     assert {path.name for path in out.iterdir()} == {*names, *files}
     rows = lines(out / "results.jsonl")
     assert [row["id"] for row in rows] == names

@@ -35,7 +35,7 @@ def test_is_small_and_in_the_published_layout():
 
 
 def test_images_equal_diffusers(pipeline, tmp_path):
-    """Also by an export's script. Trained weights reach larger activations than random ones; the bounds are the same."""
+    """Trained weights reach larger activations than random ones; the bounds are the same, also by an export."""
     reference = ZImagePipeline.from_pretrained(hub.DEMO, torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     defaults = pipeline.defaults

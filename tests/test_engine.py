@@ -289,7 +289,7 @@ def test_interrupt_before_anything_is_scored_propagates(search):
 def test_saved_folder(search, tmp_path):
     result = search(out=tmp_path / "deep" / "folder")
     folder = tmp_path / "deep" / "folder"
-    names = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "result.json"}
+    names = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "report.html", "result.json"}
     assert {path.name for path in folder.iterdir()} == names
     np.testing.assert_array_equal(np.load(folder / "noise.npy"), result.noise)
     np.testing.assert_array_equal(Image.open(folder / "best.png"), result.image)

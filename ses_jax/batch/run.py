@@ -79,7 +79,7 @@ def search_many(
     rows = read_rows(prompts)
     report = models.check_rewards(how.reward, how.report)
     me = own_place(process_id, num_processes)
-    run = Run(Path(out), rows, me.process_id)
+    run = Run(Path(out), rows, me.process_id, not how.no_report, how.image_format)
     load = dict(place.load or {})
     described = _described(config.as_json()) | {"load": _described(load)}
     described |= {"model": _name(how.model), "reward": _name(how.reward), "report": _name(report)}
@@ -174,7 +174,7 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
     if results[0].interrupted:
         raise KeyboardInterrupt
     for row, result in zip(rows, results, strict=True):
-        yield work.run.save(row, result, work.how)
+        yield work.run.save(row, result)
     saved_search.clear(state)
 
 

@@ -37,6 +37,7 @@ class Step(NamedTuple):
       best: score so far.
       rate: images per second.
       left: seconds that the rest takes, final renders and their compilation included.
+      rough: whether that is no more than a bound, before the time of compilation is known.
     """
 
     generation: int
@@ -44,9 +45,15 @@ class Step(NamedTuple):
     best: float
     rate: float
     left: float
+    rough: bool = False
 
     def __str__(self) -> str:
         return f"best {self.best:.4f}  {self.rate:.1f} images/s"
+
+    @property
+    def remaining(self) -> str:
+        """How long it still takes, for people."""
+        return f"{'at most' if self.rough else 'about'} {_clock(self.left)} left"
 
 
 Report = Callable[[Step], None]
@@ -97,7 +104,7 @@ def _bar(work: Work, console: Console) -> Iterator[Report]:
         task = bar.add_task("", total=work.budget, status="compiling", left="")
 
         def report(step: Step) -> None:
-            bar.update(task, completed=step.scored, status=str(step), left=f"{_clock(step.left)} left")
+            bar.update(task, completed=step.scored, status=str(step), left=step.remaining)
 
         yield report
 
@@ -115,7 +122,7 @@ def _lines(work: Work) -> Report:
 
 def _line(work: Work, step: Step, start: float) -> str:
     done = f"generation {step.generation + 1}/{work.generations}  {step.scored}/{work.budget} candidates"
-    return f"{done}  {step}  {_clock(time.monotonic() - start)} elapsed, about {_clock(step.left)} left"
+    return f"{done}  {step}  {_clock(time.monotonic() - start)} elapsed, {step.remaining}"
 
 
 def _redrawn(work: Work, display: Callable[..., Any]) -> Report:

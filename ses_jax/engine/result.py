@@ -17,6 +17,8 @@ from ses_jax.engine.cost import Cost
 from ses_jax.engine.files import save_array, writable_folder, write
 from ses_jax.engine.watching import Shot
 from ses_jax.exports import export, pictures
+from ses_jax.report import grid, page
+from ses_jax.report.charts import Svg
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +98,8 @@ class SearchResult:
         write(folder / "noise.npy", lambda path: save_array(path, self.noise))
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         write(folder / "history.jsonl", lambda path: path.write_text(lines, encoding="utf-8"))
+        if report:
+            write(folder / "report.html", lambda path: path.write_text(page.page(self._view()), encoding="utf-8"))
         text = json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n"
         write(folder / "result.json", lambda path: path.write_text(text, encoding="utf-8"))
         return folder
@@ -106,6 +110,30 @@ class SearchResult:
         scores = {name: getattr(self, before + name) for name in ("score", "final_score")}
         scores = {name: value if math.isfinite(value) else None for name, value in scores.items()}
         return repeat.facts(self.prompt, self.config, image=image, **scores)
+
+    def plot(self) -> Svg:
+        """The best score over candidates, beside what best-of-N would make of the same scores: a chart of notebooks."""
+        return page.curve(self._view(), standalone=True)
+
+    def grid(self) -> Image.Image:
+        """The best preview of each generation, and below it the worst.
+
+        Raises:
+          ValueError: where no previews were kept, as with `no_report`.
+        """
+        rows = [[shot.image for shot in self.film if shot.best == best] for best in (True, False)]
+        return grid.grid([row for row in rows if row])
+
+    def _repr_html_(self) -> str:
+        """The report, for notebooks."""
+        return page.embedded(self._view())
+
+    def _view(self) -> page.View:
+        """What the report shows."""
+        scores = [row["score"] for row in self.history]
+        film = [page.Shown(shot.generation, shot.best, scores[shot.index], shot.image) for shot in self.film]
+        again = repeat.command(self.prompt, self.config), repeat.python(self.prompt, self.config)
+        return page.View(self.summary(), self.history, self.image, self.baseline_image, film, *again)
 
     def export(self, to: str, folder: str | os.PathLike[str] | None = None) -> Path:
         """Writes the noise as another program takes it.

@@ -168,7 +168,8 @@ def _generations(task: Task, folder: Path | None, report: Report, watch: Watch) 
         times.append(time.perf_counter())
         rate = prompts * (done - first * population) / (times[-1] - times[0])
         left = seconds_left(np.diff(times).tolist(), work.generations - first, work.finals)
-        report(Step(index, prompts * done, float(np.max(np.asarray(state.best.scores))), rate, left))
+        best = float(np.max(np.asarray(state.best.scores)))
+        report(Step(index, prompts * done, best, rate, left, rough=index == first))
         if sight.stop:
             interrupted = done < task.config.budget
             break
