@@ -1,10 +1,16 @@
-"""The shell: `ses-jax search`, `batch`, `generate`, `plan`, `convert` and `models`; the same as the Python API."""
+"""The shell: `ses-jax search`, `batch`, `generate`, `plan` and others; the same as the Python API.
+
+Exit status: 0 where all is well, 1 where a prompt of a batch failed, a plan does not fit or the doctor finds no device,
+2 for bad input, 130 after Ctrl-C.
+"""
 
 import dataclasses
 import functools
 import importlib
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
@@ -106,6 +112,8 @@ def search(
     base_noise: Path | None = None,
     index: int = 0,
     like: Path | None = None,
+    prompt_file: Path | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Search the initial noise for the image that the reward likes best.
 
@@ -116,10 +124,15 @@ def search(
         base_noise: file of the noise to start from: .npy, .safetensors, .latent or a result's folder.
         index: number of the first prompt, which chooses its random draws.
         like: a picture or folder of an earlier search, to repeat it; other options stand on top of its settings.
+        prompt_file: more prompts, in a file as batch takes them, or - for lines of stdin.
+        dry_run: say what would be done, and do nothing.
     """
     import ses_jax
 
     prompts, index = (prompts, index) if like is None else _like(like, prompts, index)
+    prompts = (*prompts, *_prompts_of(prompt_file))
+    if dry_run:
+        return _dry_run(prompts, settings)
     many = len(prompts) != 1
     how = {"out": out, "base_noise": base_noise, "index": index}
     found = ses_jax.search(list(prompts) if many else prompts[0], **how, **arguments(settings))
@@ -130,6 +143,28 @@ def search(
             f"  final {result.baseline_final_score:.4f} -> {result.final_score:.4f}"
             f"  {result.timings['search']:.1f} s\n  {folder / 'best.png'}"
         )
+
+
+def _prompts_of(file: Path | None) -> tuple[str, ...]:
+    """The prompts of a file, which has no settings of its own."""
+    from ses_jax.batch.prompts import read_rows
+
+    if file is None:
+        return ()
+    rows = read_rows([line for line in sys.stdin.read().split("\n") if line.strip()] if str(file) == "-" else file)
+    wrong = next((row for row in rows if row.error or row.overrides), None)
+    if wrong is not None:
+        raise ValueError(f"{file}, row {wrong.index}: {wrong.error or 'has settings of its own; use ses-jax batch'}")
+    return tuple(row.prompt for row in rows)
+
+
+def _dry_run(prompts: Any, settings: Any, column: str | None = None) -> None:
+    from ses_jax.batch.prompts import read_rows
+    from ses_jax.shell import dry_run
+
+    rows = read_rows(prompts if isinstance(prompts, Path) else list(prompts), column)
+    for line in dry_run.describe(rows, arguments(settings)):
+        print(line)
 
 
 def _like(file: Path, prompts: Sequence[str], index: int) -> tuple[Sequence[str], int]:
@@ -187,7 +222,15 @@ class Processes:
     distributed: bool = False
 
 
-def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Processes], out: Path) -> int:
+def batch(
+    prompts: File,
+    /,
+    settings: Flat[SearchOptions],
+    processes: Flat[Processes],
+    out: Path,
+    prompt_column: str | None = None,
+    dry_run: bool = False,
+) -> int:
     """Search every prompt of a file, each into its own folder; the same command goes on after a stop.
 
     Exit status: 0 if all prompts are fine, 1 if some failed, 2 for bad input.
@@ -196,8 +239,13 @@ def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Proce
         prompts: a .txt, .csv, .tsv, .json or .jsonl file; columns named like an option override it for their row.
         settings: of the searches.
         processes: where many share the work.
-        out: the run's folder: a folder a prompt, results.jsonl, summary.json.
+        out: the run's folder: a folder a prompt, results.jsonl, summary.json, report.html.
+        prompt_column: the column with the prompts; by default prompt, prompts, text or caption.
+        dry_run: say what would be done, and do nothing.
     """
+    if dry_run:
+        _dry_run(prompts, settings, prompt_column)
+        return 0
     place = processes.process_id, processes.num_processes
     if processes.coordinator is not None or processes.distributed:
         from ses_jax.batch.processes import meet
@@ -207,7 +255,7 @@ def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Proce
     import ses_jax
     from ses_jax.batch.progress import print_summary
 
-    named = arguments(settings)
+    named = arguments(settings) | {"prompt_column": prompt_column}
     try:
         summary = ses_jax.search_many(prompts, out=out, process_id=place[0], num_processes=place[1], **named)
     except KeyboardInterrupt:
@@ -218,7 +266,12 @@ def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Proce
 
 
 def generate(
-    prompts: Texts, /, settings: Flat[RenderOptions], model: str = "demo", out: Path = Path("ses_out")
+    prompts: Texts,
+    /,
+    settings: Flat[RenderOptions],
+    model: str = "demo",
+    out: Path = Path("ses_out"),
+    image_format: Literal["png", "jpeg", "webp"] = "png",
 ) -> None:
     """Render one image a prompt, without a search.
 
@@ -227,17 +280,23 @@ def generate(
         settings: of the images.
         model: "demo", a folder, or a Hugging Face id.
         out: folder for the images 000.png, 001.png, ...
+        image_format: of the images.
     """
     import numpy as np
 
     import ses_jax
+    from ses_jax.engine import repeat
     from ses_jax.engine.files import writable_folder, write
     from ses_jax.engine.result import to_image
+    from ses_jax.exports import pictures
 
     writable_folder(out)
-    for index, pixels in enumerate(np.asarray(ses_jax.generate(model, list(prompts), **arguments(settings)))):
-        path = out / f"{index:03d}.png"
-        write(path, functools.partial(to_image(pixels).save, format="PNG"))
+    named = arguments(settings)
+    for index, pixels in enumerate(np.asarray(ses_jax.generate(model, list(prompts), **named))):
+        config = {"model": model, "prompt_index": index, **named, "height": pixels.shape[0], "width": pixels.shape[1]}
+        notes = repeat.notes(repeat.facts(prompts[index], config, image="generate"))
+        path = out / f"{index:03d}.{image_format}"
+        write(path, functools.partial(pictures.save, image=to_image(pixels), kind=image_format, notes=notes))
         print(path)
 
 
@@ -324,17 +383,40 @@ def models() -> None:
         print(f"{source}\n    {use}\n    verified: {verified}")
 
 
+def doctor() -> int:
+    """Print devices, versions, caches and what is missing; exit status 1 where nothing can run."""
+    from ses_jax.shell.doctor import doctor
+
+    return 0 if doctor() else 1
+
+
+ABOUT = """Better images from the text-to-image model you already have, by searching its initial noise.
+
+-q shows no progress, -v shows warnings and tracebacks, --version the version. Exit status: 0 where all is well, 1 where
+a prompt of a batch failed, a plan does not fit or there is no device, 2 for bad input, 130 after Ctrl-C."""
+
+
 def main(args: list[str] | None = None) -> int:
     """Runs the command line; bad input is one line on stderr and exit status 2."""
-    from ses_jax.engine import repeat
+    from ses_jax.shell import words
 
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
+        import ses_jax
+
+        print(f"ses-jax {ses_jax.__version__}")
+        return 0
     _keep_compiled_programs()
     commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "convert": convert}
-    commands |= {"models": models, "show": show, "export": export}
+    commands |= {"models": models, "show": show, "export": export, "doctor": doctor}
+    verbose = False
     try:
-        args = repeat.expand(sys.argv[1:] if args is None else args)
-        status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", args=args)
+        args, verbose = words.expand(args)
+        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
+        status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", description=ABOUT, args=args)
     except (ValueError, OSError) as error:
+        if verbose:
+            traceback.print_exc()
         print(f"ses-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -17,7 +17,8 @@ const shown = [...document.body.querySelectorAll("*")].filter(e => e.getClientRe
 for (const e of shown)
   if (!e.parentElement.closest(".film, .wide, svg") && e.getBoundingClientRect().right > room + 1)
     out.push("beyond the edge: " + e.tagName + " " + e.textContent.slice(0, 40));
-const texts = shown.filter(e => e.matches("h1,h2,p,td,th,figcaption,pre,button,text,.ends span") && e.textContent.trim());
+const words = "h1,h2,p,td,th,figcaption,pre,button,text,.ends span";
+const texts = shown.filter(e => e.matches(words) && e.textContent.trim());
 const boxes = texts.map(e => [e, e.getBoundingClientRect()]);
 for (const [i, [a, p]] of boxes.entries())
   for (const [b, q] of boxes.slice(i + 1)) {

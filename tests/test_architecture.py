@@ -15,6 +15,10 @@ ROOT = Path(__file__).parents[1]
 # The rooms of the house, from the top: which rooms each may import from, and its modules, also from the top, so that
 # imports inside a room point down too.
 ROOMS: dict[str, tuple[set[str], list[str]]] = {
+    "ses_jax.shell": (
+        {f"ses_jax.{room}" for room in ("batch", "planner", "engine", "rewards")},
+        ["doctor", "dry_run", "words"],
+    ),
     "ses_jax.batch": (
         {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.report"},
         ["run", "progress", "run_folder", "prompts", "processes"],

@@ -11,7 +11,7 @@ import toy
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import ses_jax
 from ses_jax import cli
@@ -275,31 +275,6 @@ def test_a_command_gives_its_settings_back(found, monkeypatch):
     expected |= {"standardize": False, "searcher": "zero-order,radius=0.5", "fidelity": "half:0.5"}
     assert {name: seen[name] for name in expected} == expected
     assert seen["prompts"] == [PROMPT, "again"]
-
-
-DEMO = ["--budget", "4", "--population", "2", "--elites", "1", "--preview-steps", "2", "--steps", "2", "--no-progress"]
-
-
-def test_like_repeats_a_search_of_the_demo_and_flags_stand_on_top(tmp_path, monkeypatch, capsys):
-    first, again = tmp_path / "first", tmp_path / "again"
-    many = ["search", "a blue square", "a red circle", *DEMO, "--seed", "5", "--no-report"]
-    assert cli.main([*many, "--out", str(first)]) == 0
-    picture = str(first / "001" / "best.png")
-    assert cli.main(["search", "--like", picture, "--no-report", "--no-progress", "--out", str(again)]) == 0
-    np.testing.assert_array_equal(np.load(again / "noise.npy"), np.load(first / "001" / "noise.npy"))
-    np.testing.assert_array_equal(Image.open(again / "best.png"), Image.open(picture))
-    capsys.readouterr()
-    assert cli.main(["show", picture]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("a red circle\nSteps: 2, Sampler: Euler")
-    assert "ses-jax search 'a red circle' --model demo --reward clip --index 1" in printed
-    assert cli.main(["export", str(again), "--to", "diffusers", "--out", str(tmp_path / "d")]) == 0
-    np.testing.assert_array_equal(
-        load_file(tmp_path / "d" / "noise.safetensors")["latents"], np.load(again / "noise.npy")[None]
-    )
-    seen = parsed(["search", "a cat", f"--like={picture}", "--seed", "6", "--nfe", "30"], monkeypatch)
-    assert (seen["prompts"], seen["seed"], seen["nfe"], seen["budget"]) == ("a cat", 6, 30, None)
-    assert (seen["index"], seen["steps"]) == (0, 2)  # another prompt is another's draw
 
 
 def test_what_cannot_be_repeated_says_why(found, tmp_path, capsys):

@@ -65,7 +65,8 @@ def test_curves_of_a_history():
 def test_ticks_are_round_and_inside(low, span):
     found = charts.ticks(low, low + span, 4)
     assert 1 <= len(found) <= 11
-    assert all(low - 1e-9 * abs(low) <= tick <= (low + span) * (1 + 1e-9) + 1e-9 for tick in found)
+    slack = 1e-9 * (abs(low) + span)
+    assert all(low - slack <= tick <= low + span + slack for tick in found)
 
 
 def test_charts_are_drawings_of_their_lines():
@@ -256,17 +257,7 @@ def test_a_browser_filters_and_sorts_a_gallery(tmp_path, width):
         for name in ("best", "baseline"):
             Image.new("RGB", (64, 64)).save(tmp_path / outcome["folder"] / f"{name}.png")
     found = ask(page, LAYOUT + FILTERS, tmp_path / "profile", width=width)
-    fetched = {line for line in found if line.startswith("fetched ")}
-    assert {unquote(line).rsplit("/", 2)[1] for line in fetched} == {f"id {i}#" for i in range(4)}  # its own pictures
-    assert [line for line in found if line not in fetched] == [
-        "41032",
-        "1032",
-        "10",
-        "1032",
-        "41032",
-        "40123",
-        "5 of 5",
-    ]
+    assert found == ["41032", "1032", "10", "1032", "41032", "40123", "5 of 5"]
 
 
 def test_a_batch_run_has_a_gallery(tmp_path):

@@ -50,6 +50,7 @@ def search_many(
     prompts: Source,
     *,
     out: str | os.PathLike[str],
+    prompt_column: str | None = None,
     process_id: int | None = None,
     num_processes: int | None = None,
     **settings: Any,
@@ -61,6 +62,7 @@ def search_many(
         `prompts.read_rows`. Rows may override the fields of `SearchConfig`. Row `i` draws from the key of prompt `i`.
       out: the run's folder, with a folder a prompt by its id, `results.jsonl` (a line a row: scores, or the error) and
         `summary.json`; see `run_folder.py`. With many processes, the same one on a file system that all share.
+      prompt_column: the column of a file that holds the prompts; by default `prompt`, `prompts`, `text` or `caption`.
       process_id, num_processes: this process's place among many, each called with the same arguments; None takes that
         in `jax.distributed`. A mesh is of the devices of this process.
       {settings}
@@ -76,7 +78,7 @@ def search_many(
       KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
     how, config, place = gather("search_many", settings, RunConfig, SearchConfig, Placement)
-    rows = read_rows(prompts)
+    rows = read_rows(prompts, prompt_column)
     report = models.check_rewards(how.reward, how.report)
     me = own_place(process_id, num_processes)
     run = Run(Path(out), rows, me.process_id, not how.no_report, how.image_format)
