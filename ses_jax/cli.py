@@ -132,7 +132,8 @@ def search(
     prompts, index = (prompts, index) if like is None else _like(like, prompts, index)
     prompts = (*prompts, *_prompts_of(prompt_file))
     if dry_run:
-        return _dry_run(prompts, settings)
+        _dry_run(prompts, settings)
+        return
     many = len(prompts) != 1
     how = {"out": out, "base_noise": base_noise, "index": index}
     found = ses_jax.search(list(prompts) if many else prompts[0], **how, **arguments(settings))

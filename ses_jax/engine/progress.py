@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+# Columns that a terminal has for everything there is to show.
+WIDE = 80
+
 
 class Work(NamedTuple):
     """What a search has before it.
@@ -93,18 +96,16 @@ def progress_bar(work: Work, *, enabled: bool = True) -> Iterator[Report]:
 def _bar(work: Work, console: Console) -> Iterator[Report]:
     """A bar under a line with the prompt, which may be long."""
     console.print(work.title, markup=False, highlight=False)
-    columns = (
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
+    wide = console.width >= WIDE
+    status, left = TextColumn("{task.fields[status]}"), TextColumn("{task.fields[left]}")
+    columns = (MofNCompleteColumn(), status, left)
+    columns = (BarColumn(bar_width=None), *columns[:2], TimeElapsedColumn(), left) if wide else columns
     with Progress(*columns, console=console, expand=True) as bar:
         task = bar.add_task("", total=work.budget, status="compiling", left="")
 
         def report(step: Step) -> None:
-            bar.update(task, completed=step.scored, status=str(step), left=step.remaining)
+            status = str(step) if wide else f"best {step.best:.4f}"
+            bar.update(task, completed=step.scored, status=status, left=step.remaining)
 
         yield report
 

@@ -21,7 +21,7 @@ STYLE = (
     ".soft{color:var(--soft);font-size:.9rem}.good{color:var(--good)}.bad{color:var(--bad)}"
     ".columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr));gap:16px 28px}"
     "table{border-collapse:collapse;font-size:.9rem;max-width:100%}th,td{text-align:right;padding:3px 10px 3px 0;"
-    "border-bottom:1px solid var(--edge)}td+td{white-space:nowrap}"
+    "border-bottom:1px solid var(--edge)}td+td{white-space:nowrap}th{overflow-wrap:normal}"
     "th:first-child,td:first-child{text-align:left;min-width:6em}.wide{overflow-x:auto}"
     ".compare{position:relative;max-width:560px;line-height:0;border:1px solid var(--edge)}.compare img{width:100%}"
     ".compare img+img{position:absolute;inset:0;clip-path:inset(0 0 0 var(--at,50%))}"

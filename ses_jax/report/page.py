@@ -127,7 +127,8 @@ def _curve(view: View) -> str:
     return (
         f"{curve(view).text}"
         '<p class="soft">The best preview so far, a dashed line where a generation begins; and what the best of as '
-        "many of the same scores would be on average, drawn in any order.</p>"
+        "many of the same scores would be on average, drawn in any order. A search that learns lies below it at "
+        "first, as its better candidates come late.</p>"
     )
 
 
