@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import ses_jax
+from ses_jax.engine import previews
 from ses_jax.report import charts, curves, gallery, html
 
 PROMPT = 'a <b>red</b> & "blue" picture </script> \u732b ' + "with many words " * 8
@@ -268,3 +270,14 @@ def test_a_batch_run_has_a_gallery(tmp_path):
         assert (tmp_path / link).is_file()
     assert len(page.links) == 4
     assert json.loads((tmp_path / "summary.json").read_text())["failed"] == 1
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(7, 9, None), (7, 9, 9), (7, 9, 3), (8, 4, 3), (2, 9, 1)])
+def test_small_previews_are_means_of_squares(height, width, side):
+    images = np.random.default_rng(0).random((2, height, width, 3)).astype(np.float32)
+    small = np.asarray(previews.pixels(jnp.asarray(images), side))
+    factor = 1 if side is None else min(math.ceil(max(height, width) / side), height, width)
+    assert small.shape == (2, height // factor, width // factor, 3)
+    for y, x in itertools.product(range(small.shape[1]), range(small.shape[2])):
+        square = images[:, y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
+        np.testing.assert_allclose(small[:, y, x], square.mean(axis=(1, 2)) * 255, atol=0.51)

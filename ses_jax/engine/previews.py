@@ -26,11 +26,16 @@ def scored(program: Program, params: Any, inputs: Inputs, images: Array, owner: 
 
 
 def pixels(images: Float[Array, "n H W 3"], side: int | None) -> UInt8[Array, "n h w 3"]:
-    """Images of 8 bits, whose longer side has at most `side` pixels: means of whole squares."""
-    factor = 1 if side is None else max(1, -(-max(images.shape[1:3]) // side))
-    count, height, width = len(images), images.shape[1] // factor, images.shape[2] // factor
-    squares = images[:, : height * factor, : width * factor].reshape(count, height, factor, width, factor, 3)
-    return jnp.round(jnp.clip(squares.mean(axis=(2, 4)), 0, 1) * 255).astype(jnp.uint8)
+    """Images of 8 bits, whose longer side has at most `side` pixels, unless they are much longer than wide.
+
+    Pixels are means of whole squares, and what is left over at the lower and right edge is cut off.
+    """
+    shape = images.shape[1:3]
+    factor = 1 if side is None else min(-(-max(shape) // side), *shape)
+    window = (1, factor, factor, 1)
+    # As sums over windows and not of a reshaped array, whose short axes TPUs would fill up to 128.
+    sums = jax.lax.reduce_window(images.astype(jnp.float32), 0.0, jax.lax.add, window, window, "VALID")
+    return jnp.round(jnp.clip(sums / factor**2, 0, 1) * 255).astype(jnp.uint8)
 
 
 def noise_of(program: Program, inputs: Inputs, points: Any) -> Float[Array, "p n c h w"]:

@@ -23,6 +23,10 @@ class Shown(NamedTuple):
     noise: bool = False
 
 
+# For the film of a report, which a search makes unless it is told otherwise.
+FILM = Shown(256)
+
+
 class Program(NamedTuple):
     """All that a compiled generation depends on besides arrays; equal programs share one compilation.
 

@@ -11,10 +11,8 @@ from PIL import Image
 
 from ses_jax.engine import records
 from ses_jax.engine.files import save_array, write
-from ses_jax.engine.program import Program, Scored, Shown
+from ses_jax.engine.program import FILM, Program, Scored, Shown
 
-# The longer side of what a film holds, in pixels.
-SIDE = 256
 CANDIDATES = "candidates"
 
 
@@ -56,7 +54,7 @@ class Watch(NamedTuple):
         """What the compiled generation is asked for."""
         if self.on_generation or self.folders:
             return Shown(None, noise=self.folders is not None)
-        return Shown(SIDE) if self.film else None
+        return FILM if self.film else None
 
 
 NOTHING = Watch()
@@ -144,7 +142,7 @@ def shots(seen: Seen) -> list[Shot]:
 
 def _small(pixels: UInt8[np.ndarray, "h w 3"]) -> Image.Image:
     image = Image.fromarray(pixels)
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((FILM.side, FILM.side))
     return image
 
 
