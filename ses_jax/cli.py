@@ -21,6 +21,9 @@ import tyro
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig
 from ses_jax.engine.settings import fields, read
 from ses_jax.planner.plan import PLANNED
+from ses_jax.shell import words
+from ses_jax.shell.commands import doctor, export, show
+from ses_jax.shell.dry_run import print_dry_run
 
 Text = Annotated[str, tyro.conf.Positional]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -113,6 +116,7 @@ def search(
     index: int = 0,
     like: Path | None = None,
     prompt_file: Path | None = None,
+    config: Path | None = None,
     dry_run: bool = False,
 ) -> None:
     """Search the initial noise for the image that the reward likes best.
@@ -125,14 +129,17 @@ def search(
         index: number of the first prompt, which chooses its random draws.
         like: a picture or folder of an earlier search, to repeat it; other options stand on top of its settings.
         prompt_file: more prompts, in a file as batch takes them, or - for lines of stdin.
+        config: a .yaml, .json or .toml file of options by their names; those of the command stand on top.
         dry_run: say what would be done, and do nothing.
     """
     import ses_jax
 
-    prompts, index = (prompts, index) if like is None else _like(like, prompts, index)
-    prompts = (*prompts, *_prompts_of(prompt_file))
+    words.check_config(config)
+    if like is not None:
+        prompts, index = words.of_like(like, prompts, index)
+    prompts = [*prompts, *words.of_file(prompt_file)]
     if dry_run:
-        _dry_run(prompts, settings)
+        print_dry_run(prompts, arguments(settings))
         return
     many = len(prompts) != 1
     how = {"out": out, "base_noise": base_noise, "index": index}
@@ -144,66 +151,6 @@ def search(
             f"  final {result.baseline_final_score:.4f} -> {result.final_score:.4f}"
             f"  {result.timings['search']:.1f} s\n  {folder / 'best.png'}"
         )
-
-
-def _prompts_of(file: Path | None) -> tuple[str, ...]:
-    """The prompts of a file, which has no settings of its own."""
-    from ses_jax.batch.prompts import read_rows
-
-    if file is None:
-        return ()
-    rows = read_rows([line for line in sys.stdin.read().split("\n") if line.strip()] if str(file) == "-" else file)
-    wrong = next((row for row in rows if row.error or row.overrides), None)
-    if wrong is not None:
-        raise ValueError(f"{file}, row {wrong.index}: {wrong.error or 'has settings of its own; use ses-jax batch'}")
-    return tuple(row.prompt for row in rows)
-
-
-def _dry_run(prompts: Any, settings: Any, column: str | None = None) -> None:
-    from ses_jax.batch.prompts import read_rows
-    from ses_jax.shell import dry_run
-
-    rows = read_rows(prompts if isinstance(prompts, Path) else list(prompts), column)
-    for line in dry_run.describe(rows, arguments(settings)):
-        print(line)
-
-
-def _like(file: Path, prompts: Sequence[str], index: int) -> tuple[Sequence[str], int]:
-    """The prompts, or that of an earlier search with its own draws; its settings stand among the options already."""
-    from ses_jax.engine import repeat
-
-    about = repeat.read(file)
-    return (prompts, 0) if prompts else ([about["prompt"]], index)
-
-
-def show(file: File, /) -> None:
-    """Print how an image was made, and the command that makes it again.
-
-    Args:
-        file: a picture of ses_jax, or the folder of a result.
-    """
-    from ses_jax.engine import repeat
-
-    about = repeat.read(file)
-    print(repeat.parameters(about))
-    if "budget" in about["config"]:
-        print(f"\n{repeat.command(about['prompt'], about['config'])}")
-
-
-def export(result: File, /, to: Literal["diffusers", "comfyui"], out: Path | None = None) -> None:
-    """Write a found noise for another program.
-
-    Args:
-        result: folder of a result.
-        to: a file for `latents=` of diffusers and a script that uses it; or a .latent file, a custom node and a
-            workflow of ComfyUI.
-        out: folder to write to, ses_diffusers or ses_comfyui by default.
-    """
-    from ses_jax.engine import repeat
-    from ses_jax.engine.result import export_noise
-    from ses_jax.exports import noises
-
-    print(export_noise(noises.read(result), repeat.read(result / "result.json"), to, out))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +177,7 @@ def batch(
     processes: Flat[Processes],
     out: Path,
     prompt_column: str | None = None,
+    config: Path | None = None,
     dry_run: bool = False,
 ) -> int:
     """Search every prompt of a file, each into its own folder; the same command goes on after a stop.
@@ -242,10 +190,12 @@ def batch(
         processes: where many share the work.
         out: the run's folder: a folder a prompt, results.jsonl, summary.json, report.html.
         prompt_column: the column with the prompts; by default prompt, prompts, text or caption.
+        config: a .yaml, .json or .toml file of options by their names; those of the command stand on top.
         dry_run: say what would be done, and do nothing.
     """
+    words.check_config(config)
     if dry_run:
-        _dry_run(prompts, settings, prompt_column)
+        print_dry_run(prompts, arguments(settings), prompt_column)
         return 0
     place = processes.process_id, processes.num_processes
     if processes.coordinator is not None or processes.distributed:
@@ -384,13 +334,6 @@ def models() -> None:
         print(f"{source}\n    {use}\n    verified: {verified}")
 
 
-def doctor() -> int:
-    """Print devices, versions, caches and what is missing; exit status 1 where nothing can run."""
-    from ses_jax.shell.doctor import doctor
-
-    return 0 if doctor() else 1
-
-
 ABOUT = """Better images from the text-to-image model you already have, by searching its initial noise.
 
 -q shows no progress, -v shows warnings and tracebacks, --version the version. Exit status: 0 where all is well, 1 where
@@ -399,8 +342,6 @@ a prompt of a batch failed, a plan does not fit or there is no device, 2 for bad
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line; bad input is one line on stderr and exit status 2."""
-    from ses_jax.shell import words
-
     args = sys.argv[1:] if args is None else args
     if args == ["--version"]:
         import ses_jax

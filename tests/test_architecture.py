@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 # imports inside a room point down too.
 ROOMS: dict[str, tuple[set[str], list[str]]] = {
     "ses_jax.shell": (
-        {f"ses_jax.{room}" for room in ("batch", "planner", "engine", "rewards")},
-        ["doctor", "dry_run", "words"],
+        {f"ses_jax.{room}" for room in ("batch", "planner", "engine", "exports", "rewards")},
+        ["commands", "doctor", "dry_run", "words"],
     ),
     "ses_jax.batch": (
         {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.report"},

@@ -121,6 +121,10 @@ def test_noise_of_another_shape_is_refused_with_those_that_fit():
 def test_other_programs_and_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot export to 'a1111'; known: diffusers, comfyui"):
         export.export(noise()[0], PROMPT, CONFIG, "a1111")
+    with pytest.raises(ValueError, match="does not say its family: it is of an older version"):
+        export.export(noise()[0], PROMPT, CONFIG, "diffusers")
+    with pytest.raises(ValueError, match="index=-1 must be at least 0"):
+        ses_jax.search("a", index=-1)
     with pytest.raises(ValueError, match="'Toy' has no place in other programs; known: ZImagePipeline"):
         export.export(noise()[0], PROMPT, CONFIG | {"family": "Toy"}, "diffusers")
 

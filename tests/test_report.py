@@ -187,6 +187,20 @@ def test_a_function_sees_each_generation_and_may_stop():
         assert result.score == max(scores)
 
 
+def test_a_search_that_was_stopped_goes_on_with_its_film(tmp_path):
+    settings = SETTINGS | {"model": toy.pipeline(), "reward": toy.brightness(), "resume": True}
+    whole = ses_jax.search("a", out=tmp_path / "whole", **settings)
+    stopped = ses_jax.search(
+        "a", out=tmp_path / "out", on_generation=lambda generation, *_: generation == 1, **settings
+    )
+    assert (len(stopped.history), len(stopped.film)) == (8, 4)
+    result = ses_jax.search("a", out=tmp_path / "out", **settings)
+    assert result.history == whole.history
+    for shot, expected in zip(result.film, whole.film, strict=True):
+        assert (shot.generation, shot.index, shot.best) == (expected.generation, expected.index, expected.best)
+        np.testing.assert_array_equal(shot.image, expected.image)
+
+
 OUTCOMES = [
     {"id": f"{i:05d}", "index": i, "prompt": f"{PROMPT} {i}", "folder": f"id {i}#", "score": s, "baseline_score": 1.0}
     for i, s in enumerate((1.5, 3.0, 0.5, None))

@@ -131,6 +131,31 @@ def test_prompts_from_stdin_and_files(asked, tmp_path, monkeypatch, capsys):
     assert (asked[-1][1]["prompt_column"], asked[-1][1]["image_format"]) == ("words", "webp")
 
 
+def test_options_from_a_file_and_on_top_of_it(asked, tmp_path, capsys):
+    text = "budget: 30\nguidance: {scale: 2, true_cfg: 3}\nreport: [pick, hps]\nstandardize: false\nlevel: null\n"
+    (tmp_path / "run.yaml").write_text(text + "reward: {clip: 1, pick: 0.5}\npreview_steps: 3\n")
+    (tmp_path / "run.toml").write_text('seed = 4\nmodel = "some/model"\n')
+    assert cli.main(["search", "a cat", "--config", str(tmp_path / "run.yaml"), "--budget", "40"]) == 2
+    assert cli.main(["batch", "p.txt", "--out", "x", f"--config={tmp_path / 'run.toml'}"]) == 2
+    (prompts, first), (_, second) = asked
+    expected = {"budget": 40, "guidance": {"scale": 2.0, "true_cfg": 3.0}, "report": {"pick": 1.0, "hps": 1.0}}
+    expected |= {"reward": {"clip": 1.0, "pick": 0.5}, "standardize": False, "preview_steps": 3, "level": None}
+    assert prompts == "a cat"
+    assert first.items() >= expected.items()
+    assert (second["seed"], second["model"]) == (4, "some/model")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[1]")
+    capsys.readouterr()
+    for name, message in (
+        ("broken.json", "cannot be read"),
+        ("list.json", "must hold options by their names, got a list"),
+        ("none.yaml", "no such file"),
+        ("run.ini", "options are in a .yaml, .yml, .json, .toml file"),
+    ):
+        assert cli.main(["search", "a", "--config", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_dry_run_does_nothing(asked, tmp_path, capsys):
     assert cli.main(["search", "a", "b", "--budget", "25", "--dry-run", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out

@@ -67,6 +67,8 @@ def search(
     """
     run, config, place = gather("search", settings, RunConfig, SearchConfig, Placement)
     prompts = _prompt_list(prompt)
+    if index < 0:
+        raise ValueError(f"index={index} must be at least 0")
     check_resume(run.resume, out)
     if run.save_candidates and out is None:
         raise ValueError("save_candidates needs out=, the folder that they are saved in")

@@ -3,13 +3,19 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ses_jax.batch.prompts import Row
+from ses_jax.batch.prompts import Row, Source, read_rows
 from ses_jax.engine.config import BUDGET, SearchConfig
 from ses_jax.engine.settings import fields
 from ses_jax.planner.plan import PLANNED, plan
 from ses_jax.rewards import reward as rewards
 
 MANY = 5
+
+
+def print_dry_run(prompts: Source, given: Mapping[str, Any], column: str | None = None) -> None:
+    """Prints `describe` of a prompt file or of prompts."""
+    for line in describe(read_rows(prompts, column), given):
+        print(line)
 
 
 def describe(rows: Sequence[Row], given: Mapping[str, Any]) -> Iterator[str]:
