@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "benchmarks" / "results"
 # From the top; one that is not named here comes last.
 ROOMS = [
-    *("shell", "batch", "planner", "engine", "report", "exports"),
+    *("shell", "studio", "batch", "planner", "engine", "report", "exports"),
     *("searchers", "pipelines", "rewards", "loading", "convert", "models"),
 ]
 

@@ -22,7 +22,7 @@ from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConf
 from ses_jax.engine.settings import fields, read
 from ses_jax.planner.plan import PLANNED
 from ses_jax.shell import words
-from ses_jax.shell.commands import doctor, export, show
+from ses_jax.shell.commands import doctor, export, show, studio
 from ses_jax.shell.dry_run import print_dry_run
 
 Text = Annotated[str, tyro.conf.Positional]
@@ -350,7 +350,7 @@ def main(args: list[str] | None = None) -> int:
         return 0
     _keep_compiled_programs()
     commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "convert": convert}
-    commands |= {"models": models, "show": show, "export": export, "doctor": doctor}
+    commands |= {"models": models, "show": show, "export": export, "doctor": doctor, "studio": studio}
     verbose = False
     try:
         args, verbose = words.expand(args)

@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 # imports inside a room point down too.
 ROOMS: dict[str, tuple[set[str], list[str]]] = {
     "ses_jax.shell": (
-        {f"ses_jax.{room}" for room in ("batch", "planner", "engine", "exports", "rewards")},
+        {f"ses_jax.{room}" for room in ("studio", "batch", "planner", "engine", "exports", "rewards")},
         ["commands", "doctor", "dry_run", "words"],
     ),
+    "ses_jax.studio": ({"ses_jax.engine"}, ["page", "sessions"]),
     "ses_jax.batch": (
         {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.report"},
         ["run", "progress", "run_folder", "prompts", "processes"],

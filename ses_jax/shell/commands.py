@@ -1,4 +1,4 @@
-"""Commands that are no calls of Python: `ses-jax show`, `export` and `doctor`."""
+"""Commands that are no calls of Python: `ses-jax show`, `export`, `doctor` and `studio`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 import tyro
 
 from ses_jax.engine import repeat
+from ses_jax.engine.files import writable_folder
 from ses_jax.engine.result import export_noise
 from ses_jax.exports import noises
+from ses_jax.studio import page
 
 File = Annotated[Path, tyro.conf.Positional]
 
@@ -41,3 +43,15 @@ def doctor() -> int:
     from ses_jax.shell import doctor
 
     return 0 if doctor.doctor() else 1
+
+
+def studio(model: str = "demo", out: Path = Path("ses_studio"), host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Show a local page for searching without writing code; it takes pip install 'ses_jax[studio]'.
+
+    Args:
+        model: what the page's field of the model says at first.
+        out: folder of the results.
+        host: address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 everybody who reaches it.
+        port: of the page.
+    """
+    page.serve(model, writable_folder(out).resolve(), host, port)
