@@ -39,10 +39,10 @@ def test_stop_keeps_the_best_and_errors_come_through(tmp_path):
 
 def test_fields_of_the_page_are_settings():
     assert sessions.settings_of(" ", "", 20.0, 3.0) == {"model": "demo", "budget": 20, "seed": 3}
-    assert sessions.settings_of("a/b", " pick ", 1, 0)["reward"] == "pick"
-    assert sessions.settings_of("a/b", "pick=1, hps=0.5", 1, 0)["reward"] == {"pick": 1.0, "hps": 0.5}
+    assert sessions.settings_of("a/b", " pick ", 1.0, 0.0)["reward"] == "pick"
+    assert sessions.settings_of("a/b", "pick=1, hps=0.5", 1.0, 0.0)["reward"] == {"pick": 1.0, "hps": 0.5}
     with pytest.raises(ValueError, match="neither a reward nor a mixture"):
-        sessions.settings_of("a/b", "pick=x", 1, 0)
+        sessions.settings_of("a/b", "pick=x", 1.0, 0.0)
 
 
 def test_without_gradio_the_shell_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from ses_jax.studio import sessions
 from ses_jax.studio.sessions import Search, Update, search
 
 TITLE = "ses_jax studio"
+HEIGHT = 360  # of pictures, in pixels
 FILES = ("report.html", "best.png", "baseline.png", "noise.npy", "result.json")
 
 
@@ -52,8 +53,8 @@ def build(model: str, folder: Path, *, find: Search = search) -> Any:
             go, end = gradio.Button("Search", variant="primary"), gradio.Button("Stop and keep the best")
         status = gradio.Textbox(label="Status", interactive=False)
         with gradio.Row():
-            live = gradio.Image(label="Best so far", interactive=False)
-            compare = gradio.ImageSlider(label="Without a search, and found", interactive=False)
+            live = gradio.Image(label="Best so far", interactive=False, height=HEIGHT)
+            compare = gradio.ImageSlider(label="Without a search, and found", interactive=False, height=HEIGHT)
         files = gradio.Files(label="Download", interactive=False)
         history = gradio.Gallery(label="This session", columns=4)
         before = gradio.State([])
