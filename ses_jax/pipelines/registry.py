@@ -108,7 +108,8 @@ def load_pipeline(
     changes = {"lora": [list(pair) for pair in pairs(lora)], "schedule": dict(schedule or {})}
     changes |= {"quantize": quantized.kind_of(params), "files": {name: str(file) for name, file in files.items()}}
     pipeline = _placed(family, _assembled(family, parts, options), mesh)
-    return dataclasses.replace(pipeline, changes={name: change for name, change in changes.items() if change})
+    changes = {name: change for name, change in changes.items() if change}
+    return dataclasses.replace(pipeline, source=str(source), options=options, changes=changes)
 
 
 def _assembled(family: ModuleType, parts: Parts, options: Mapping[str, Any]) -> Pipeline:
