@@ -389,8 +389,8 @@ def models() -> None:
 ABOUT = """Better images from the text-to-image model you already have, by searching its initial noise.
 
 -q shows no progress, -v shows more messages and tracebacks, --version the version. Exit status: 0 where all is well, 1
-where the reward or a prompt of a batch failed, a plan does not fit or there is no device, 2 for bad input, 130 if Ctrl-C
-and 143 if SIGTERM ended it early."""
+where the reward or a prompt of a batch failed, a plan does not fit or there is no device, 2 for bad input, 130 if
+Ctrl-C and 143 if SIGTERM ended it early."""
 
 
 def main(args: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import ses_jax
 from ses_jax import cli
 from ses_jax.batch import progress, prompts, run_folder
 from ses_jax.batch import run as batch
-from ses_jax.engine import models, output, result
+from ses_jax.engine import files, models, output
 
 
 @pytest.fixture(scope="module")
@@ -293,10 +293,10 @@ def test_two_processes_may_write_a_file_at_once(tmp_path):
 
     def slow(temporary):
         temporary.write_text("first")
-        result.write(path, lambda other: other.write_text("second"))
+        files.write(path, lambda other: other.write_text("second"))
         assert path.read_text() == "second"
 
-    result.write(path, slow)
+    files.write(path, slow)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
 

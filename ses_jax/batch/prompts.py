@@ -213,9 +213,8 @@ def _decode(path: Path) -> str:
     try:
         return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"prompt file {path} is not {encoding.removesuffix('-sig').upper()}: {error.reason} at byte {error.start}"
-        ) from error
+        name = encoding.removesuffix("-sig").upper()
+        raise ValueError(f"prompt file {path} is not {name}: {error.reason} at byte {error.start}") from error
 
 
 _READERS: dict[str, Callable[[Path, str | None], list[Any]]] = {

@@ -86,8 +86,8 @@ class SearchResult:
     def save(self, folder: str | os.PathLike[str], *, image_format: str = "png", report: bool = True) -> Path:
         """Writes `best.png`, `baseline.png`, `noise.npy`, `history.jsonl`, `report.html` and `result.json`.
 
-        Each file appears whole or not at all, `result.json` last. The pictures carry prompt, settings and versions. What
-        an earlier result left there in other formats, or as a page, goes.
+        Each file appears whole or not at all, `result.json` last. The pictures carry prompt, settings and versions.
+        What an earlier result left there in other formats, or as a page, goes.
 
         Args:
           folder: is made if it is not there.
