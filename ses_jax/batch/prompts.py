@@ -213,8 +213,7 @@ def _decode(path: Path) -> str:
     try:
         return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        name = encoding.removesuffix("-sig").upper()
-        raise ValueError(f"prompt file {path} is not {name}: {error.reason} at byte {error.start}") from error
+        raise ValueError(f"prompt file {path} is not UTF-8 or UTF-16: {error.reason} at byte {error.start}") from error
 
 
 _READERS: dict[str, Callable[[Path, str | None], list[Any]]] = {

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ses_jax.engine import repeat
 from ses_jax.engine import resume as saved_search
 from ses_jax.engine.files import writable_folder
 from ses_jax.engine.placement import check_path
@@ -28,7 +29,7 @@ BATCH = "run.json"
 # What may differ between a result and the call that asks for it again.
 FREE = ("chunk",)
 # What a result says only where there is something to say.
-NONE = {"base_noise": None, "load": {}, "lora": None, "schedule": None, "quantize": None, "files": None}
+NONE = {"base_noise": None, "load": {}} | dict.fromkeys(repeat.CHANGES)
 
 
 class Output(NamedTuple):

@@ -13,6 +13,8 @@ from ses_jax.exports.pictures import Notes
 from ses_jax.rewards.scorers import KINDS
 
 Facts = Mapping[str, Any]
+# What a result notes down of how its model differs from the published one, where it does.
+CHANGES = ("lora", "schedule", "quantize", "files")
 # How fast a search is and not what comes out; and a number of evaluations has become a budget.
 _FREE = ("chunk", "nfe")
 
@@ -81,12 +83,20 @@ def settings(config: Facts) -> dict[str, Any]:
         "model": config.get("model", "demo"),
         "reward": next(iter(driving)) if len(driving) == 1 else driving,
         "report": [name for name, weight in weights.items() if not weight],
-        "load": dict(config.get("load") or {}),
+        "load": _load(config),
         "base_noise": base.get("file") or base.get("sha256"),
         "index": config.get("prompt_index", 0),
     }
     found = {name: value for name, value in found.items() if value}
     return found | {name: value for name, value in own.items() if value != usual[name]}
+
+
+def _load(config: Facts) -> dict[str, Any]:
+    """What the model was loaded with."""
+    if "load" in config:
+        return dict(config["load"])
+    changes = {name: config[name] for name in CHANGES if name in config}
+    return changes | dict(changes.pop("files", {}))
 
 
 def python(prompt: str, config: Facts) -> str:
@@ -120,12 +130,20 @@ def arguments(config: Facts) -> list[str]:
     words = []
     for name, value in settings(config).items():
         if name == "load":
-            words += ["--option", *(f"{option}={chosen}" for option, chosen in value.items())]
+            words += _load_words(dict(value))
         elif isinstance(value, bool):
             words.append("--" + ("" if value else "no-") + name.replace("_", "-"))
         else:
             words += ["--" + name.replace("_", "-"), *_words(name, value)]
     return words
+
+
+def _load_words(load: dict[str, Any]) -> list[str]:
+    """The options for what a model was loaded with; some have one of their own."""
+    words = [f"--lora={source}={strength:g}" for source, strength in load.pop("lora", ())]
+    words += [f"--schedule={name}={json.dumps(value)}" for name, value in load.pop("schedule", {}).items()]
+    words += [f"--quantize={load.pop('quantize')}"] if "quantize" in load else []
+    return words + (["--option", *(f"{name}={value}" for name, value in load.items())] if load else [])
 
 
 def _words(name: str, value: Any) -> list[str]:
@@ -197,6 +215,8 @@ def _repeatable(file: str, words: Sequence[str]) -> list[str]:
         config.pop("budget")
     if "--base-noise" in given:
         config.pop("base_noise", None)
+    if "load" in config:  # options that may be there several times would add up
+        config["load"] = {name: value for name, value in config["load"].items() if f"--{name}" not in given}
     base = config.get("base_noise")
     if base and not (base.get("file") and Path(base["file"]).exists()):
         raise ValueError(f"{file} came from a noise that is not here; give it with --base-noise FILE")

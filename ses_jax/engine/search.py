@@ -75,8 +75,8 @@ def search(
       OSError: naming the file that cannot be written.
       SystemExit: of status 143, once the best so far is saved, where SIGTERM ended the search.
       KeyboardInterrupt: for a second Ctrl-C, and where nothing was scored before the first.
-      What a reward or `on_generation` raises comes through. All of these have the results that were finished before as
-      `results`.
+      Exception: whatever a reward or `on_generation` raises. All of these have the results that were finished before
+        as `results`.
     """
     run, config, place = gather("search", settings, RunConfig, SearchConfig, Placement)
     prompts, listed = prompt_list(prompt), not isinstance(prompt, str)

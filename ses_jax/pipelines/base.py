@@ -119,7 +119,7 @@ class Pipeline:
       place: `(params) -> params`, puts any of these parts on their devices; moves nothing that is there already.
       mesh: the devices; None is the default device.
       source: what `load_pipeline` was given; "" is the folder.
-      options: the family's own options that it was loaded with.
+      options: what else `load_pipeline` was given that images depend on, as plain JSON values, to load it so again.
       changes: how images differ from those of the checkpoint by what it was loaded with, as plain JSON values by the
         name of the argument of `load_pipeline`: kept in results, and a saved search goes on only with the same.
     """

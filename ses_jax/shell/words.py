@@ -3,7 +3,7 @@
 import json
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from ses_jax.batch.prompts import read_rows
 from ses_jax.engine import repeat
 
 QUIET, VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
+# Options that are there once for each of their values.
+REPEATED = ("lora", "schedule")
 READERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads, ".toml": tomllib.loads}
 
 
@@ -29,7 +31,8 @@ def expand(words: Sequence[str]) -> tuple[list[str], bool]:
     words = ["--no-progress" if word in QUIET else word for word in words if word not in VERBOSE]
     file = _value_of("--config", words)
     if file is not None and Path(file).is_file():
-        words = [words[0], *_options(Path(file)), *words[1:]]
+        given = {word.partition("=")[0] for word in words}
+        words = [words[0], *_options(Path(file), given), *words[1:]]
     return repeat.expand(words), verbose
 
 
@@ -42,8 +45,8 @@ def _value_of(name: str, words: Sequence[str]) -> str | None:
     return None
 
 
-def _options(path: Path) -> list[str]:
-    """The options of a file, as words."""
+def _options(path: Path, given: Set[str]) -> list[str]:
+    """The options of a file, as words, but for those `given` that would add up."""
     check_config(path)
     try:
         options = READERS[path.suffix.lower()](path.read_text(encoding="utf-8"))
@@ -51,16 +54,24 @@ def _options(path: Path) -> list[str]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(options, Mapping):
         raise ValueError(f"{path} must hold options by their names, got a {type(options).__name__}")
-    return [word for name, value in options.items() if value is not None for word in _words(str(name), value)]
+    options = {str(name).replace("_", "-"): value for name, value in options.items() if value is not None}
+    chosen = {name: value for name, value in options.items() if name not in REPEATED or f"--{name}" not in given}
+    return [word for name, value in chosen.items() for word in _words(name, value)]
 
 
 def _words(name: str, value: Any) -> list[str]:
-    name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
+    if name in REPEATED:
+        pairs = (f"{key}={_plain(x)}" for key, x in value.items()) if isinstance(value, Mapping) else value
+        return [f"--{name}={one}" for one in ([pairs] if isinstance(pairs, str) else pairs)]
     if isinstance(value, Mapping):  # guidance, or the weights of rewards
         value = ",".join(f"{key}={x}" for key, x in value.items())
     return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def check_config(path: Path | None) -> None:
