@@ -281,6 +281,26 @@ def test_a_command_gives_its_settings_back(found, monkeypatch):
     assert seen["prompts"] == [PROMPT, "again"]
 
 
+def test_what_a_model_was_loaded_with_is_repeated(found, tmp_path, monkeypatch):
+    load = {"lora": [["a b.safetensors", 0.123456789], ["b=c", 1.0]], "schedule": {"shift": 3.0, "end": None}}
+    load |= {"quantize": "int8", "transformer": "/some/file.gguf", "dtype": "float16"}
+    config = found[0].config | {"load": load, "rewards": {"pick": 1.0}}
+    assert (
+        eval(repeat.python(PROMPT, config), {"ses_jax": types.SimpleNamespace(search=lambda *a, **k: k["load"])})
+        == load
+    )
+    same = load | {"lora": tuple(map(tuple, load["lora"]))}
+    assert parsed(["search", *repeat.arguments(config), PROMPT], monkeypatch)["load"] == same
+    summary = found[0].summary() | {"config": config}
+    (tmp_path / "result.json").write_text(json.dumps(summary))
+    assert parsed(["search", "--like", str(tmp_path)], monkeypatch)["load"] == same
+    other = ["search", "--like", str(tmp_path), "--lora", "mine=2", "--quantize", "fp8"]
+    assert parsed(other, monkeypatch)["load"] == same | {"lora": (("mine", 2.0),), "quantize": "fp8"}
+    older = {name: value for name, value in config.items() if name != "load"} | {"lora": load["lora"]}
+    older |= {"files": {"transformer": "/some/file.gguf"}}
+    assert repeat.settings(older)["load"] == {name: load[name] for name in ("lora", "transformer")}
+
+
 def test_what_cannot_be_repeated_says_why(found, tmp_path, capsys):
     _, folder = found
     assert cli.main(["search", "--like", str(folder / "best.png")]) == 2

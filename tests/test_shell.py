@@ -143,6 +143,16 @@ def test_options_from_a_file_and_on_top_of_it(asked, tmp_path, capsys):
     assert prompts == "a cat"
     assert first.items() >= expected.items()
     assert (second["seed"], second["model"]) == (4, "some/model")
+    (tmp_path / "load.yaml").write_text("lora: {a: 0.5, b: 1}\nschedule: {shift: 3, end: null}\nquantize: int8\n")
+    (tmp_path / "list.yaml").write_text("lora: [a=0.5, b]\n")
+    for words, lora in (
+        (["--config", str(tmp_path / "load.yaml")], (("a", 0.5), ("b", 1.0))),
+        (["--config", str(tmp_path / "list.yaml")], (("a", 0.5), ("b", 1.0))),
+        (["--config", str(tmp_path / "load.yaml"), "--lora", "c"], (("c", 1.0),)),
+    ):
+        assert cli.main(["search", "a", *words]) == 2
+        assert asked[-1][1]["load"]["lora"] == lora
+    assert asked[-1][1]["load"].items() >= {"schedule": {"shift": 3, "end": None}, "quantize": "int8"}.items()
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text("[1]")
     capsys.readouterr()

@@ -140,7 +140,7 @@ def arguments(config: Facts) -> list[str]:
 
 def _load_words(load: dict[str, Any]) -> list[str]:
     """The options for what a model was loaded with; some have one of their own."""
-    words = [f"--lora={source}={strength:g}" for source, strength in load.pop("lora", ())]
+    words = [f"--lora={source}={strength}" for source, strength in load.pop("lora", ())]
     words += [f"--schedule={name}={json.dumps(value)}" for name, value in load.pop("schedule", {}).items()]
     words += [f"--quantize={load.pop('quantize')}"] if "quantize" in load else []
     return words + (["--option", *(f"{name}={value}" for name, value in load.items())] if load else [])

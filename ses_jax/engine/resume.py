@@ -135,8 +135,8 @@ def save_films(folder: Path | None, films: Sequence[Sequence[Shot]]) -> None:
     write(folder / FILM, lambda path: _save_arrays(path, images | {"facts": np.array(json.dumps(facts))}))
 
 
-def load_films(folder: Path | None, prompts: int, generations: int) -> list[list[Shot]]:
-    """What `save_films` wrote, of as many prompts and of so many generations; empty where that is damaged."""
+def load_films(folder: Path | None, prompts: int, candidates: int) -> list[list[Shot]]:
+    """What `save_films` wrote, of as many prompts and of their first candidates; empty where that is damaged."""
     if folder is None or not (folder / FILM).exists():
         return [[] for _ in range(prompts)]
     try:
@@ -147,7 +147,7 @@ def load_films(folder: Path | None, prompts: int, generations: int) -> list[list
         LOG.warning("%s is damaged (%s); the report goes without", folder / FILM, " ".join(str(error).split())[:200])
         return [[] for _ in range(prompts)]
     # A search that was killed between film and state makes its last generation once more.
-    return [[shot for shot in film if shot.generation < generations] for film in films]
+    return [[shot for shot in film if 0 <= shot.index < candidates] for film in films]
 
 
 def _read_films(file: Path) -> list[list[Shot]]:

@@ -183,7 +183,8 @@ def _generations(task: Task, folder: Path | None, seen: tuple[Work, Report, Watc
     mesh, (work, report, watch) = task.program.model.mesh, seen
     first, state, parts = resume.load(folder, initial_state(task))
     state = partition.replicate(mesh, state)
-    sight, times = Sight(resume.load_films(folder, len(task.prompts), first)), [time.perf_counter()]
+    candidates = parts[0].components.shape[1] if parts else 0
+    sight, times = Sight(resume.load_films(folder, len(task.prompts), candidates)), [time.perf_counter()]
     interrupted = at_once = False
     for index in range(first, generation_count(task.config)):
         interrupted = bool(parts) and partition.any_process(mesh, bool(stop) or sight.stop)
