@@ -35,6 +35,8 @@ def test_columns_of_other_names_separators_and_encodings(tmp_path):
 
     assert found("a.csv", "caption,n\na cat,1\n") == [("a cat", {"n": "1"}, None)]
     assert found("b.csv", "n;Text\n1,5;a cat, asleep\n") == [("a cat, asleep", {"n": "1,5"}, None)]
+    broken = found("k.csv", 'words;n\n"a, cat";1\n"open;2\nb;3\n', "words", "utf-16")  # only that row
+    assert [(prompt, error is None) for prompt, _, error in broken] == [("a, cat", True), ("", False), ("b", True)]
     assert found("c.csv", "prompt,text\na cat,more\n") == [("a cat", {"text": "more"}, None)]
     assert found("d.csv", "prompt,words\nno,a cat\n", "words") == [("a cat", {"prompt_": "no"}, None)]
     assert found("e.txt", "caf\u00e9 \u732b\r\ntwo\r\n", encoding="utf-16") == [

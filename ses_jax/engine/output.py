@@ -92,7 +92,7 @@ class Output(NamedTuple):
         save_search(writable_folder(folder / UNFINISHED if replaces else folder), noise, history)
 
     def clear_candidates(self, indices: Sequence[int]) -> None:
-        """Removes the candidates of earlier searches of prompts, where theirs begin anew."""
+        """Removes the candidates of earlier searches of prompts, unless those may be gone on from."""
         if self.state(indices[0]) is None:
             for index in indices:
                 _remove_candidates(self.of(index))

@@ -162,7 +162,7 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
     finished = work.output.finished(chosen, [work.settings_of(i) for i in chosen])
     if finished:
         return finished, False
-    if work.saves and work.run.save_candidates:
+    if work.saves and work.run.save_candidates:  # as they are written while it searches
         work.output.clear_candidates(chosen)
     said: list[bool] = []
 
@@ -193,6 +193,8 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
     )
     if work.saves:
         work.output.save(results, chosen, image_format=work.run.image_format, report=not work.run.no_report)
+        if not work.run.save_candidates:
+            work.output.clear_candidates(chosen)
     return results, bool(said and said[-1])
 
 
