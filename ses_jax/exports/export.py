@@ -70,7 +70,8 @@ def export(noise: Float[np.ndarray, "c h w"], prompt: str, config: Mapping[str, 
     """
     if to not in TARGETS:
         raise ValueError(f"cannot export to {to!r}; known: {', '.join(TARGETS)}")
-    unknown = [name for name in ("family", "model", "sigmas") if name not in config]
+    needed = ("family", "model", *(("sigmas",) if to == "comfyui" else ()))
+    unknown = [name for name in needed if name not in config]
     if unknown:
         raise ValueError(f"the result does not say its {', '.join(unknown)}: it is of an older version; search again")
     files = TARGETS[to](np.asarray(noise, np.float32)[None], prompt, config)
