@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.saved import read_summary
 from ses_jax.exports import pictures
 from ses_jax.exports.pictures import Notes
 from ses_jax.rewards.scorers import KINDS
@@ -62,7 +63,7 @@ def parameters(about: Facts) -> str:
         "SES budget": config.get("budget"),
         "SES reward": config.get("reward"),
         "SES score": about.get("score"),
-        "Version": f"ses_jax {about['versions']['ses_jax']}",
+        "Version": f"ses_jax {about['versions'].get('ses_jax')}",
     }
     negative = config.get("negative_prompt")
     lines = [about["prompt"], *([] if negative is None else [f"Negative prompt: {negative}"])]
@@ -76,7 +77,7 @@ def settings(config: Facts) -> dict[str, Any]:
     """
     usual = SearchConfig().as_json()
     own = {name: config[name] for name in usual if name in config and name not in _FREE}
-    weights = config.get("rewards") or {config["reward"]: 1.0}
+    weights = config.get("rewards") or ({config["reward"]: 1.0} if "reward" in config else {})
     driving = {name: weight for name, weight in weights.items() if weight}
     base = config.get("base_noise") or {}
     found = {
@@ -175,12 +176,24 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a picture of ses_jax, or the folder of a result")
     if path.suffix != ".json":
-        return dict(pictures.read(path).facts)
+        return _checked(path, pictures.read(path).facts)
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        return facts(summary["prompt"], summary["config"], image="best", **_scores(summary))
-    except (ValueError, KeyError, TypeError) as error:
+        summary = read_summary(path, only=("prompt", "config"))
+    except ValueError as error:
         raise ValueError(f"{path} is not the result.json of a search: {error}") from error
+    return _checked(path, facts(summary["prompt"], summary["config"], image="best", **_scores(summary)))
+
+
+def _checked(path: Path, about: Any) -> dict[str, Any]:
+    """Facts from a file, which anybody may have changed."""
+    about = about if isinstance(about, Mapping) else {}
+    config = about.get("config")
+    fine = isinstance(about.get("prompt"), str) and isinstance(config, Mapping)
+    fine = fine and isinstance(about.get("versions"), Mapping)
+    mappings = ("load", "rewards", "base_noise")
+    if not fine or not all(isinstance(config.get(name) or {}, Mapping) for name in mappings):
+        raise ValueError(f"{path} says of itself what ses_jax did not write")
+    return dict(about)
 
 
 def _scores(summary: Facts) -> dict[str, Any]:
@@ -220,7 +233,7 @@ def _repeatable(file: str, words: Sequence[str]) -> list[str]:
     base = config.get("base_noise")
     if base and not (base.get("file") and Path(base["file"]).exists()):
         raise ValueError(f"{file} came from a noise that is not here; give it with --base-noise FILE")
-    own = [name for name in config["rewards"] if name not in KINDS]
+    own = [name for name in config.get("rewards") or () if name not in KINDS]
     if own and "--reward" not in given:
         raise ValueError(f"{file} was made with a reward of its maker's own, {own[0]!r}; give --reward MODULE:{own[0]}")
     if own:

@@ -44,13 +44,14 @@ STYLE = (
 
 
 def document(title: str, body: Sequence[str], script: str = "") -> str:
-    """A page that needs nothing else."""
+    """A page that needs nothing else; what is no Unicode in what users wrote is a question mark there."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}{CHARTS}</style>"
     )
     end = f"<script>{script}</script>" if script else ""
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}{end}</body></html>\n'
+    page = f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}{end}</body></html>\n'
+    return page.encode(errors="replace").decode()
 
 
 def inline(image: Image.Image, side: int | None = None) -> str:

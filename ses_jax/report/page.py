@@ -153,7 +153,7 @@ def _figure(shown: Shown) -> str:
 
 def _rewards(view: View) -> list[str]:
     """Every part of the reward, and those that were only reported."""
-    components, weights = view.summary["components"], view.summary["config"]["rewards"]
+    components, weights = view.summary["components"], view.summary["config"].get("rewards", {})
     if not components:
         return []
     rows = [[_part(name, weights.get(name, 0.0)), *_scores(scores)] for name, scores in components.items()]
