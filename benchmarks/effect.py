@@ -27,7 +27,8 @@ import common
 import scenes
 
 import ses_jax
-from ses_jax.engine.result import to_image, write
+from ses_jax.engine.files import write
+from ses_jax.engine.result import to_image
 from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.tasks import base_noise, prompt_keys
 

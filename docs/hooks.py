@@ -27,7 +27,10 @@ from ses_jax.searchers.registry import SEARCHERS
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "benchmarks" / "results"
 # From the top; one that is not named here comes last.
-ROOMS = ["batch", "planner", "engine", "searchers", "pipelines", "rewards", "loading", "convert", "models"]
+ROOMS = [
+    *("shell", "studio", "batch", "planner", "engine", "report", "exports"),
+    *("searchers", "pipelines", "rewards", "loading", "convert", "models"),
+]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,8 +1,13 @@
-"""The shell: `ses-jax search`, `batch`, `generate`, `plan`, `convert` and `models`; the same as the Python API."""
+"""The shell: `ses-jax search`, `batch`, `generate`, `plan` and others; the same as the Python API.
+
+Exit status: 0 where all is well, 1 where the reward or a prompt of a batch failed, a plan does not fit or the doctor
+finds no device, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+"""
 
 import dataclasses
 import functools
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -17,6 +22,9 @@ from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConf
 from ses_jax.engine.settings import fields, read
 from ses_jax.planner.plan import PLANNED
 from ses_jax.rewards.host import origin, raised_by
+from ses_jax.shell import words
+from ses_jax.shell.commands import doctor, export, show, studio
+from ses_jax.shell.dry_run import print_dry_run
 
 Text = Annotated[str, tyro.conf.Positional]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -124,7 +132,17 @@ def arguments(chosen: Any) -> dict[str, Any]:
 
 
 def search(
-    prompts: Texts, /, settings: Flat[SearchOptions], out: Path = Path("ses_out"), overwrite: bool = False
+    prompts: Texts,
+    /,
+    settings: Flat[SearchOptions],
+    out: Path = Path("ses_out"),
+    base_noise: Path | None = None,
+    index: int = 0,
+    overwrite: bool = False,
+    like: Path | None = None,
+    prompt_file: Path | None = None,
+    config: Path | None = None,
+    dry_run: bool = False,
 ) -> int:
     """Search the initial noise for the image that the reward likes best.
 
@@ -135,14 +153,29 @@ def search(
         prompts: one or more prompts.
         settings: of the search.
         out: folder for the results; several prompts go to subfolders 000, 001, ...
+        base_noise: file of the noise to start from: .npy, .safetensors, .latent or a result's folder.
+        index: number of the first prompt, which chooses its random draws.
         overwrite: replace the results that are in the folder already; --resume gives finished ones back.
+        like: a picture or folder of an earlier search, to repeat it; other options stand on top of its settings.
+        prompt_file: more prompts, in a file as batch takes them, or - for lines of stdin.
+        config: a .yaml, .json or .toml file of options by their names; those of the command stand on top.
+        dry_run: say what would be done, and do nothing.
     """
     import ses_jax
+    from ses_jax.engine.saved import picture
 
+    words.check_config(config)
+    if like is not None:
+        prompts, index = words.of_like(like, prompts, index)
+    prompts = [*prompts, *words.of_file(prompt_file)]
+    if dry_run:
+        print_dry_run(prompts, arguments(settings))
+        return 0
     many = len(prompts) != 1
+    how = {"out": out, "overwrite": overwrite, "base_noise": base_noise, "index": index}
     named = arguments(settings)
     try:
-        found = ses_jax.search(list(prompts) if many else prompts[0], out=out, overwrite=overwrite, **named)
+        found = ses_jax.search(list(prompts) if many else prompts[0], **how, **named)
     except SystemExit:
         print(STOPPED.format(out), file=sys.stderr)
         raise
@@ -152,7 +185,7 @@ def search(
         print(
             f"{result.prompt}\n  preview reward {result.baseline_score:.4f} -> {result.score:.4f}"
             f"  final {result.baseline_final_score:.4f} -> {result.final_score:.4f}"
-            f"  {result.timings['search']:.1f} s\n  {folder / 'best.png'}"
+            f"  {result.timings['search']:.1f} s\n  {picture(folder, 'best')}"
         )
     if len(found) == len(prompts) and not found[-1].interrupted:
         return 0
@@ -177,7 +210,16 @@ class Processes:
     distributed: bool = False
 
 
-def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Processes], out: Path) -> int:
+def batch(
+    prompts: File,
+    /,
+    settings: Flat[SearchOptions],
+    processes: Flat[Processes],
+    out: Path,
+    prompt_column: str | None = None,
+    config: Path | None = None,
+    dry_run: bool = False,
+) -> int:
     """Search every prompt of a file, each into its own folder; the same command goes on after a stop.
 
     Exit status: 0 if all prompts are fine, 1 if some failed, 2 for bad input, 130 if Ctrl-C and 143 if SIGTERM ended it
@@ -187,8 +229,15 @@ def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Proce
         prompts: a .txt, .csv, .tsv, .json or .jsonl file; columns named like an option override it for their row.
         settings: of the searches.
         processes: where many share the work.
-        out: the run's folder: a folder a prompt, results.jsonl, summary.json.
+        out: the run's folder: a folder a prompt, results.jsonl, summary.json, report.html.
+        prompt_column: the column with the prompts; by default prompt, prompts, text or caption.
+        config: a .yaml, .json or .toml file of options by their names; those of the command stand on top.
+        dry_run: say what would be done, and do nothing.
     """
+    words.check_config(config)
+    if dry_run:
+        print_dry_run(prompts, arguments(settings), prompt_column)
+        return 0
     place = processes.process_id, processes.num_processes
     if processes.coordinator is not None or processes.distributed:
         from ses_jax.batch.processes import meet
@@ -198,7 +247,7 @@ def batch(prompts: File, /, settings: Flat[SearchOptions], processes: Flat[Proce
     import ses_jax
     from ses_jax.batch.progress import print_summary
 
-    named = arguments(settings)
+    named = arguments(settings) | {"prompt_column": prompt_column}
     try:
         summary = ses_jax.search_many(prompts, out=out, process_id=place[0], num_processes=place[1], **named)
     except (KeyboardInterrupt, SystemExit):
@@ -215,6 +264,7 @@ def generate(
     model: str = "demo",
     noise: Path | None = None,
     out: Path = Path("ses_out"),
+    image_format: Literal["png", "jpeg", "webp"] = "png",
 ) -> None:
     """Render one image a prompt, without a search.
 
@@ -224,18 +274,26 @@ def generate(
         model: "demo", a folder, or a Hugging Face id.
         noise: the noise.npy of a search, for one prompt.
         out: folder for the images 000.png, 001.png, ...
+        image_format: of the images.
     """
     import numpy as np
 
     import ses_jax
-    from ses_jax.engine.result import to_image, writable_folder, write
+    from ses_jax.engine import repeat
+    from ses_jax.engine.files import writable_folder, write
+    from ses_jax.engine.result import to_image
+    from ses_jax.exports import pictures
 
     writable_folder(out)
-    for index, pixels in enumerate(
-        np.asarray(ses_jax.generate(model, list(prompts), noise=noise, **arguments(settings)))
-    ):
-        path = out / f"{index:03d}.png"
-        write(path, functools.partial(to_image(pixels).save, format="PNG"))
+    named = arguments(settings)
+    images = ses_jax.generate(model, list(prompts), noise=noise, **named)
+    given = {} if noise is None else {"noise": str(noise)}
+    for index, pixels in enumerate(np.asarray(images)):
+        size = {"height": pixels.shape[0], "width": pixels.shape[1]}
+        config = {"model": model, "prompt_index": index, **given, **named, **size}
+        notes = repeat.notes(repeat.facts(prompts[index], config, image="generate"))
+        path = out / f"{index:03d}.{image_format}"
+        write(path, functools.partial(pictures.save, image=to_image(pixels), kind=image_format, notes=notes))
         print(path)
 
 
@@ -328,32 +386,49 @@ def models() -> None:
         print(f"{source}\n    {use}\n    verified: {verified}")
 
 
+ABOUT = """Better images from the text-to-image model you already have, by searching its initial noise.
+
+-q shows no progress, -v shows more messages and tracebacks, --version the version. Exit status: 0 where all is well, 1
+where the reward or a prompt of a batch failed, a plan does not fit or there is no device, 2 for bad input, 130 if
+Ctrl-C and 143 if SIGTERM ended it early."""
+
+
 def main(args: list[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
       The exit status: 2 for bad input, which is one line on stderr; 1 for an error of a reward, with its traceback.
     """
+    args = sys.argv[1:] if args is None else args
+    if args == ["--version"]:
+        import ses_jax
+
+        print(f"ses-jax {ses_jax.__version__}")
+        return 0
     _keep_compiled_programs()
     commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "convert": convert}
-    commands["models"] = models
+    commands |= {"models": models, "show": show, "export": export, "doctor": doctor, "studio": studio}
+    verbose = False
     try:
-        status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", args=args)
+        args, verbose = words.expand(args)
+        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING)
+        status = tyro.extras.subcommand_cli_from_dict(commands, prog="ses-jax", description=ABOUT, args=args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
         if origin(error) is None and not isinstance(error, ValueError | OSError):
             raise
-        return _told(error)
+        return _told(error, verbose)
     return status or 0
 
 
-def _told(error: Exception) -> int:
+def _told(error: Exception, verbose: bool) -> int:
     """Says on stderr what went wrong; of what users' own code raised, also where."""
     where = origin(error)
     text = " ".join(str(error).split())
-    if where is not None:
+    if verbose or where is not None:
         traceback.print_exception(error)
+    if where is not None:
         text = f"{where}: {type(error).__name__}: {text}"
     print(f"ses-jax: {text}", file=sys.stderr)
     return 2 if where is None else 1

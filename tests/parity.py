@@ -1,5 +1,6 @@
 """Parity of whole pipelines: the same noise through the reference and through ours, from one checkpoint folder."""
 
+import runpy
 import shutil
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import ses_jax
+from ses_jax.engine.result import export_noise
 
 
 def pair(reference, folder, *, shard_size=None):
@@ -60,6 +62,25 @@ def assert_same_images(pair, prompts, arguments, *, size=(32, 32), steps=2, guid
         pipeline, prompts, noise=noise, steps=steps, guidance=guidance, negative_prompt=negative, **settings
     )
     difference = np.abs(np.asarray(images) - expected.numpy())
+    assert expected.std() > 0.05
+    assert difference.max() <= 1e-4
+    assert difference.mean() <= 1e-5
+
+
+def assert_an_export_gives_the_same_image(pair, folder, *, size, steps, guidance=None, negative=None, **more):
+    """The script of an exported noise makes our image in the reference; `more` are arguments that tiny models need."""
+    reference, pipeline = pair
+    noise = draw(pipeline, 1, size)
+    guidance = pipeline.defaults.guidance if guidance is None else guidance
+    config = {"height": size[0], "width": size[1], "steps": steps, "guidance": guidance, "negative_prompt": negative}
+    image = np.asarray(ses_jax.generate(pipeline, "a cat", noise=noise, **config)[0])
+    facts = {"family": pipeline.family, "model": pipeline.source, "load": dict(pipeline.options)}
+    export_noise(noise[0], {"prompt": "a cat", "config": config | facts}, "diffusers", folder)
+    script = runpy.run_path(str(folder / "generate.py"))
+    assert script["MODEL"] == str(pipeline.folder)
+    with torch.no_grad():
+        expected = script["render"](reference, output_type="np", **more)
+    difference = np.abs(image - expected)
     assert expected.std() > 0.05
     assert difference.max() <= 1e-4
     assert difference.mean() <= 1e-5

@@ -15,8 +15,13 @@ ROOT = Path(__file__).parents[1]
 # The rooms of the house, from the top: which rooms each may import from, and its modules, also from the top, so that
 # imports inside a room point down too.
 ROOMS: dict[str, tuple[set[str], list[str]]] = {
+    "ses_jax.shell": (
+        {f"ses_jax.{room}" for room in ("studio", "batch", "planner", "engine", "exports", "rewards")},
+        ["commands", "doctor", "dry_run", "words"],
+    ),
+    "ses_jax.studio": ({"ses_jax.engine"}, ["page", "sessions"]),
     "ses_jax.batch": (
-        {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading"},
+        {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.report"},
         ["run", "progress", "run_folder", "prompts", "processes"],
     ),
     "ses_jax.planner": (
@@ -27,7 +32,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         ],
     ),
     "ses_jax.engine": (
-        {"ses_jax.searchers", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading"},
+        {f"ses_jax.{room}" for room in ("searchers", "rewards", "pipelines", "loading", "exports", "report")},
         [
             "search",
             "output",
@@ -35,12 +40,15 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "runner",
             "outline",
             "tasks",
+            "base",
             "resume",
-            "records",
             "result",
-            "saved",
             "lock",
             "stopping",
+            "repeat",
+            "saved",
+            "watching",
+            "records",
             "cost",
             "generation",
             "looks",
@@ -55,8 +63,17 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "progress",
             "memory",
             "flops",
+            "files",
         ],
     ),
+    "ses_jax.exports": (
+        {"ses_jax.pipelines", "ses_jax.loading"},
+        [
+            *("export", "comfyui", "noises", "pictures"),
+            *("flux1", "flux2", "qwen_image", "z_image", "layouts"),
+        ],
+    ),
+    "ses_jax.report": (set(), ["page", "gallery", "html", "charts", "curves", "grid"]),
     "ses_jax.searchers": (
         set(),
         [

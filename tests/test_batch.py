@@ -16,7 +16,7 @@ import ses_jax
 from ses_jax import cli
 from ses_jax.batch import progress, prompts, run_folder
 from ses_jax.batch import run as batch
-from ses_jax.engine import models, output, result
+from ses_jax.engine import files, models, output
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def whole(tmp_path_factory):
 def test_a_run_holds_a_folder_a_prompt_and_merged_results(whole):
     out, summary = whole
     names = [f"{i:05d}" for i in range(len(PROMPTS))]
-    files = {"run.json", "prompts.jsonl", "results-0.jsonl", "results.jsonl", "summary.json"}
+    files = {"run.json", "prompts.jsonl", "results-0.jsonl", "results.jsonl", "summary.json", "report.html"}
     assert {path.name for path in out.iterdir()} == {*names, *files}
     rows = lines(out / "results.jsonl")
     assert [row["id"] for row in rows] == names
@@ -175,7 +175,7 @@ def test_a_finished_run_loads_no_model_and_changes_nothing(whole, monkeypatch):
     monkeypatch.setattr(models, "load_models", None)
     assert run(PROMPTS, out) == summary
     after = {path: path.stat().st_mtime_ns for path in before}
-    assert {path for path in before if before[path] != after[path]} <= {out, out / "summary.json"}
+    assert {path for path in before if before[path] != after[path]} <= {out, out / "summary.json", out / "report.html"}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_kill_between_any_two_files_loses_and_repeats_nothing(tmp_path, monkey
             assert stable_files(out) == stable_files(tmp_path / "whole")
         else:
             break
-    assert moment == 2 + 3 * 5 + 2  # the run's own files, five of each prompt, results and summary
+    assert moment == 2 + 3 * 6 + 3  # the run's own files, six of each prompt, results, summary and report
 
 
 def test_a_line_that_was_cut_off_does_no_harm(tmp_path):
@@ -293,10 +293,10 @@ def test_two_processes_may_write_a_file_at_once(tmp_path):
 
     def slow(temporary):
         temporary.write_text("first")
-        result.write(path, lambda other: other.write_text("second"))
+        files.write(path, lambda other: other.write_text("second"))
         assert path.read_text() == "second"
 
-    result.write(path, slow)
+    files.write(path, slow)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 import ses_jax
 from ses_jax import cli
@@ -37,6 +38,34 @@ def test_shell_and_python_give_the_same(tmp_path):
 def test_several_prompts_go_to_numbered_folders(tmp_path):
     assert cli.main(["search", PROMPT, "a blue square", *FAST, "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "001" / "result.json").read_text())["prompt"] == "a blue square"
+
+
+def test_like_repeats_a_search_and_options_stand_on_top(tmp_path, monkeypatch, capsys):
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert cli.main(["search", PROMPT, *FAST, "--seed", "5", "--index", "3", "--out", str(first)]) == 0
+    picture = str(first / "best.png")
+    assert cli.main(["search", "--like", picture, "--no-progress", "--out", str(again)]) == 0
+    np.testing.assert_array_equal(np.load(again / "noise.npy"), np.load(first / "noise.npy"))
+    np.testing.assert_array_equal(Image.open(again / "best.png"), Image.open(picture))
+    capsys.readouterr()
+    assert cli.main(["show", picture]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{PROMPT}\nSteps: 2, Sampler: Euler")
+    assert f"ses-jax search '{PROMPT}' --model demo --reward clip --index 3" in printed
+    assert cli.main(["export", str(again), "--to", "diffusers", "--out", str(tmp_path / "d")]) == 0
+    exported = load_file(tmp_path / "d" / "noise.safetensors")["latents"]
+    np.testing.assert_array_equal(exported[0], np.load(again / "noise.npy"))
+
+    seen = {}
+
+    def spy(prompts, **settings):
+        seen.update(settings, prompts=prompts)
+        raise ValueError
+
+    monkeypatch.setattr(ses_jax, "search", spy)
+    assert cli.main(["search", "a cat", f"--like={picture}", "--seed", "6", "--nfe", "30"]) == 2
+    assert (seen["prompts"], seen["seed"], seen["nfe"], seen["budget"]) == ("a cat", 6, 30, None)
+    assert (seen["index"], seen["steps"]) == (0, 2)  # another prompt is another's draw
 
 
 def test_generate_writes_one_image_a_prompt(tmp_path):

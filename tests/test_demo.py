@@ -1,5 +1,7 @@
 """The packaged demo checkpoint: small, in the published layout, the same in diffusers, better for being searched."""
 
+import runpy
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from transformers import CLIPModel
 
 import ses_jax
+from ses_jax.engine.result import export_noise
 from ses_jax.loading import hub
 
 PROMPTS = [
@@ -31,8 +34,8 @@ def test_is_small_and_in_the_published_layout():
     assert {"vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"} <= names
 
 
-def test_images_equal_diffusers(pipeline):
-    """Trained weights reach larger activations than random ones; the bounds are the same."""
+def test_images_equal_diffusers(pipeline, tmp_path):
+    """Trained weights reach larger activations than random ones; the bounds are the same, also by an export."""
     reference = ZImagePipeline.from_pretrained(hub.DEMO, torch_dtype=torch.float32)
     reference.set_progress_bar_config(disable=True)
     defaults = pipeline.defaults
@@ -47,9 +50,15 @@ def test_images_equal_diffusers(pipeline):
             latents=torch.tensor(noise),
             output_type="pt",
         ).images.permute(0, 2, 3, 1)
-    difference = np.abs(np.asarray(ses_jax.generate(pipeline, PROMPTS[:2], noise=noise)) - expected.numpy())
-    assert difference.max() <= 1e-4
-    assert difference.mean() <= 1e-5
+    images = np.asarray(ses_jax.generate(pipeline, PROMPTS[:2], noise=noise))
+    config = {"family": pipeline.family, "model": "demo", "steps": defaults.steps, "guidance": defaults.guidance}
+    summary = {"prompt": PROMPTS[1], "config": config | {"height": 64, "width": 64}}
+    export_noise(noise[1], summary, "diffusers", tmp_path)
+    with torch.no_grad():
+        exported = runpy.run_path(str(tmp_path / "generate.py"))["render"](reference, output_type="np")
+    for difference in (np.abs(images - expected.numpy()), np.abs(images[1] - exported)):
+        assert difference.max() <= 1e-4
+        assert difference.mean() <= 1e-5
 
 
 def test_its_reward_loads_in_transformers():

@@ -8,7 +8,13 @@ import oracle
 import oracle_flux1
 import pytest
 from oracle_flux1 import Flux1Sizes
-from parity import assert_rows_are_alone, assert_same_images, bfloat16_image, pair
+from parity import (
+    assert_an_export_gives_the_same_image,
+    assert_rows_are_alone,
+    assert_same_images,
+    bfloat16_image,
+    pair,
+)
 
 import ses_jax
 from ses_jax.engine import generation
@@ -104,6 +110,11 @@ def test_dev_with_few_tokens(short, prompts, size, guidance, negative):
 def test_schnell_from_prompt_to_image(schnell, prompts, size, steps, guidance, negative):
     options = {"size": size, "steps": steps, "guidance": guidance, "negative": negative}
     assert_same_images(schnell, prompts, arguments(256), **options)
+
+
+def test_an_exported_noise_gives_the_same_image_in_diffusers(schnell, tmp_path):
+    guidance = {"true_cfg": 2.0}
+    assert_an_export_gives_the_same_image(schnell, tmp_path, size=(32, 64), steps=1, guidance=guidance, negative="")
 
 
 @pytest.mark.parametrize("wrong", [0, 513])

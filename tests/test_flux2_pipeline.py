@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retrieve_timesteps
 from parity import (
     assert_a_search_previews_what_is_generated,
+    assert_an_export_gives_the_same_image,
     assert_rows_are_alone,
     assert_same_images,
     bfloat16_image,
@@ -89,6 +90,14 @@ def test_guidance(pairs, kind, guidance, negative):
 @pytest.mark.quick
 def test_klein(pairs):
     assert_same_images(pairs("klein"), ["a cat"], arguments, size=(64, 32), steps=7)
+
+
+@pytest.mark.parametrize("kind", ["dev", "klein"])
+def test_an_exported_noise_gives_the_same_image_in_diffusers(pairs, tmp_path, kind):
+    steps = {"dev": 2, "klein": 7}[kind]
+    assert_an_export_gives_the_same_image(
+        pairs(kind), tmp_path, size=(64, 32), steps=steps, text_encoder_out_layers=TAPS
+    )
 
 
 def test_a_batch_of_ragged_prompts_equals_single_runs(pairs):

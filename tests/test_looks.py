@@ -13,7 +13,7 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax.engine import fidelity, looks, outline, resume, tasks
+from ses_jax.engine import fidelity, looks, outline, program, resume, tasks
 from ses_jax.engine import search as engine
 from ses_jax.engine.fidelity import Look, Stage
 from ses_jax.loading import partition
@@ -249,7 +249,7 @@ def test_a_killed_search_goes_on_bit_equal(tmp_path, monkeypatch, looked):
 def test_an_outline_is_of_the_program_that_runs():
     model = pipeline(mesh=partition.parse_mesh("data=2,model=1", jax.devices()[:2]))
     config = ses_jax.SearchConfig(fidelity=PLAN, chunk=7, budget=13, preview_steps=4).resolve(model)
-    task = tasks.prepare(model, REWARD, config, PROMPTS, [0, 1])
+    task = tasks.prepare(model, REWARD, config, PROMPTS, [0, 1], shown=program.FILM)
     runs = tasks.lower_generation(task, tasks.initial_state(task), 7).as_text()
     shapes = outline.outline(model, REWARD, config, model.tokenize(PROMPTS))
     assert outline.lower_generation(shapes, 7).as_text() == runs

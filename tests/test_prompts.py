@@ -28,6 +28,30 @@ PARTI = (
 HPD = ["A black colored banana.", "A sign that says 'NeurIPS'."]
 
 
+def test_columns_of_other_names_separators_and_encodings(tmp_path):
+    def found(name, text, column=None, encoding="utf-8"):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        return [(row.prompt, dict(row.metadata), row.error) for row in read_rows(tmp_path / name, column)]
+
+    assert found("a.csv", "caption,n\na cat,1\n") == [("a cat", {"n": "1"}, None)]
+    assert found("b.csv", "n;Text\n1,5;a cat, asleep\n") == [("a cat, asleep", {"n": "1,5"}, None)]
+    broken = found("k.csv", 'words;n\n"a, cat";1\n"open;2\nb;3\n', "words", "utf-16")  # only that row
+    assert [(prompt, error is None) for prompt, _, error in broken] == [("a, cat", True), ("", False), ("b", True)]
+    assert found("c.csv", "prompt,text\na cat,more\n") == [("a cat", {"text": "more"}, None)]
+    assert found("d.csv", "prompt,words\nno,a cat\n", "words") == [("a cat", {"prompt_": "no"}, None)]
+    assert found("e.txt", "caf\u00e9 \u732b\r\ntwo\r\n", encoding="utf-16") == [
+        ("caf\u00e9 \u732b", {}, None),
+        ("two", {}, None),
+    ]
+    assert found("f.jsonl", '{"text": "a cat", "seed": 3}\n')[0][0] == "a cat"
+    assert [row.prompt for row in read_rows([{"caption": "a cat"}, "two"])] == ["a cat", "two"]
+    for name, text in (("g.csv", "n,m\n1,2\n"), ("h.jsonl", '{"n": 1}\n')):
+        with pytest.raises(ValueError, match="has no column 'words'; its columns are n"):
+            found(name, text, "words")
+    with pytest.raises(ValueError, match=r"has no column 'prompt'; .* or name one with --prompt-column"):
+        found("i.csv", "n,m\n1,2\n")
+
+
 def write(folder, name, text):
     path = folder / name
     path.write_text(text, encoding="utf-8")
@@ -226,7 +250,7 @@ def test_a_quote_that_is_never_closed_takes_no_other_row(tmp_path, text, prompts
         ("p.json", "[", "is no JSON"),
         ("p.csv", "", "no column 'prompt'"),
         ("p.csv", "prompt\n", "holds no prompts"),
-        ("p.csv", "text,seed\na,1\n", r"no column 'prompt'; its first line is \['text', 'seed'\]"),
+        ("p.csv", "words,seed\na,1\n", r"no column 'prompt'; its first line is \['words', 'seed'\]"),
         ("p.tsv", "Prompt,Category\na,b\n", "no column 'prompt'"),
     ],
 )

@@ -12,6 +12,7 @@ import oracle_qwen_image as oracle
 import pytest
 from parity import (
     assert_a_search_previews_what_is_generated,
+    assert_an_export_gives_the_same_image,
     assert_rows_are_alone,
     assert_same_images,
     bfloat16_image,
@@ -87,6 +88,10 @@ def test_prompt_to_image(root, case):
     name, prompts, size, guidance, negative, steps = CASES[case]
     settings = {"size": size, "guidance": guidance, "negative": negative, "steps": steps}
     assert_same_images(tiny(name, root), prompts, arguments, **settings)
+
+
+def test_an_exported_noise_gives_the_same_image_in_diffusers(root, tmp_path):
+    assert_an_export_gives_the_same_image(tiny("default", root), tmp_path, size=(32, 48), steps=2)
 
 
 def test_padding_to_a_larger_bucket_changes_nothing(pipeline):

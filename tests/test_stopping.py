@@ -17,7 +17,7 @@ from ses_jax import cli
 from ses_jax.engine import lock, output, stopping
 
 BUDGET = 9  # three generations
-RESULT = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "result.json"}
+RESULT = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "report.html", "result.json"}
 
 
 def search(prompt, reward=REWARD, **settings):
@@ -204,6 +204,10 @@ def test_a_result_is_not_replaced_in_silence(tmp_path, whole):
         search(PROMPTS[1], out=tmp_path, resume=True)
     with pytest.raises(ValueError, match=r"other settings \(seed 0 -> 1\)"):
         search(PROMPTS[0], out=tmp_path, resume=True, seed=1)
+    with pytest.raises(ValueError, match=r"other settings \(prompt_index 0 -> 1\)"):
+        search(PROMPTS[0], out=tmp_path, resume=True, index=1)
+    with pytest.raises(ValueError, match=r"other settings \(base_noise None -> '[0-9a-f]{64}'\)"):
+        search(PROMPTS[0], out=tmp_path, resume=True, base_noise=whole.noise)
     with pytest.raises(RuntimeError):
         search(PROMPTS[1], judge(1, failing)[0], out=tmp_path, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -220,6 +224,63 @@ def test_a_finished_one_comes_back(tmp_path, whole):
     assert results[0].history == whole.history
     np.testing.assert_array_equal(results[0].image, whole.image)
     assert names(tmp_path) == {"000", "001", "002"}
+
+
+def test_one_of_the_same_base_noise_comes_back_whatever_its_file(tmp_path, whole):
+    search(PROMPTS[0], out=tmp_path / "out", base_noise=whole.noise)
+    np.save(tmp_path / "noise.npy", whole.noise)
+    reward, calls = judge(-1, failing)
+    search(PROMPTS[0], reward, out=tmp_path / "out", base_noise=tmp_path / "noise.npy", resume=True)
+    assert calls == []
+    with pytest.raises(ValueError, match=r"other settings \(base_noise '[0-9a-f]{64}' -> None\)"):
+        search(PROMPTS[0], out=tmp_path / "out", resume=True)
+
+
+def test_a_search_that_the_caller_ended_does_not_end_the_list(tmp_path):
+    results = search(PROMPTS[:3], out=tmp_path, on_generation=lambda generation, *_: generation == 0)
+    assert [(len(result.history), result.interrupted) for result in results] == [(3, True)] * 3
+    assert names(tmp_path) == {"000", "001", "002"}
+    reward, _ = judge(2, sending(signal.SIGINT))  # the first prompt's images, after which the list ends
+    results = search(PROMPTS[:3], reward, out=tmp_path, overwrite=True, on_generation=lambda *_: True)
+    assert len(results) == 1
+
+    def broken(*_):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        search(PROMPTS[:3], on_generation=broken)
+    assert caught.value.results == []
+
+
+@pytest.mark.parametrize("damage", [b"PK", b"", None])
+def test_a_damaged_film_loses_no_search(tmp_path, whole, caplog, damage):
+    with pytest.raises(RuntimeError):
+        search(PROMPTS[0], judge(3, failing)[0], out=tmp_path, resume=True)
+    (film,) = tmp_path.glob(".search/*/film.npz")
+    film.write_bytes(film.read_bytes()[:-40] if damage is None else damage)
+    result = search(PROMPTS[0], out=tmp_path, resume=True)
+    assert result.history == whole.history
+    assert {shot.generation for shot in result.film} == {2}
+    assert "film.npz is damaged" in caplog.text
+    assert names(tmp_path) == RESULT
+
+
+def test_pictures_of_one_format_and_their_own_candidates_stay(tmp_path, whole):
+    search(PROMPTS[0], out=tmp_path, save_candidates=True)
+    (tmp_path / "candidates" / "mine.txt").write_text("stays")
+    search(
+        PROMPTS[0], out=tmp_path, overwrite=True, save_candidates=True, budget=4, image_format="webp", no_report=True
+    )
+    others = {"best.png", "baseline.png", "report.html"}
+    assert names(tmp_path) == RESULT - others | {"best.webp", "baseline.webp", "candidates"}
+    pairs = {f"{i:05d}.{ending}" for i in range(4) for ending in ("png", "npy")}
+    assert names(tmp_path / "candidates") == pairs | {"mine.txt"}
+    loaded = ses_jax.SearchResult.load(tmp_path)
+    assert (len(loaded.history), loaded.image.size, loaded.film) == (4, (16, 16), ())
+    assert search(PROMPTS[0], out=tmp_path, resume=True, budget=4).history == loaded.history
+    search(PROMPTS[0], out=tmp_path, overwrite=True)
+    assert names(tmp_path) == RESULT | {"candidates"}
+    assert names(tmp_path / "candidates") == {"mine.txt"}
 
 
 def test_results_of_another_shape_go_when_they_are_replaced(tmp_path):

@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift
 from parity import (
     assert_a_search_previews_what_is_generated,
+    assert_an_export_gives_the_same_image,
     assert_rows_are_alone,
     assert_same_images,
     bfloat16_image,
@@ -97,6 +98,12 @@ def test_prompt_to_image(pairs, case):
     name, prompts, size, guidance, negative, steps = CASES[case]
     settings = {"size": size, "guidance": guidance, "negative": negative, "steps": steps}
     assert_same_images(pairs(name), prompts, arguments, **settings)
+
+
+def test_an_exported_noise_gives_the_same_image_in_diffusers(pairs, tmp_path):
+    guidance = TRUNCATED | {"normalization": 0.9}
+    settings = {"size": (96, 64), "steps": 3, "guidance": guidance, "negative": "dog"}
+    assert_an_export_gives_the_same_image(pairs("base, other widths"), tmp_path, **settings)
 
 
 def test_padding_to_a_larger_bucket_changes_nothing(pipeline):

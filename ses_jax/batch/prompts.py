@@ -5,6 +5,7 @@ columns). The files of GenEval, DrawBench, PartiPrompts and HPD v2 are read as t
 one row is noted in that row; only what makes the whole file meaningless is an error.
 """
 
+import codecs
 import csv
 import dataclasses
 import hashlib
@@ -23,6 +24,8 @@ from ses_jax.engine.placement import check_path
 from ses_jax.engine.settings import check_text, fields, read, shown
 
 PROMPT_COLUMNS = ("prompt", "prompts")
+# What a column of prompts is called elsewhere, where there is none of those.
+OTHER_COLUMNS = ("text", "caption")
 FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 _MAX_NAME = 80  # bytes: four times as many are still a name
 _MAX_DEPTH = 64
@@ -66,13 +69,15 @@ class Row:
         return dataclasses.asdict(self) | {"overrides": plain}
 
 
-def read_rows(prompts: Source) -> list[Row]:
+def read_rows(prompts: Source, column: str | None = None) -> list[Row]:
     """Rows of a prompt file, or of a list of strings and mappings.
 
     Args:
-      prompts: a path with one of the endings in `FORMATS`, UTF-8; or a list. A `.txt` file has a prompt a line, and
-        blank lines do not count. Tables need a column `prompt` or `prompts`; empty cells count as absent. A `.json`
-        file is a list. Rows without an `id` are named by their place, from "00000".
+      prompts: a path with one of the endings in `FORMATS`, UTF-8 or UTF-16; or a list. A `.txt` file has a prompt a
+        line, and blank lines do not count. Tables need a column `prompt`, `prompts`, `text` or `caption`, and a `.csv`
+        one may have semicolons for commas; empty cells count as absent. A `.json` file is a list. Rows without an `id`
+        are named by their place, from "00000".
+      column: the one that holds the prompts.
 
     Raises:
       OSError: if the file cannot be read.
@@ -82,29 +87,63 @@ def read_rows(prompts: Source) -> list[Row]:
         path = Path(check_path(prompts, "prompts"))
         if path.suffix.lower() not in FORMATS:
             raise ValueError(f"prompt file {path}: unknown ending {path.suffix!r}; known: {', '.join(FORMATS)}")
-        records = _READERS[path.suffix.lower()](path)
+        records = _READERS[path.suffix.lower()](path, column)
+        column = _prompt_column(path, records, column)
     elif isinstance(prompts, Iterable) and not isinstance(prompts, bytes | Mapping):
         path, records = None, list(prompts)
+        column = column or next((name for name in OTHER_COLUMNS if _is_only(name, records)), None)
     else:
         raise ValueError(f"prompts={shown(prompts)} is neither a file nor a list of prompts")
     if not records:
         raise ValueError("no prompts: pass at least one" if path is None else f"prompt file {path} holds no prompts")
-    rows = [_row(index, record) for index, record in enumerate(records)]
+    rows = [_row(index, _named_prompt(record, column)) for index, record in enumerate(records)]
     _check_unique(rows)
     return rows
+
+
+def _prompt_column(path: Path, records: Sequence[Any], column: str | None) -> str | None:
+    """The column of the prompts where it has another name; None where it has not."""
+    tables = [record for record in records if isinstance(record, Mapping)]
+    names = list(dict.fromkeys(name for record in tables for name in record))
+    if column is not None:
+        if column not in names:
+            raise ValueError(f"prompt file {path} has no column {column!r}; its columns are {', '.join(names)}")
+        return column
+    return next((name for name in names if name.strip().lower() in OTHER_COLUMNS and _is_only(name, tables)), None)
+
+
+def _is_only(column: str, records: Sequence[Any]) -> bool:
+    """Whether rows have such a column, and none of those that prompts usually are in."""
+    names = {str(name).strip().lower() for record in records if isinstance(record, Mapping) for name in record}
+    return column.strip().lower() in names and not names & set(PROMPT_COLUMNS)
+
+
+def _named_prompt(record: Any, column: str | None) -> Any:
+    """The record with its prompt under the usual name; a column that had that name keeps its content."""
+    if column is None or not isinstance(record, Mapping) or column not in record:
+        return record
+    rest = {f"{name}_" if _column(name) in PROMPT_COLUMNS else name: value for name, value in record.items()}
+    return {"prompt": record[column], **{name: value for name, value in rest.items() if name != column}}
 
 
 def _read_text(path: Path) -> list[Any]:
     return [line.strip() for line in _decode(path).split("\n") if line.strip()]
 
 
-def _read_table(path: Path, delimiter: str) -> list[Any]:
-    rows = [cells for cells in _cells(_decode(path), delimiter) if cells]
+def _read_table(path: Path, delimiter: str, column: str | None) -> list[Any]:
+    text = _decode(path)
+    first = text.split("\n", 1)[0]
+    # Some programs write semicolons where the comma is the decimal sign.
+    delimiter = ";" if delimiter == "," and ";" in first and "," not in first else delimiter
+    rows = [cells for cells in _cells(text, delimiter) if cells]
     header = rows[0] if rows else []
     if isinstance(header, ValueError):
         raise ValueError(f"prompt file {path}: its first line: {header}")
-    if not any(name.strip().lower() in PROMPT_COLUMNS for name in header):
-        raise ValueError(f"prompt file {path} has no column 'prompt'; its first line is {shown(header)}")
+    if column is None and not any(name.strip().lower() in (*PROMPT_COLUMNS, *OTHER_COLUMNS) for name in header):
+        raise ValueError(
+            f"prompt file {path} has no column 'prompt'; its first line is {shown(header)}; or name one with "
+            "--prompt-column"
+        )
     return [cells if isinstance(cells, ValueError) else _record(header, cells) for cells in rows[1:]]
 
 
@@ -170,18 +209,19 @@ def _reason(error: Exception) -> str:
 
 def _decode(path: Path) -> str:
     data = path.read_bytes()
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompt file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+        raise ValueError(f"prompt file {path} is not UTF-8 or UTF-16: {error.reason} at byte {error.start}") from error
 
 
-_READERS: dict[str, Callable[[Path], list[Any]]] = {
-    ".txt": _read_text,
-    ".csv": lambda path: _read_table(path, ","),
-    ".tsv": lambda path: _read_table(path, "\t"),
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
+_READERS: dict[str, Callable[[Path, str | None], list[Any]]] = {
+    ".txt": lambda path, column: _read_text(path),
+    ".csv": lambda path, column: _read_table(path, ",", column),
+    ".tsv": lambda path, column: _read_table(path, "\t", column),
+    ".json": lambda path, column: _read_json(path),
+    ".jsonl": lambda path, column: _read_json_lines(path),
 }
 
 

@@ -27,6 +27,7 @@ from ses_jax.engine.config import Placement, RunConfig, SearchConfig, check_look
 from ses_jax.engine.runner import Found, search_prompts
 from ses_jax.engine.settings import gather, takes
 from ses_jax.engine.stopping import Stop, noticed
+from ses_jax.engine.watching import Watch
 from ses_jax.loading import partition
 from ses_jax.loading.lora_files import pairs
 from ses_jax.pipelines.base import Pipeline
@@ -44,7 +45,7 @@ class _Work(NamedTuple):
     pipeline: Pipeline
     reward: Reward
     config: SearchConfig
-    resume: bool
+    how: RunConfig
     stop: Stop | None = None
 
 
@@ -53,6 +54,7 @@ def search_many(
     prompts: Source,
     *,
     out: str | os.PathLike[str],
+    prompt_column: str | None = None,
     process_id: int | None = None,
     num_processes: int | None = None,
     **settings: Any,
@@ -64,6 +66,7 @@ def search_many(
         `prompts.read_rows`. Rows may override the fields of `SearchConfig`. Row `i` draws from the key of prompt `i`.
       out: the run's folder, with a folder a prompt by its id, `results.jsonl` (a line a row: scores, or the error) and
         `summary.json`; see `run_folder.py`. With many processes, the same one on a file system that all share.
+      prompt_column: the column of a file that holds the prompts; by default `prompt`, `prompts`, `text` or `caption`.
       process_id, num_processes: this process's place among many, each called with the same arguments; None takes that
         in `jax.distributed`. A mesh is of the devices of this process.
       {settings}
@@ -81,10 +84,10 @@ def search_many(
       SystemExit: of status 143, likewise after SIGTERM.
     """
     how, config, place = gather("search_many", settings, RunConfig, SearchConfig, Placement)
-    rows = read_rows(prompts)
+    rows = read_rows(prompts, prompt_column)
     report = models.check_rewards(how.reward, how.report)
     me = own_place(process_id, num_processes)
-    run = Run(output.run_folder(out), rows, me.process_id)
+    run = Run(output.run_folder(out), rows, me.process_id, not how.no_report, how.image_format)
     load = dict(place.load or {})
     load |= {"lora": pairs(load["lora"])} if load.get("lora") else {}
     described = _described(config.as_json()) | {"load": _described(load)}
@@ -105,7 +108,7 @@ def _go_on(run: Run, settings: tuple[Any, ...], described: Mapping[str, Any], me
         mesh = partition.parse_mesh(place.mesh, jax.local_devices())
         pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **(place.load or {})})
         check_looks(config.resolve(pipeline), reward)
-        work = _Work(run, pipeline, reward, config, how.resume)
+        work = _Work(run, pipeline, reward, config, how)
     run.start(described)
     at_once = 1 if work is None or work.reward.one_prompt_at_a_time else how.prompts_at_once
     with noticed() as stop, batch_progress(len(pending), enabled=how.progress) as show:
@@ -185,6 +188,7 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
             state_folder=state,
             stop=work.stop,
             keep=keep,
+            watch=Watch(not work.how.no_report, folders=_folders(work, rows)),
         )
     except Exception as error:
         if isinstance(error, OSError) and error.filename and host.origin(error) is None:
@@ -203,9 +207,14 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
     saved_search.clear(state)
 
 
+def _folders(work: _Work, rows: Sequence[Row]) -> list[Path] | None:
+    """Where the rows' candidates go."""
+    return [work.run.folder / row.folder for row in rows] if work.how.save_candidates else None
+
+
 def _state_folder(work: _Work, rows: Sequence[Row]) -> Path | None:
     """Where the search of exactly these rows is saved on its way."""
-    if not work.resume:
+    if not work.how.resume:
         return None
     rest = hashlib.sha256(",".join(str(row.index) for row in rows).encode()).hexdigest()[:8]
     return work.run.folder / output.STATE / f"{rows[0].index:06d}-{rest}"

@@ -6,6 +6,7 @@
     RUN/results-P.jsonl     what process P noted down: a line a prompt, appended; the only place of errors
     RUN/results.jsonl       the merged results, a line a prompt in the order of the file
     RUN/summary.json        means over prompts
+    RUN/report.html         the same for people, with a card a prompt
 
 A process may die at any moment and any number of them may share the folder. Whatever is read again appears whole or not
 at all, and what is merged follows from the rest, so that merging twice, or by two processes at once, changes nothing.
@@ -20,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from ses_jax.batch.prompts import Row
-from ses_jax.engine.result import SearchResult, naming, writable_folder, write
+from ses_jax.engine.files import naming, writable_folder, write
+from ses_jax.engine.result import SearchResult
 from ses_jax.engine.saved import SCORES, read_json, read_summary
+from ses_jax.report import gallery
 
 Outcome = dict[str, Any]
 NEEDED = (*SCORES, "components", "scored", "timings", "interrupted")
@@ -29,11 +32,21 @@ NEEDED = (*SCORES, "components", "scored", "timings", "interrupted")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder, its rows, and the number of this process."""
+    """A run folder.
+
+    Attributes:
+      folder: of the run.
+      rows: of its prompt file.
+      process: number of this process.
+      report: whether pages for people are written.
+      image_format: of pictures.
+    """
 
     folder: Path
     rows: Sequence[Row]
     process: int = 0
+    report: bool = True
+    image_format: str = "png"
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises ValueError where the folder holds something else than the beginning of this very run."""
@@ -105,7 +118,7 @@ class Run:
         folder = self.folder / row.folder
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        result.save(folder)
+        result.save(folder, image_format=self.image_format, report=self.report)
         return self._note(_success(row, result.summary()))
 
     def fail(self, row: Row, error: str, **details: Any) -> Outcome:
@@ -153,6 +166,9 @@ class Run:
             _write_text(self.folder / "results.jsonl", text)
             summary = json.dumps(summarize(outcomes), indent=2, ensure_ascii=False) + "\n"
             _write_text(self.folder / "summary.json", summary)
+            if self.report:
+                page = gallery.gallery(self.folder.name, outcomes, json.loads(summary), ending=self.image_format)
+                _write_text(self.folder / "report.html", page)
             written = text
 
 

@@ -16,14 +16,18 @@ placement    the settings that say which model, and where
 settings     what a setting is
 fidelity     which looks there are
 evaluations  what a network evaluation is
+base         a noise that searches start from, where it is given
 result       `SearchResult` and its folder
-saved        that folder read again
 lock         one process at a time in a folder
 stopping     Ctrl-C and SIGTERM
+repeat       the command, the call and the text that stand for a result
+saved        a result's folder read again
+watching     what is seen of a search while it runs
 records      what a search notes down
 cost         what it took: network evaluations, FLOPs, seconds
 progress     what it shows
 resume       what it saves on its way
 memory       how many candidates at a time fit on a device
 flops        floating point operations of a traced program
+files        files that appear whole or not at all
 """

@@ -10,7 +10,19 @@ from jax.sharding import Mesh
 from ses_jax.engine import evaluations
 from ses_jax.engine.fidelity import Fidelity
 from ses_jax.engine.placement import LOAD, MESH, MODEL
-from ses_jax.engine.settings import ANY, FIDELITY, GUIDANCE, SEARCHER, TEXT, TRUTH, WHOLE, Settings, described, setting
+from ses_jax.engine.settings import (
+    ANY,
+    FIDELITY,
+    GUIDANCE,
+    PICTURE,
+    SEARCHER,
+    TEXT,
+    TRUTH,
+    WHOLE,
+    Settings,
+    described,
+    setting,
+)
 from ses_jax.pipelines.base import Guidance, Pipeline
 from ses_jax.pipelines.guidance import forwards
 from ses_jax.rewards.reward import Reward
@@ -215,6 +227,11 @@ class RunConfig(Settings):
         False, TRUTH, "save the search after every generation, and go on from there if an unfinished one is found"
     )
     progress: bool = setting(True, TRUTH, "whether progress is shown")
+    no_report: bool = setting(False, TRUTH, "leave out report.html, the page that shows what a search did")
+    save_candidates: bool = setting(
+        False, TRUTH, "keep the preview and the noise of every candidate, in the folder candidates of a result"
+    )
+    image_format: str = setting("png", PICTURE, "of saved images: png, jpeg or webp")
 
 
 def check_looks(config: SearchConfig, reward: Reward) -> None:

@@ -54,16 +54,17 @@ def generation_step(
       generation: int scalar, from 0.
     """
     points = propose(program, inputs, generation, state)
+    seen = None
     if program.fidelity.looks:
-        components, seen = looks.previewed(program, params, inputs, generation, points)
-        new, scored = tell(program, inputs, generation, state, points, components)
-        return new, scored._replace(looks=partition.constrain(program.model.mesh, seen))
-
-    def score(images, owner):
-        return previews.components(program, params, inputs, images, owner)
-
-    scores = previews.preview(program, params[0], inputs, points, score)
-    return tell(program, inputs, generation, state, points, scores.reshape(-1, program.evaluated, scores.shape[-1]))
+        components, seen, shown = looks.previewed(program, params, inputs, generation, points)
+    else:
+        finish = functools.partial(previews.scored, program, params, inputs)
+        found = previews.preview(program, params[0], inputs, points, finish)
+        components, shown = jax.tree.map(lambda x: x.reshape(-1, program.evaluated, *x.shape[1:]), found)
+    new, scored = tell(program, inputs, generation, state, points, components)
+    noise = previews.noise_of(program, inputs, points) if program.shown and program.shown.noise else None
+    more = partition.constrain(program.model.mesh, {"looks": seen, "previews": shown, "noise": noise})
+    return new, scored._replace(**more)
 
 
 @compiled(static=1)
@@ -82,6 +83,9 @@ def candidates(
         return images, previews.components(program, params, inputs, images, owner)
 
     return points, *previews.preview(program, params[0], inputs, points, images_and_components)
+
+
+pixels = compiled(static=1)(lambda side, images: previews.pixels(images, side))
 
 
 def propose(program: Program, inputs: Inputs, generation: Array, state: State) -> Any:
@@ -141,6 +145,7 @@ def render(
 
 
 score = compiled(static=1)(previews.components)
+noise_of = compiled(static=1)(previews.noise_of)
 update = compiled(static=1)(tell)
 
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from ses_jax.engine import denoising
 from ses_jax.engine.fidelity import EARLY, HALF, Look
-from ses_jax.engine.previews import components, noise_of, rows_of
+from ses_jax.engine.previews import components, noise_of, rows_of, scored
 from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading import partition
 from ses_jax.rewards import mixture
@@ -46,11 +46,16 @@ class Field(NamedTuple):
         nowhere = jnp.full((len(values), count, *values.shape[2:]), jnp.nan, jnp.float32)
         return jax.vmap(lambda to, index, x: to.at[index].set(x))(nowhere, self.index, self.hide(values, jnp.nan))
 
+    def shown(self, pixels: UInt8[Array, "p m h w 3"], count: int) -> UInt8[Array, "p n h w 3"]:
+        """Images as `[P, count, ...]` by candidate, black where there is none."""
+        black = jnp.zeros((len(pixels), count, *pixels.shape[2:]), pixels.dtype)
+        return jax.vmap(lambda to, index, x: to.at[index].set(x))(black, self.index, pixels)
+
 
 def previewed(
     program: Program, params: Any, inputs: Inputs, generation: Array, points: Any
-) -> tuple[Float[Array, "p n parts"], Float[Array, "p n looks"]]:
-    """What full previews and looks say of points `[P, n, *S]`, NaN of those that did not get there.
+) -> tuple[Float[Array, "p n parts"], Float[Array, "p n looks"], UInt8[Array, "p n h w 3"] | None]:
+    """What full previews and looks say of points `[P, n, *S]`, NaN of those that did not get there; and the previews.
 
     What a look says is -inf where it is not finite.
     """
@@ -63,8 +68,9 @@ def previewed(
         looks.append(field.in_place(totals, count))
         field = _best(program.model.mesh, look, generation, field, totals)
         taken = look.steps if look.kind == EARLY else taken
-    found = _finish(program, params, inputs, taken, field)
-    return field.in_place(found, count), jnp.stack(looks, axis=-1)
+    found, shown = _finish(program, params, inputs, taken, field)
+    shown = None if shown is None else field.shown(shown, count)
+    return field.in_place(found, count), jnp.stack(looks, axis=-1), shown
 
 
 def _everyone(program: Program, inputs: Inputs, generation: Array, noise: Array) -> Field:
@@ -102,12 +108,14 @@ def _early(
     return field._replace(latents=_by_prompt(field, latents)), _by_prompt(field, found)
 
 
-def _finish(program: Program, params: Any, inputs: Inputs, taken: int, field: Field) -> Float[Array, "p m parts"]:
-    """Components of full previews, after the steps that were taken."""
-    score = functools.partial(components, program, params, inputs)
+def _finish(
+    program: Program, params: Any, inputs: Inputs, taken: int, field: Field
+) -> tuple[Float[Array, "p m parts"], UInt8[Array, "p m h w 3"] | None]:
+    """Components of full previews, after the steps that were taken, and what is shown of them."""
+    score = functools.partial(scored, program, params, inputs)
     prompts = inputs.sigmas[taken:], inputs.condition
     found = denoising.images(program.model, program.chunk, params[0], prompts, rows_of(field.latents), score)
-    return _by_prompt(field, found)
+    return jax.tree.map(functools.partial(_by_prompt, field), found)
 
 
 def _by_prompt(field: Field, values: Array) -> Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ses_jax.engine import generation, tasks
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.denoising import Rows
+from ses_jax.engine.program import FILM
 from ses_jax.engine.tasks import FINALS, Task
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
@@ -36,7 +37,8 @@ def outline(pipeline: Pipeline, reward: Reward, config: SearchConfig, tokens: An
     condition = jax.eval_shape(pipeline.encode, pipeline.text_params(pipeline.params), tokens)
     reward = rewards.place(reward, lambda params: put(_shapes(params)))
     inputs = put(first._replace(condition=condition, text=rewards.text_shapes(reward, prompts)))
-    return tasks.assemble(_abstract(pipeline), reward, config, prompts, inputs)._replace(noise=noise)
+    task = tasks.assemble(_abstract(pipeline), reward, config, prompts, inputs)
+    return task._replace(noise=noise, program=task.program._replace(shown=FILM))
 
 
 def lower_encode(pipeline: Pipeline, tokens: Any) -> jax.stages.Lowered:

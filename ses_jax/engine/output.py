@@ -1,11 +1,13 @@
 """The folder that searches are saved to: what may be there already, what comes back from it, what goes.
 
 OUT/best.png ... result.json    the result of one prompt
+OUT/candidates/                 previews and noise of all candidates, where they are wanted
 OUT/000/, OUT/001/, ...         those of a list
 OUT/unfinished/                 noise and history of a search that was to replace a result, and was ended at once
 OUT/.search/                    unfinished searches (`resume.py`)
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -15,14 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ses_jax.engine import repeat
 from ses_jax.engine import resume as saved_search
+from ses_jax.engine.files import writable_folder
 from ses_jax.engine.placement import check_path
-from ses_jax.engine.result import FILES, SearchResult, save_search, writable_folder
+from ses_jax.engine.result import FILES, SearchResult, save_search
+from ses_jax.engine.watching import CANDIDATES
 
 STATE, UNFINISHED = ".search", "unfinished"
 BATCH = "run.json"
 # What may differ between a result and the call that asks for it again.
 FREE = ("chunk",)
+# What a result says only where there is something to say.
+NONE = {"base_noise": None, "load": {}} | dict.fromkeys(repeat.CHANGES)
 
 
 class Output(NamedTuple):
@@ -68,8 +75,8 @@ class Output(NamedTuple):
             return None  # not there, or damaged: it is made again
         if result.interrupted:
             return None
-        had = result.config | {"prompt": result.prompt}
-        differing = [name for name, value in wanted.items() if name not in FREE and had.get(name, value) != value]
+        had, wanted = _comparable(result.config | {"prompt": result.prompt}), _comparable(wanted)
+        differing = [name for name, value in wanted.items() if had.get(name, value) != value]
         if differing:
             changes = ", ".join(f"{name} {had[name]!r} -> {wanted[name]!r}" for name in differing)
             raise ValueError(
@@ -84,10 +91,22 @@ class Output(NamedTuple):
         replaces = (folder / FILES[-1]).exists()
         save_search(writable_folder(folder / UNFINISHED if replaces else folder), noise, history)
 
-    def save(self, results: Sequence[SearchResult], indices: Sequence[int]) -> None:
-        """Saves the results of prompts that were searched at once, and only then forgets the state they came from."""
+    def clear_candidates(self, indices: Sequence[int]) -> None:
+        """Removes the candidates of earlier searches of prompts, unless those may be gone on from."""
+        if self.state(indices[0]) is None:
+            for index in indices:
+                _remove_candidates(self.of(index))
+
+    def save(self, results: Sequence[SearchResult], indices: Sequence[int], **how: Any) -> None:
+        """Saves the results of prompts that were searched at once, and only then forgets the state they came from.
+
+        Args:
+          results: of the prompts.
+          indices: of the prompts.
+          how: as for `SearchResult.save`.
+        """
         for result, index in zip(results, indices, strict=True):
-            shutil.rmtree(result.save(self.of(index)) / UNFINISHED, ignore_errors=True)
+            shutil.rmtree(result.save(self.of(index), **how) / UNFINISHED, ignore_errors=True)
         if not results[0].interrupted:
             self.forget(indices[0])
 
@@ -107,6 +126,7 @@ class Output(NamedTuple):
         for folder in stale:
             for name in FILES:
                 (folder / name).unlink(missing_ok=True)
+            _remove_candidates(folder)
             if folder != self.folder and not any(folder.iterdir()):
                 folder.rmdir()
 
@@ -160,6 +180,23 @@ def _held(folder: Path, other: bool | None) -> str | None:
     if single and other is not False:
         return f"a result ({single})"
     return f"the results of a list ({many})" if many and other is not True else None
+
+
+def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says of its settings, in a form that is equal where its images are."""
+    facts = NONE | {name: value for name, value in facts.items() if name not in FREE}
+    noise = facts["base_noise"]
+    return facts | {"base_noise": noise["sha256"] if isinstance(noise, Mapping) else noise}
+
+
+def _remove_candidates(folder: Path) -> None:
+    """Removes what `watching.save_candidates` wrote, and nothing of the user's."""
+    candidates = folder / CANDIDATES
+    for path in candidates.iterdir() if candidates.is_dir() else ():
+        if re.fullmatch(r"\d{5,}\.(png|npy)", path.name):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        candidates.rmdir()
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from ses_jax.engine import denoising
 from ses_jax.engine.denoising import Rows
@@ -17,6 +17,25 @@ def preview(program: Program, params: Any, inputs: Inputs, points: Any, finish: 
     """`finish(images, owner)` of the few-step images of points `[P, n, *S]`, by row."""
     rows = rows_of(noise_of(program, inputs, points))
     return denoising.images(program.model, program.chunk, params, (inputs.sigmas, inputs.condition), rows, finish)
+
+
+def scored(program: Program, params: Any, inputs: Inputs, images: Array, owner: Array) -> tuple[Array, Array | None]:
+    """The components of images, and what is shown of them."""
+    shown = None if program.shown is None else pixels(images, program.shown.side)
+    return components(program, params, inputs, images, owner), shown
+
+
+def pixels(images: Float[Array, "n H W 3"], side: int | None) -> UInt8[Array, "n h w 3"]:
+    """Images of 8 bits, whose longer side has at most `side` pixels, unless they are much longer than wide.
+
+    Pixels are means of whole squares, and what is left over at the lower and right edge is cut off.
+    """
+    shape = images.shape[1:3]
+    factor = 1 if side is None else min(-(-max(shape) // side), *shape)
+    window = (1, factor, factor, 1)
+    # As sums over windows and not of a reshaped array, whose short axes TPUs would fill up to 128.
+    sums = jax.lax.reduce_window(images.astype(jnp.float32), 0.0, jax.lax.add, window, window, "VALID")
+    return jnp.round(jnp.clip(sums / factor**2, 0, 1) * 255).astype(jnp.uint8)
 
 
 def noise_of(program: Program, inputs: Inputs, points: Any) -> Float[Array, "p n c h w"]:

@@ -11,6 +11,22 @@ from ses_jax.searchers.elites import Elites
 from ses_jax.searchers.searcher import Problem, Searcher
 
 
+class Shown(NamedTuple):
+    """What comes along of candidates beside their scores.
+
+    Attributes:
+      side: their previews, whose longer side has at most so many pixels; None leaves them as they are.
+      noise: whether their noise comes too.
+    """
+
+    side: int | None = None
+    noise: bool = False
+
+
+# For the film of a report, which a search makes unless it is told otherwise.
+FILM = Shown(256)
+
+
 class Program(NamedTuple):
     """All that a compiled generation depends on besides arrays; equal programs share one compilation.
 
@@ -24,6 +40,7 @@ class Program(NamedTuple):
       chunk: how many rows are denoised at a time.
       fidelity: the looks before full previews.
       half: the model at half the height and width; None where nothing is looked at so.
+      shown: what comes along of candidates; None is nothing but scores.
     """
 
     model: Model
@@ -36,6 +53,7 @@ class Program(NamedTuple):
     chunk: int
     fidelity: Fidelity = FULL
     half: Model | None = None
+    shown: Shown | None = None
 
 
 class Inputs(NamedTuple):
@@ -95,8 +113,12 @@ class Scored(NamedTuple):
       low_rms: `[P, n]`, root mean squares of the low bands.
       looks: `[P, n, looks]`, what each said, -inf where that was not finite and NaN where it was not taken; None where
         there are no looks.
+      previews: `[P, n, h, w, 3]` of 8 bits, zeros where there was no full preview; None where none are shown.
+      noise: `[P, n, C, h, w]`; None where it is not shown.
     """
 
     components: Array
     low_rms: Array
     looks: Array | None = None
+    previews: Array | None = None
+    noise: Array | None = None

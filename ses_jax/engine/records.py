@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ses_jax.engine.program import Scored
+from ses_jax.engine.program import Program, Scored
+from ses_jax.rewards import mixture
 
 Row = dict[str, Any]
 
@@ -34,6 +35,15 @@ def history(names: Sequence[str], scored: Scored, scores: Float[np.ndarray, " n"
     if scored.looks is None:
         return rows
     return [row | {"looks": _looks(looks)} for row, looks in zip(rows, scored.looks, strict=True)]
+
+
+def total(
+    program: Program, components: Float[np.ndarray, "n parts"], population: Float[np.ndarray, "m parts"]
+) -> Float[np.ndarray, " n"]:
+    """Scores of components; in a standardised mixture as the whole population of the search has them in the end."""
+    if not program.standardize:
+        return np.asarray(mixture.plain_sum(components, program.weights))
+    return np.asarray(mixture.standardized_sum(components, program.weights, population))
 
 
 def _looks(looks: Float[np.ndarray, " looks"]) -> list[float | None]:

@@ -1,25 +1,28 @@
 """What a search returns, and the folder it is saved to."""
 
-import contextlib
 import dataclasses
-import errno
+import functools
 import json
 import math
 import os
-import tempfile
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ses_jax.engine import saved
+from ses_jax.engine import repeat, saved
 from ses_jax.engine.cost import Cost
+from ses_jax.engine.files import save_array, writable_folder, write, write_together
+from ses_jax.engine.watching import Shot
+from ses_jax.exports import export, pictures
+from ses_jax.report import grid, page
+from ses_jax.report.charts import Svg
 
-# What `SearchResult.save` writes, the last one last.
-FILES = ("best.png", "baseline.png", "noise.npy", "history.jsonl", "result.json")
+NOISE, HISTORY, REPORT, SUMMARY = "noise.npy", "history.jsonl", "report.html", "result.json"
+# What `SearchResult.save` writes, the last one last; of the pictures, those of one format.
+FILES = (*(f"{name}.{kind}" for kind in pictures.FORMATS for name in saved.PICTURES), NOISE, HISTORY, REPORT, SUMMARY)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +48,7 @@ class SearchResult:
       timings: seconds of each phase, and images per second of the search.
       interrupted: whether the search was stopped before its budget was spent.
       notes: calls of the user's reward that failed and were made again.
+      film: the best and the worst preview of each generation, small; empty in a result that was loaded.
     """
 
     prompt: str
@@ -62,6 +66,7 @@ class SearchResult:
     timings: dict[str, float]
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+    film: Sequence[Shot] = ()
 
     def summary(self) -> dict[str, Any]:
         """Everything but images, noise and history, as plain JSON values; a score that is not finite is None."""
@@ -78,25 +83,44 @@ class SearchResult:
             "config": self.config,
         } | ({"notes": list(self.notes)} if self.notes else {})
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes `best.png`, `baseline.png`, `noise.npy`, `history.jsonl` and `result.json`.
+    def save(self, folder: str | os.PathLike[str], *, image_format: str = "png", report: bool = True) -> Path:
+        """Writes `best.png`, `baseline.png`, `noise.npy`, `history.jsonl`, `report.html` and `result.json`.
 
-        Each file appears whole or not at all, `result.json` last.
+        Each file appears whole or not at all, `result.json` last. The pictures carry prompt, settings and versions.
+        What an earlier result left there in other formats, or as a page, goes.
+
+        Args:
+          folder: is made if it is not there.
+          image_format: "png", "jpeg" or "webp", which is also the pictures' ending.
+          report: whether to write `report.html`, a page for people.
 
         Raises:
-          ValueError: if the folder cannot be written.
+          ValueError: if the folder cannot be written, and for another format.
           OSError: naming the file that could not be, on a full disk; what was there before is whole.
         """
+        if image_format not in pictures.FORMATS:
+            raise ValueError(f"image_format={image_format!r} is not one of {', '.join(pictures.FORMATS)}")
         folder = writable_folder(folder)
         text = json.dumps(self.summary(), indent=2, ensure_ascii=False) + "\n"
-        writers = {
-            "best.png": lambda path: self.image.save(path, format="PNG"),
-            "baseline.png": lambda path: self.baseline_image.save(path, format="PNG"),
-            **_search_writers(self.noise, self.history),
-            "result.json": lambda path: path.write_text(text, encoding="utf-8"),
-        }
+        writers = self._picture_writers(image_format) | _search_writers(self.noise, self.history)
+        if report:
+            shown = page.page(self._view())
+            writers[REPORT] = lambda path: path.write_text(shown, encoding="utf-8")
+        writers[SUMMARY] = lambda path: path.write_text(text, encoding="utf-8")
         write_together({folder / name: writer for name, writer in writers.items()})
+        for name in FILES:
+            if name not in writers:
+                (folder / name).unlink(missing_ok=True)
         return folder
+
+    def _picture_writers(self, kind: str) -> dict[str, Callable[[Path], Any]]:
+        images = dict(zip(saved.PICTURES, (self.image, self.baseline_image), strict=True))
+        return {
+            f"{name}.{kind}": functools.partial(
+                pictures.save, image=image, kind=kind, notes=repeat.notes(self.facts(name))
+            )
+            for name, image in images.items()
+        }
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "SearchResult":
@@ -108,6 +132,53 @@ class SearchResult:
         """
         return cls(**saved.read(Path(folder)))
 
+    def facts(self, image: str) -> dict[str, Any]:
+        """What the picture "best" or "baseline" says of itself, as plain JSON values."""
+        before = "" if image == "best" else "baseline_"
+        scores = {name: getattr(self, before + name) for name in ("score", "final_score")}
+        scores = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+        return repeat.facts(self.prompt, self.config, image=image, **scores)
+
+    def plot(self) -> Svg:
+        """The best score over candidates, beside what best-of-N would make of the same scores: a chart of notebooks."""
+        return page.curve(self._view(), standalone=True)
+
+    def grid(self) -> Image.Image:
+        """The best preview of each generation, and below it the worst.
+
+        Raises:
+          ValueError: where no previews were kept, as with `no_report`.
+        """
+        rows = [[shot.image for shot in self.film if shot.best == best] for best in (True, False)]
+        return grid.grid([row for row in rows if row])
+
+    def _repr_html_(self) -> str:
+        """The report, for notebooks."""
+        return page.embedded(self._view())
+
+    def _view(self) -> page.View:
+        """What the report shows."""
+        scores = [row["score"] for row in self.history]
+        film = [page.Shown(shot.generation, shot.best, scores[shot.index], shot.image) for shot in self.film]
+        again = repeat.command(self.prompt, self.config), repeat.python(self.prompt, self.config)
+        return page.View(self.summary(), self.history, self.image, self.baseline_image, film, *again)
+
+    def export(self, to: str, folder: str | os.PathLike[str] | None = None) -> Path:
+        """Writes the noise as another program takes it.
+
+        Args:
+          to: "diffusers", a file for `latents=` and a script that makes the image with it; or "comfyui", a `.latent`
+            file, a custom node and a workflow.
+          folder: to write to; `ses_diffusers` or `ses_comfyui` by default.
+
+        Returns:
+          The folder.
+
+        Raises:
+          ValueError: for another program, a model that other programs don't know, and a folder that cannot be written.
+        """
+        return export_noise(self.noise, self.summary(), to, folder)
+
 
 def save_search(folder: Path, noise: np.ndarray, history: list[dict[str, Any]]) -> None:
     """Writes what a search found before its images are rendered: `noise.npy` and `history.jsonl`."""
@@ -117,91 +188,23 @@ def save_search(folder: Path, noise: np.ndarray, history: list[dict[str, Any]]) 
 def _search_writers(noise: np.ndarray, history: list[dict[str, Any]]) -> dict[str, Callable[[Path], Any]]:
     lines = "".join(json.dumps(row) + "\n" for row in history)
     return {
-        "noise.npy": lambda path: _save_array(path, noise),
-        "history.jsonl": lambda path: path.write_text(lines, encoding="utf-8"),
+        NOISE: lambda path: save_array(path, noise),
+        HISTORY: lambda path: path.write_text(lines, encoding="utf-8"),
     }
+
+
+def export_noise(
+    noise: np.ndarray, summary: Mapping[str, Any], to: str, folder: str | os.PathLike[str] | None = None
+) -> Path:
+    """As `SearchResult.export`, of a noise and what `result.json` says of it."""
+    files = export.export(noise, summary["prompt"], summary["config"], to)
+    folder = writable_folder(f"ses_{to}" if folder is None else folder)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write(folder / name, lambda path, content=content: path.write_bytes(content))
+    return folder
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
     """An 8-bit image of `[H, W, 3]` in [0, 1]."""
     return Image.fromarray(np.round(np.clip(np.asarray(pixels, np.float32), 0, 1) * 255).astype(np.uint8))
-
-
-def writable_folder(folder: str | os.PathLike[str]) -> Path:
-    """Makes sure that `folder` exists and can be written.
-
-    Raises:
-      ValueError: if not.
-    """
-    if not str(folder):
-        raise ValueError("the output folder has no name; '.' is the current one")
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:  # the latter for names that no file can have
-        raise ValueError(f"output folder {folder} is not writable: {getattr(error, 'strerror', 0) or error}") from error
-    return folder
-
-
-def write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Runs `writer(temporary path)` and renames its file to `path`, so that no reader ever sees half a file.
-
-    What the file holds is on the disk before it has its name: a machine that goes down leaves no file of zeros.
-
-    Raises:
-      OSError: naming `path`.
-    """
-    write_together({path: writer})
-
-
-def write_together(files: Mapping[Path, Callable[[Path], Any]]) -> None:
-    """`write` for several files of a folder, of which none is renamed before all are written."""
-    with contextlib.ExitStack() as temporaries:
-        written = {}
-        for path, writer in files.items():
-            with naming(path):
-                written[path] = temporaries.enter_context(_temporary(path))
-                writer(written[path])
-                _sync(written[path])
-        for path, temporary in written.items():
-            with naming(path):
-                os.replace(temporary, path)
-        for folder in {path.parent for path in files}:
-            with contextlib.suppress(OSError):  # not every file system can
-                _sync(folder)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Errors of the file system within name this path."""
-    try:
-        yield
-    except OSError as error:
-        text = error.strerror or " ".join(str(error).split())
-        raise OSError(error.errno or errno.EIO, f"cannot write: {text}", str(path)) from error
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    # Not the process id, which several machines or containers with one file system may share.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-    finally:
-        with contextlib.suppress(OSError):  # what went wrong before is what matters
-            temporary.unlink(missing_ok=True)
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)

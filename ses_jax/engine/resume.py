@@ -1,6 +1,7 @@
 """A search's state on disk after every generation, so that a search that was killed goes on where it was.
 
     folder/search.json      what the search is
+    folder/film.npz         what was seen of its generations
     folder/000012/          the state after 12 generations, and all scores so far (Orbax)
 
 Everywhere a folder of None saves nothing.
@@ -16,14 +17,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
+from ses_jax.engine.files import write
 from ses_jax.engine.program import Scored, State
-from ses_jax.engine.result import write
 from ses_jax.engine.saved import read_json
+from ses_jax.engine.watching import Shot
 from ses_jax.loading import checkpoint
 
 LOG = logging.getLogger("ses_jax")
-IDENTITY = "search.json"
+IDENTITY, FILM = "search.json", "film.npz"
 
 
 def begin(folder: Path | None, identity: Mapping[str, Any]) -> None:
@@ -67,7 +70,8 @@ def save(folder: Path | None, generations: int, state: State, parts: Sequence[Sc
     if folder is None:
         return
     scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1), *parts)
-    tree = {"state": jax.tree.leaves(jax.device_get(state)), "scored": jax.tree.leaves(scored)}
+    scored = {name: column for name, column in scored._asdict().items() if column is not None}
+    tree = {"state": jax.tree.leaves(jax.device_get(state)), "scored": scored}
     path = folder / f"{generations:06d}"
     try:
         checkpoint.save(path, tree)
@@ -105,15 +109,61 @@ def _checked(tree: Any, initial: State) -> tuple[list[np.ndarray], Scored]:
     """The leaves of a state, and the scores, of a tree that was read; raises ValueError for any other tree."""
     leaves = jax.tree.leaves(initial)
     try:
-        state, scored = [list(map(np.asarray, tree[name])) for name in ("state", "scored")]
+        state = list(map(np.asarray, tree["state"]))
+        scored = Scored(**{name: np.asarray(column) for name, column in tree["scored"].items()})
         fits = [x.shape == y.shape and x.dtype == y.dtype for x, y in zip(state, leaves, strict=True)]
-        prompts, candidates = scored[0].shape[:2]
-        fits += [x.shape[:2] == (prompts, candidates) and x.dtype == np.float32 for x in scored]
+        prompts, candidates = scored.components.shape[:2]
+        columns = jax.tree.leaves(scored)
+        fits += [x.shape[:2] == (prompts, candidates) and x.dtype == np.float32 for x in columns]
         if all(fits) and (prompts, candidates > 0) == (leaves[0].shape[0], True):
-            return state, Scored(*scored)
-    except (KeyError, TypeError, ValueError, IndexError):
+            return state, scored
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
         pass
     raise ValueError("the saved state is that of another search")
+
+
+def save_films(folder: Path | None, films: Sequence[Sequence[Shot]]) -> None:
+    """Writes what was seen of the generations so far."""
+    if folder is None or not any(films):
+        return
+    facts = [[[shot.generation, shot.index, shot.best] for shot in film] for film in films]
+    images = {
+        f"{prompt}-{place}": np.asarray(shot.image)
+        for prompt, film in enumerate(films)
+        for place, shot in enumerate(film)
+    }
+    write(folder / FILM, lambda path: _save_arrays(path, images | {"facts": np.array(json.dumps(facts))}))
+
+
+def load_films(folder: Path | None, prompts: int, candidates: int) -> list[list[Shot]]:
+    """What `save_films` wrote, of as many prompts and of their first candidates; empty where that is damaged."""
+    if folder is None or not (folder / FILM).exists():
+        return [[] for _ in range(prompts)]
+    try:
+        films = _read_films(folder / FILM)
+        if len(films) != prompts:
+            raise ValueError(f"it is of {len(films)} prompts")
+    except Exception as error:  # readers of arrays raise anything for damaged files
+        LOG.warning("%s is damaged (%s); the report goes without", folder / FILM, " ".join(str(error).split())[:200])
+        return [[] for _ in range(prompts)]
+    # A search that was killed between film and state makes its last generation once more.
+    return [[shot for shot in film if 0 <= shot.index < candidates] for film in films]
+
+
+def _read_films(file: Path) -> list[list[Shot]]:
+    with np.load(file, allow_pickle=False) as arrays:
+        return [
+            [
+                Shot(int(generation), int(index), bool(best), Image.fromarray(arrays[f"{prompt}-{place}"]))
+                for place, (generation, index, best) in enumerate(film)
+            ]
+            for prompt, film in enumerate(json.loads(str(arrays["facts"])))
+        ]
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def clear(folder: Path | None) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,19 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.engine import cost, generation, memory, records, resume
+from ses_jax.engine import cost, generation, memory, records, resume, watching
+from ses_jax.engine.base import Base
 from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.cost import Cost
 from ses_jax.engine.denoising import Rows
 from ses_jax.engine.fidelity import Stage
-from ses_jax.engine.program import Program, Scored, State
-from ses_jax.engine.progress import Report, progress_bar
+from ses_jax.engine.program import Scored, State
+from ses_jax.engine.progress import Report, Step, Work, progress_bar, seconds_left
 from ses_jax.engine.result import SearchResult, to_image
 from ses_jax.engine.stopping import Stop
 from ses_jax.engine.tasks import FINALS, Task, generation_count, initial_state, model_of, prepare
+from ses_jax.engine.watching import NOTHING, Shot, Sight, Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
-from ses_jax.rewards import host, mixture
+from ses_jax.rewards import host
 from ses_jax.rewards import reward as rewards
 from ses_jax.rewards.reward import Reward
 
@@ -39,12 +41,14 @@ class Outcome(NamedTuple):
       scored: what was, `[P, candidates, ...]`.
       interrupted: whether there is more to score.
       at_once: whether even the final renders are not wanted any more.
+      films: each prompt's.
     """
 
     state: State
     scored: Scored
     interrupted: bool
     at_once: bool
+    films: list[list[Shot]]
 
 
 class Found(NamedTuple):
@@ -88,10 +92,12 @@ def search_prompts(
     prompts: Sequence[str],
     *,
     indices: Sequence[int] | None = None,
+    base: Base | None = None,
     progress: bool = False,
     state_folder: Path | None = None,
     stop: Stop | None = None,
     keep: Callable[[Found], None] = _drop,
+    watch: Watch = NOTHING,
 ) -> list[SearchResult]:
     """Searches for several prompts at once, as one batch.
 
@@ -101,11 +107,13 @@ def search_prompts(
       config: resolved for the pipeline.
       prompts: P of them.
       indices: choose the prompts' own random draws; None counts from 0.
-      progress: whether to show a progress bar.
+      base: the noise that they start from; None draws it.
+      progress: whether to show progress.
       state_folder: where the search is saved after each generation and continued from (`resume.clear` it once the
         results are safe); None saves nothing.
       stop: ends the search after the generation at hand.
       keep: is given what the search has found before the final renders, which take their time.
+      watch: what is done with candidates beside scoring them.
 
     Returns:
       A result a prompt; it does not depend on what else is in the batch.
@@ -116,13 +124,17 @@ def search_prompts(
     """
     times = [time.perf_counter()]
     indices = range(len(prompts)) if indices is None else indices
+    given = [None] * len(prompts) if base is None else base.as_json()
     if partition.leads(pipeline.mesh):
-        resume.begin(state_folder, _identity(pipeline, reward, config, prompts, indices))
-    task = prepare(pipeline, reward, config, prompts, indices)
+        identity = _identity(pipeline, reward, config, prompts, indices)
+        noises = {} if base is None else {"base_noise": [one["sha256"] for one in given]}
+        resume.begin(state_folder, identity | noises)
+    noise = None if base is None else base.noise
+    task = prepare(pipeline, reward, config, prompts, indices, noise=noise, shown=watch.shown)
     times.append(time.perf_counter())
-    title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
-    with progress_bar(title, config.budget * len(prompts), enabled=progress) as report, host.noting() as notes:
-        task, outcome = _generations(task, state_folder, report, Stop() if stop is None else stop)
+    work = _work(config, prompts)
+    with progress_bar(work, enabled=progress) as report, host.noting() as notes:
+        task, outcome = _generations(task, state_folder, (work, report, watch), Stop() if stop is None else stop)
         times.append(time.perf_counter())
         found = _found(task, outcome)
         keep(found)
@@ -134,30 +146,48 @@ def search_prompts(
     histories = found.histories
     timings = _timings(times, sum(len(history) for history in histories))
     spent = _cost(task, len(histories[0]), timings)
-    settings = [settings_of(pipeline, reward, config, index) | {"chunk": task.program.chunk} for index in indices]
+    described = (settings_of(pipeline, reward, config, *one) for one in zip(indices, given, strict=True))
+    settings = [facts | {"chunk": task.program.chunk} for facts in described]
     accounts = [Account(*facts, spent, timings, tuple(notes)) for facts in zip(histories, settings, strict=True)]
     return [_result(task, i, outcome, (found, finals), account) for i, account in enumerate(accounts)]
 
 
-def settings_of(pipeline: Pipeline, reward: Reward, config: SearchConfig, index: int) -> dict[str, Any]:
-    """What the result of a prompt says of the settings it was searched with."""
-    facts = {"family": pipeline.family, "model": str(pipeline.folder), "reward": reward.name}
-    return config.as_json() | facts | dict(pipeline.changes) | {"prompt_index": int(index)}
+def settings_of(
+    pipeline: Pipeline, reward: Reward, config: SearchConfig, index: int, base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the result of a prompt says of the settings it was searched with, as plain JSON values."""
+    facts = {
+        "family": pipeline.family,
+        "model": pipeline.source or str(pipeline.folder),
+        "load": dict(pipeline.options),
+        "reward": reward.name,
+        "rewards": {part.name: part.weight for part in reward.parts},
+        "sigmas": [float(sigma) for sigma in pipeline.sigmas(config.steps, config.height, config.width)],
+    }
+    return config.as_json() | facts | dict(pipeline.changes) | {"prompt_index": int(index), "base_noise": base}
 
 
-def _generations(task: Task, folder: Path | None, report: Report, stop: Stop) -> tuple[Task, Outcome]:
+def _work(config: SearchConfig, prompts: Sequence[str]) -> Work:
+    """What there is to do, for people."""
+    title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
+    candidates = min(config.population, config.budget) * config.preview_steps
+    return Work(title, config.budget * len(prompts), generation_count(config), FINALS * config.steps / candidates)
+
+
+def _generations(task: Task, folder: Path | None, seen: tuple[Work, Report, Watch], stop: Stop) -> tuple[Task, Outcome]:
     """Runs generations until the budget is spent, or until it is to stop.
 
     Returns:
       The task, with the chunk that was found to fit, and the outcome.
     """
-    population, prompts, mesh = task.config.population, len(task.prompts), task.program.model.mesh
+    mesh, (work, report, watch) = task.program.model.mesh, seen
     first, state, parts = resume.load(folder, initial_state(task))
     state = partition.replicate(mesh, state)
-    start = time.perf_counter()
+    candidates = parts[0].components.shape[1] if parts else 0
+    sight, times = Sight(resume.load_films(folder, len(task.prompts), candidates)), [time.perf_counter()]
     interrupted = at_once = False
     for index in range(first, generation_count(task.config)):
-        interrupted = bool(parts) and partition.any_process(mesh, bool(stop))
+        interrupted = bool(parts) and partition.any_process(mesh, bool(stop) or sight.stop)
         if interrupted:
             break
         try:
@@ -167,14 +197,32 @@ def _generations(task: Task, folder: Path | None, report: Report, stop: Stop) ->
                 raise
             interrupted, at_once = True, bool(stop)
             break
-        parts.append(scored)
+        sight = _looked(task, watch, sight, index, (parts, scored))
+        parts.append(watching.numbers(scored))
         if partition.leads(mesh):
+            resume.save_films(folder, sight.films)
             resume.save(folder, index + 1, state, parts)
-        done = min((index + 1) * population, task.config.budget)
-        rate = prompts * (done - first * population) / (time.perf_counter() - start)
-        report(prompts * done, index, float(np.max(np.asarray(state.best.scores))), rate)
+        times.append(time.perf_counter())
+        report(_step_of(task, work, state, range(first, index + 1), times))
     scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1)[:, : task.config.budget], *parts)
-    return task, Outcome(state, scored, interrupted, at_once)
+    return task, Outcome(state, scored, interrupted, at_once, sight.films)
+
+
+def _looked(task: Task, watch: Watch, sight: Sight, index: int, scored: tuple[Sequence[Scored], Scored]) -> Sight:
+    """What was seen after generation `index`, `scored` being the generations before it and it."""
+    if not partition.leads(task.program.model.mesh):
+        watch = watch._replace(folders=None)
+    return watching.look(watch, sight, watching.generation(task.program, index, scored, task.config.budget))
+
+
+def _step_of(task: Task, work: Work, state: State, done: range, times: Sequence[float]) -> Step:
+    """The progress after generations `done`, that began at all but the last of `times`."""
+    prompts, population = len(task.prompts), task.config.population
+    scored = min(done.stop * population, task.config.budget)
+    rate = prompts * (scored - done.start * population) / (times[-1] - times[0])
+    left = seconds_left(np.diff(times).tolist(), work.generations - done.start, work.finals)
+    best = float(np.max(np.asarray(state.best.scores)))
+    return Step(done.stop - 1, prompts * scored, best, rate, left, rough=len(done) == 1)
 
 
 def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State, Scored]:
@@ -200,19 +248,25 @@ def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
     """One generation, as one compiled program, or as two with the parts on the host between them."""
     if not task.reward.on_host:
         return generation.generation_step(task.program, task.params, task.inputs, index, state)
-    points, images, device = generation.candidates(task.program, task.params, task.inputs, index, state)
+    program, shown = task.program, task.program.shown
+    points, images, device = generation.candidates(program, task.params, task.inputs, index, state)
     count = task.program.evaluated
     texts = [prompt for prompt in task.prompts for _ in range(count)]
     components = rewards.host_components(task.reward, np.asarray(device), images, texts)
     components = jnp.asarray(components).reshape(len(task.prompts), count, -1)
-    return generation.update(task.program, task.inputs, index, state, points, components)
+    new, scored = generation.update(program, task.inputs, index, state, points, components)
+    if shown is None:
+        return new, scored
+    pixels = generation.pixels(shown.side, images)
+    noise = generation.noise_of(program, task.inputs, points) if shown.noise else None
+    return new, scored._replace(previews=pixels.reshape(len(task.prompts), count, *pixels.shape[1:]), noise=noise)
 
 
 def _history(task: Task, scored: Scored, prompt: int) -> list[records.Row]:
     """The rows of one prompt; raises ValueError if there is no finite score."""
     one = jax.tree.map(lambda x: x[prompt], scored)
     components, names = one.components, [part.name for part in task.reward.parts]
-    rows = records.history(names, one, _total(task.program, components, components), task.config.population)
+    rows = records.history(names, one, records.total(task.program, components, components), task.config.population)
     if rows[-1]["best"] is None:
         raise ValueError(
             f"reward {task.reward.name!r} gave no finite score in {len(rows)} candidates; check the reward"
@@ -256,21 +310,13 @@ def render(
             chunk = memory.half(min(chunk, len(rows.owner)))
 
 
-def _total(
-    program: Program, components: Float[np.ndarray, "n parts"], population: Float[np.ndarray, "m parts"]
-) -> Float[np.ndarray, " n"]:
-    """Scores of components; in a standardised mixture as the whole population of the search has them in the end."""
-    if not program.standardize:
-        return np.asarray(mixture.plain_sum(components, program.weights))
-    return np.asarray(mixture.standardized_sum(components, program.weights, population))
-
-
 def _identity(
     pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], indices: Sequence[int]
 ) -> dict[str, Any]:
     """What a saved search must agree in with the one that continues it; how much fits at a time may change."""
     return {name: value for name, value in config.as_json().items() if name != "chunk"} | {
         **pipeline.changes,
+        "load": dict(pipeline.options),
         "model": str(pipeline.folder),
         "reward": reward.name,
         "prompts": list(prompts),
@@ -296,7 +342,8 @@ def _result(task: Task, i: int, outcome: Outcome, rendered: tuple[Found, Finals]
     """The result of prompt `i`."""
     (found, finals), history = rendered, account.history
     names = [part.name for part in task.reward.parts]
-    final_score, baseline_final = _total(task.program, finals.components[i], outcome.scored.components[i]).tolist()
+    population = outcome.scored.components[i]
+    final_score, baseline_final = records.total(task.program, finals.components[i], population).tolist()
     image, baseline_image = (to_image(pixels) for pixels in finals.images[i])
     return SearchResult(
         prompt=task.prompts[i],
@@ -310,4 +357,5 @@ def _result(task: Task, i: int, outcome: Outcome, rendered: tuple[Found, Finals]
         components=records.part_scores(names, history, finals.components[i]),
         **account._asdict(),
         interrupted=outcome.interrupted,
+        film=outcome.films[i],
     )

@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 
 from ses_jax.engine.cost import Cost, Spent
+from ses_jax.exports.pictures import FORMATS
 
+PICTURES = ("best", "baseline")
 SCORES = ("baseline_score", "score", "baseline_final_score", "final_score")
 TIMINGS = ("encode", "search", "render", "images_per_second")
 
@@ -25,10 +27,11 @@ def read(folder: Path) -> dict[str, Any]:
     summary = read_summary(folder / "result.json")
     scores = {name: math.nan if summary[name] is None else float(summary[name]) for name in SCORES}
     spent = {name: Spent(**values) for name, values in summary["cost"].items()}
+    image, baseline = (_intact(picture(folder, name), _image) for name in PICTURES)
     return scores | {
         "prompt": summary["prompt"],
-        "image": _intact(folder / "best.png", _image),
-        "baseline_image": _intact(folder / "baseline.png", _image),
+        "image": image,
+        "baseline_image": baseline,
         "noise": read_noise(folder / "noise.npy"),
         "history": _intact(folder / "history.jsonl", _lines),
         "components": summary["components"],
@@ -38,6 +41,12 @@ def read(folder: Path) -> dict[str, Any]:
         "interrupted": summary["interrupted"],
         "notes": tuple(summary.get("notes", ())),
     }
+
+
+def picture(folder: Path, name: str) -> Path:
+    """The file of a picture in a folder, whatever its format; that of the first format where there is none."""
+    files = [folder / f"{name}.{kind}" for kind in FORMATS]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def read_summary(path: Path, only: Collection[str] | None = None) -> dict[str, Any]:

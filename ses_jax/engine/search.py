@@ -7,6 +7,7 @@ seed -> noise -> split -> ask -> merge -> denoise -> decode -> reward -> tell ->
 """
 
 import contextlib
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.engine import lock, runner
+from ses_jax.engine import base, lock, runner, tasks
+from ses_jax.engine.base import Base
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_looks, check_size
 from ses_jax.engine.denoising import Rows
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
@@ -27,7 +29,8 @@ from ses_jax.engine.runner import Found, search_prompts, settings_of
 from ses_jax.engine.saved import read_noise
 from ses_jax.engine.settings import check_text, fields, gather, read, shown, takes
 from ses_jax.engine.stopping import TERMINATED, Stop, noticed
-from ses_jax.engine.tasks import base_noise, encode, image_params, prompt_keys
+from ses_jax.engine.tasks import encode, image_params, prompt_keys
+from ses_jax.engine.watching import OnGeneration, Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards.reward import Reward
@@ -39,6 +42,9 @@ def search(
     *,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    base_noise: Any = None,
+    index: int = 0,
+    on_generation: OnGeneration | None = None,
     **settings: Any,
 ) -> SearchResult | list[SearchResult]:
     """Searches the initial noise for the image that the reward likes best (arXiv 2602.03208).
@@ -47,6 +53,14 @@ def search(
       prompt: one prompt, or a list of prompts, each searched on its own.
       out: folder to save to: one prompt's result in it, or those of a list in its subfolders `000`, `001`, ...
       overwrite: whether a result that is in `out` already may be replaced. With `resume` a finished one comes back.
+      base_noise: of the image that the search starts from, `[C, h, w]` or one a prompt: an array, a tensor of torch, or
+        a `.npy`, `.safetensors` or `.latent` file; in the model's own layout, in that of `latents=` of its diffusers
+        pipeline, or in ComfyUI's. By default it is drawn.
+      index: number of the first prompt, which chooses its random draws: with it, a prompt from the middle of a list is
+        searched again alone.
+      on_generation: `(generation, best preview so far, scores) -> bool`, called after each generation of each prompt,
+        with a PIL image and the generation's scores (NaN where there is none); the search of a prompt ends where it
+        returns True, with the best so far.
       {settings}
 
     Returns:
@@ -62,21 +76,28 @@ def search(
       OSError: naming the file that cannot be written.
       SystemExit: of status 143, once the best so far is saved, where SIGTERM ended the search.
       KeyboardInterrupt: for a second Ctrl-C, and where nothing was scored before the first.
+      Exception: whatever a reward or `on_generation` raises. All of these have the results that were finished before
+        as `results`.
     """
     run, config, place = gather("search", settings, RunConfig, SearchConfig, Placement)
     prompts, listed = prompt_list(prompt), not isinstance(prompt, str)
+    index = _whole(index)
     report = check_rewards(run.reward, run.report)
+    if run.save_candidates and out is None:
+        raise ValueError("save_candidates needs out=, the folder that they are saved in")
+    given = base.read(base_noise)
     output = claim(out, listed=listed, resume=run.resume, overwrite=overwrite)
     pipeline, reward = load_models(run.model, run.reward, report, {"mesh": place.mesh, **(place.load or {})})
     config = config.resolve(pipeline)
     check_looks(config, reward)
-    at_once = 1 if reward.one_prompt_at_a_time else run.prompts_at_once
-    work = Work(pipeline, reward, config, tuple(prompts), output, run.progress)
+    start_from = given and given.fit(pipeline, (config.height, config.width), len(prompts))
+    at_once = 1 if reward.one_prompt_at_a_time or on_generation else run.prompts_at_once
+    work = Work(pipeline, reward, config, tuple(prompts), output, run, index, start_from, on_generation)
 
     leads = partition.leads(pipeline.mesh)
     with lock.held(output.folder if leads else None), noticed() as stop:
-        results = _search_all(work, at_once, stop)
-        if leads and len(results) == len(prompts) and not results[-1].interrupted:
+        results, ended = _search_all(work, at_once, stop)
+        if leads and not ended:
             output.clean(len(prompts))
     if stop.terminated:
         raise _with_results(SystemExit(TERMINATED), results)
@@ -84,43 +105,74 @@ def search(
 
 
 class Work(NamedTuple):
-    """What a call of `search` is to do."""
+    """What a call of `search` is to do.
+
+    Attributes:
+      prompts: to search, in this order.
+      first: number of the first of them.
+      base: their base noise; None draws it.
+      on_generation: the caller's.
+    """
 
     pipeline: Pipeline
     reward: Reward
     config: SearchConfig
     prompts: tuple[str, ...]
     output: Output
-    progress: bool
+    run: RunConfig
+    first: int = 0
+    base: Base | None = None
+    on_generation: OnGeneration | None = None
+
+    @property
+    def saves(self) -> bool:
+        """Whether this process writes what is found."""
+        return self.output.folder is not None and partition.leads(self.pipeline.mesh)
+
+    def settings_of(self, place: int) -> dict[str, Any]:
+        """What the result of a prompt says of what was asked for."""
+        noise = None if self.base is None else self.base.of([place]).as_json()[0]
+        facts = settings_of(self.pipeline, self.reward, self.config, self.first + place, noise)
+        return facts | {"prompt": self.prompts[place]}
 
 
-def _search_all(work: Work, at_once: int, stop: Stop) -> list[SearchResult]:
-    """The results of all prompts, or of those until it was to stop."""
+def _search_all(work: Work, at_once: int, stop: Stop) -> tuple[list[SearchResult], bool]:
+    """The results of all prompts, or of those until it was to stop, and whether it was."""
     results: list[SearchResult] = []
     for start in range(0, len(work.prompts), at_once):
         try:
-            results += _search_some(work, range(start, min(start + at_once, len(work.prompts))), stop)
+            found, enough = _search_some(work, range(start, min(start + at_once, len(work.prompts))), stop)
         except KeyboardInterrupt as error:
             if not results or stop.terminated:
                 raise _with_results(error, results)  # noqa: B904 (the same error)
-            break
+            return results, True
         except BaseException as error:
             raise _with_results(error, results)  # noqa: B904 (the same error)
-        if results[-1].interrupted or stop:
-            break
-    return results
+        results += found
+        if (results[-1].interrupted and not enough) or (stop and len(results) < len(work.prompts)):
+            return results, True
+    return results, False
 
 
-def _search_some(work: Work, chosen: range, stop: Stop) -> list[SearchResult]:
-    """The results of prompts that are searched at once, saved; or those that are there already."""
-    wanted = [settings_of(work.pipeline, work.reward, work.config, i) | {"prompt": work.prompts[i]} for i in chosen]
-    finished = work.output.finished(chosen, wanted)
+def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResult], bool]:
+    """The results of prompts that are searched at once, saved; or those that are there already.
+
+    Returns:
+      The results, and whether the caller had enough of them before their budget was spent.
+    """
+    finished = work.output.finished(chosen, [work.settings_of(i) for i in chosen])
     if finished:
-        return finished
-    saves = work.output.folder is not None and partition.leads(work.pipeline.mesh)
+        return finished, False
+    if work.saves and work.run.save_candidates:  # as they are written while it searches
+        work.output.clear_candidates(chosen)
+    said: list[bool] = []
+
+    def ask(*seen: Any) -> bool:
+        said.append(bool(work.on_generation(*seen)))
+        return said[-1]
 
     def keep(found: Found) -> None:
-        for i, noise, history in zip(chosen, found.noise, found.histories, strict=True) if saves else ():
+        for i, noise, history in zip(chosen, found.noise, found.histories, strict=True) if work.saves else ():
             work.output.keep(i, noise, history)
 
     results = search_prompts(
@@ -128,15 +180,23 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> list[SearchResult]:
         work.reward,
         work.config,
         [work.prompts[i] for i in chosen],
-        indices=chosen,
-        progress=work.progress,
+        indices=[work.first + i for i in chosen],
+        base=work.base and work.base.of(chosen),
+        progress=work.run.progress,
         state_folder=work.output.state(chosen[0]),
         stop=stop,
         keep=keep,
+        watch=Watch(
+            not work.run.no_report,
+            work.on_generation and ask,
+            [work.output.of(i) for i in chosen] if work.run.save_candidates else None,
+        ),
     )
-    if saves:
-        work.output.save(results, chosen)
-    return results
+    if work.saves:
+        work.output.save(results, chosen, image_format=work.run.image_format, report=not work.run.no_report)
+        if not work.run.save_candidates:
+            work.output.clear_candidates(chosen)
+    return results, bool(said and said[-1])
 
 
 def _with_results(error: BaseException, results: list[SearchResult]) -> BaseException:
@@ -179,7 +239,7 @@ def generate(
     check_size(pipeline, *size)
     shape = (len(prompts), *pipeline.noise_shape(*size))
     if noise is None:
-        noise = jnp.stack([base_noise(prompt_keys(config.seed, i)[0], shape[1:]) for i in range(len(prompts))])
+        noise = jnp.stack([tasks.base_noise(prompt_keys(config.seed, i)[0], shape[1:]) for i in range(len(prompts))])
     if len(prompts) == 1 and noise.ndim == 3:
         noise = noise[None]
     if noise.shape != shape:
@@ -202,6 +262,17 @@ def prompt_list(prompt: Any) -> list[str]:
             raise ValueError(f"prompts must be strings, got {shown(text)}")
         check_text(text)
     return prompts
+
+
+def _whole(index: Any) -> int:
+    """A number of a prompt; raises ValueError for anything else."""
+    try:
+        index = operator.index(index)
+    except TypeError:
+        raise ValueError(f"index={shown(index)} is not a whole number") from None
+    if index < 0:
+        raise ValueError(f"index={index} must be at least 0")
+    return index
 
 
 def _noise(noise: Any) -> Array | np.ndarray | None:

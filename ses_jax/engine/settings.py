@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ses_jax.engine import fidelity
+from ses_jax.exports.pictures import FORMATS
 from ses_jax.searchers import registry
 
 # What compiled programs count with.
@@ -213,6 +214,12 @@ def _text(value: Any) -> str:
     return value
 
 
+def _picture(value: Any) -> str:
+    if value not in FORMATS:
+        raise ValueError
+    return value
+
+
 def _number(value: Any) -> float:
     if isinstance(value, bool | str) or not math.isfinite(number := float(value)):
         raise ValueError
@@ -238,4 +245,5 @@ TEXT = Kind("text", _text, _text)
 GUIDANCE = Kind("a number, or options such as scale=3.5,true_cfg=4", _guidance, _guidance_text)
 SEARCHER = Kind("a searcher", registry.load, registry.load, registry.describe)
 FIDELITY = Kind(fidelity.FORMS, fidelity.load, fidelity.load, fidelity.describe)
+PICTURE = Kind("one of png, jpeg and webp", _picture, _picture)
 ANY = Kind("anything", lambda value: value, lambda text: text)

@@ -18,7 +18,7 @@ from ses_jax.engine import generation, memory
 from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.denoising import Model
 from ses_jax.engine.fidelity import EARLY, HALF
-from ses_jax.engine.program import Inputs, Program, State
+from ses_jax.engine.program import Inputs, Program, Shown, State
 from ses_jax.loading import partition
 from ses_jax.loading.programs import comparable
 from ses_jax.pipelines.base import Guidance, Pipeline
@@ -52,23 +52,40 @@ class Task(NamedTuple):
 
 
 def prepare(
-    pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], indices: Sequence[int]
+    pipeline: Pipeline,
+    reward: Reward,
+    config: SearchConfig,
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    *,
+    noise: np.ndarray | None = None,
+    shown: Shown | None = None,
 ) -> Task:
-    """Encodes the prompts, draws and splits their noise, and puts everything where it belongs."""
-    noise, first = draw(pipeline, config, indices)
+    """Encodes the prompts, draws and splits their noise, and puts everything where it belongs.
+
+    Args:
+      pipeline, reward, config, prompts: of the search.
+      indices: choose the prompts' own random draws.
+      noise: `[P, C, h, w]`, the base noise; None draws it.
+      shown: what comes along of candidates beside their scores.
+    """
+    noise, first = draw(pipeline, config, indices, noise)
     condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
     reward = rewards.place(reward, functools.partial(partition.replicate, pipeline.mesh))
     text = rewards.device_text(reward, prompts)
     inputs = partition.replicate(pipeline.mesh, first._replace(condition=condition, text=text))
     task = assemble(pipeline, reward, config, prompts, inputs)._replace(noise=noise)
+    task = task._replace(program=task.program._replace(shown=shown))
     return task if config.chunk else task._replace(program=task.program._replace(chunk=_fitting_chunk(task)))
 
 
-def draw(pipeline: Pipeline, config: SearchConfig, indices: Sequence[int]) -> tuple[Array, Inputs]:
-    """The base noise `[P, C, h, w]` of prompts, and their inputs but for what is encoded."""
+def draw(
+    pipeline: Pipeline, config: SearchConfig, indices: Sequence[int], noise: np.ndarray | None = None
+) -> tuple[Array, Inputs]:
+    """The base noise `[P, C, h, w]` of prompts, and their inputs but for what is encoded; a given noise is the base."""
     noise_keys, keys = zip(*(prompt_keys(config.seed, index) for index in indices), strict=True)
     shape = pipeline.noise_shape(config.height, config.width)
-    noise = jnp.stack([base_noise(key, shape) for key in noise_keys])
+    noise = jnp.stack([base_noise(key, shape) for key in noise_keys]) if noise is None else jnp.asarray(noise)
     base, rest = generation.split(problem_of(pipeline, config).space, noise)
     sigmas = jnp.asarray(pipeline.sigmas(config.preview_steps, config.height, config.width))
     seen = _sigmas_of_looks(pipeline, config)

@@ -118,6 +118,8 @@ class Pipeline:
       image_params: the part that `velocity` and `decode` use.
       place: `(params) -> params`, puts any of these parts on their devices; moves nothing that is there already.
       mesh: the devices; None is the default device.
+      source: what `load_pipeline` was given; "" is the folder.
+      options: what else `load_pipeline` was given that images depend on, as plain JSON values, to load it so again.
       changes: how images differ from those of the checkpoint by what it was loaded with, as plain JSON values by the
         name of the argument of `load_pipeline`: kept in results, and a saved search goes on only with the same.
     """
@@ -138,6 +140,8 @@ class Pipeline:
     image_params: Callable[[Any], Any] = lambda params: params
     place: Callable[[Any], Any] = lambda params: params
     mesh: Mesh | None = None
+    source: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:

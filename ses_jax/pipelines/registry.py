@@ -75,8 +75,10 @@ def load_pipeline(
     """
     if not isinstance(offload_text_encoder, bool):
         raise ValueError(f"offload_text_encoder={offload_text_encoder!r} is not true or false")
+    asked = dtype and hub.params_dtype(dtype).name
     dtype = hub.params_dtype(dtype)
     quantized.check_kind(quantize)
+    given = _given(options, dtype=asked, lora=lora, schedule=schedule, quantize=quantize)
     files = {name: options.pop(name) for name in _networks() & options.keys()}
     folder = hub.resolve(source, weights=None if not files else "")
     index = hub.read_json(folder / "model_index.json")
@@ -108,7 +110,16 @@ def load_pipeline(
     changes = {"lora": [list(pair) for pair in pairs(lora)], "schedule": dict(schedule or {})}
     changes |= {"quantize": quantized.kind_of(params), "files": {name: str(file) for name, file in files.items()}}
     pipeline = _placed(family, _assembled(family, parts, options), mesh)
-    return dataclasses.replace(pipeline, changes={name: change for name, change in changes.items() if change})
+    changes = {name: change for name, change in changes.items() if change}
+    return dataclasses.replace(pipeline, source=str(source), options=given, changes=changes)
+
+
+def _given(options: Mapping[str, Any], *, lora: Loras | None, **more: Any) -> dict[str, Any]:
+    """The arguments of `load_pipeline` that images depend on, as plain JSON values."""
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    plain |= {"lora": [list(pair) for pair in pairs(lora)]}
+    plain |= {name: dict(value) if isinstance(value, Mapping) else value for name, value in more.items()}
+    return {name: value for name, value in plain.items() if value not in (None, [], {})}
 
 
 def _assembled(family: ModuleType, parts: Parts, options: Mapping[str, Any]) -> Pipeline:

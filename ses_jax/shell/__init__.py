@@ -1,0 +1,7 @@
+"""What the shell has beside the calls of Python.
+
+commands  show, export, doctor, studio
+doctor    what this machine has, and what is missing
+dry_run   what a command would do
+words     options that stand for others: -q, --config, --like; and prompts from files
+"""
