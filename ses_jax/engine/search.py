@@ -66,7 +66,7 @@ def search(
     Returns:
       A `SearchResult`, or a list of them for a list of prompts. Prompt i draws from its own key, whatever the other
       prompts are. Ctrl-C ends the search after the generation at hand, and returns the best so far; of a list, the
-      results until then. What a reward raises comes through; any error has the results that were finished before it as
+      results until then. What a reward or `on_generation` raises comes through; any error has the results that were finished before it as
       its `results`.
 
     Raises:
@@ -76,8 +76,6 @@ def search(
       OSError: naming the file that cannot be written.
       SystemExit: of status 143, once the best so far is saved, where SIGTERM ended the search.
       KeyboardInterrupt: for a second Ctrl-C, and where nothing was scored before the first.
-      Exception: whatever a reward or `on_generation` raises. All of these have the results that were finished before
-        as `results`.
     """
     run, config, place = gather("search", settings, RunConfig, SearchConfig, Placement)
     prompts, listed = prompt_list(prompt), not isinstance(prompt, str)
