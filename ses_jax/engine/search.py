@@ -66,8 +66,8 @@ def search(
     Returns:
       A `SearchResult`, or a list of them for a list of prompts. Prompt i draws from its own key, whatever the other
       prompts are. Ctrl-C ends the search after the generation at hand, and returns the best so far; of a list, the
-      results until then. What a reward or `on_generation` raises comes through; any error has the results that were finished before it as
-      its `results`.
+      results until then. What a reward or `on_generation` raises comes through; any error has the results that were
+      finished before it as its `results`.
 
     Raises:
       TypeError: for an unknown setting.
