@@ -128,5 +128,7 @@ def _kinds(spec: RewardSpec | Reward | None) -> list[str]:
 def _state(source: str | Path) -> tuple[Hashable, ...]:
     """A source with the files of its local folder as they are now: one that is written again is loaded again."""
     folder = Path(hub.DEMO if source == "demo" else source).expanduser()
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    # A folder of something else, such as a home, may hold more files than anyone waits for.
+    checkpoint = any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if checkpoint else []
     return str(source), tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
