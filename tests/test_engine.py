@@ -406,6 +406,13 @@ def test_prompts_that_are_no_strings_are_named(prompt):
         engine.prompt_list(prompt)
 
 
+def test_a_folder_without_a_model_is_not_walked(tmp_path, monkeypatch):
+    (tmp_path / "much").mkdir()
+    monkeypatch.setattr(type(tmp_path), "rglob", None)
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json does not exist"):
+        ses_jax.search("a", model=str(tmp_path), progress=False)
+
+
 def test_paths_that_are_none_are_named():
     for value in (5, "a\0", "a\ud800", b"a"):
         with pytest.raises(ValueError, match=r"out=\S+ is no path"):

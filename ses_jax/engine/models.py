@@ -134,5 +134,8 @@ def _kinds(spec: RewardSpec | Reward | None) -> list[str]:
 def _state(source: str | Path) -> tuple[Hashable, ...]:
     """A source with the files of its local folder as they are now: one that is written again is loaded again."""
     folder = Path(hub.DEMO if source == "demo" else source).expanduser()
-    files = sorted(path for path in (folder, *folder.rglob("*")) if path.is_file())
+    # A folder of something else, such as a home, may hold more files than anyone waits for.
+    checkpoint = any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    below = folder.rglob("*") if checkpoint else folder.glob("*")
+    files = sorted(path for path in (folder, *below) if path.is_file())
     return str(source), tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
