@@ -119,7 +119,7 @@ def blank(pipeline):
     return pipeline.blank_tokens(1, 32, guidance=0.0)
 
 
-@pytest.mark.parametrize(("source", "kind"), zip(FAMILIES[:3], ("fp8", "int8", "int8"), strict=True))
+@pytest.mark.parametrize(("source", "kind"), list(zip(FAMILIES[:3], ("fp8", "int8", "int8"), strict=True)))
 def test_a_transformer_is_that_of_the_weights_it_stands_for(source, kind):
     pipeline = shapes(source)
     rule = registry.FAMILIES[pipeline.family].COMPONENTS["transformer"].quantization(kind)
