@@ -39,13 +39,14 @@ import ses_jax
 from ses_jax import cli
 from ses_jax.batch import run as batch
 from ses_jax.convert import autoencoder_kl, clip, decoder_lm, files, pickles, score_head, z_image
-from ses_jax.engine import resume
+from ses_jax.engine import repeat, resume
 from ses_jax.engine import search as engine
 from ses_jax.engine.config import Placement, RunConfig, SearchConfig
 from ses_jax.engine.cost import Cost, Spent
 from ses_jax.engine.program import Scored, State
 from ses_jax.engine.result import SearchResult
 from ses_jax.engine.settings import fields, shown
+from ses_jax.engine.watching import Shot
 from ses_jax.loading import hub, network
 from ses_jax.pipelines.base import Defaults, Pipeline, in_chat_template
 
@@ -313,6 +314,11 @@ def runs(rng: random.Random, folder: Path) -> None:
     _damage_some(rng, folder)
     with contextlib.suppress(*FINE):
         SearchResult.load(folder / "00000")
+    for path in (folder / "00001", folder / "00001" / "best.png"):
+        with contextlib.suppress(*FINE):
+            about = repeat.read(path)
+            repeat.parameters(about)
+            repeat.command(about["prompt"], about["config"])
     ses_jax.search_many(["one", "two", ""], out=folder, model=toy_pipeline(), reward=brightness, progress=False)
 
 
@@ -322,10 +328,12 @@ def states(rng: random.Random, folder: Path) -> None:
     scored = Scored(np.zeros((1, 4, 1), np.float32), np.zeros((1, 4), np.float32))
     resume.begin(folder / "s", {"prompts": ["a"]})
     resume.save(folder / "s", 1, state, [scored])
+    resume.save_films(folder / "s", [[Shot(0, 1, True, Image.new("RGB", (4, 4)))]])
     _damage_some(rng, folder / "s")
     resume.begin(folder / "s", {"prompts": ["a"]})
     done, found, _ = resume.load(folder / "s", state)
     assert done in (0, 1), done
+    assert len(resume.load_films(folder / "s", 1, 4)) == 1, "films of other prompts"
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, state), "another state"
     resume.save(folder / "s", done + 1, state, [scored])
 
@@ -381,7 +389,8 @@ def _result() -> SearchResult:
     timings = {"encode": 1.0, "search": 1.0, "render": 1.0, "images_per_second": 1.0}
     noise = np.zeros((3, 4, 4), np.float32)
     scores = (1.0, 1.0, image, 1.0, math.nan)
-    return SearchResult("one", image, noise, *scores, {}, [row], {"seed": 0}, Cost(spent, spent), timings)
+    config = SearchConfig(height=4, width=4).as_json() | {"model": "demo", "reward": "clip", "rewards": {"clip": 1.0}}
+    return SearchResult("one", image, noise, *scores, {}, [row], config, Cost(spent, spent), timings)
 
 
 def _head() -> Any:
