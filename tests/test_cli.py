@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import ses_jax
 from ses_jax import cli
+from ses_jax.shell import options
 
 PROMPT = "a red circle on a white background"
 FAST = ["--budget", "4", "--population", "2", "--elites", "1", "--preview-steps", "2", "--steps", "2", "--no-progress"]
@@ -137,9 +138,9 @@ def test_a_module_of_the_user_that_fails_shows_where(tmp_path, monkeypatch, caps
 def test_rewards_are_parsed(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("def red(images, prompts):\n    return images[..., 0].mean(axis=(1, 2))\n")
     monkeypatch.chdir(tmp_path)
-    assert cli._parse_reward("pick") == "pick"
-    assert cli._parse_reward("pick=1, clip=0.5") == {"pick": 1.0, "clip": 0.5}
-    mixed = cli._parse_reward("clip=1,my_rewards:red=-2")
+    assert options.parse_reward("pick") == "pick"
+    assert options.parse_reward("pick=1, clip=0.5") == {"pick": 1.0, "clip": 0.5}
+    mixed = options.parse_reward("clip=1,my_rewards:red=-2")
     assert [getattr(name, "__name__", name) for name in mixed] == ["clip", "red"]
     assert list(mixed.values()) == [1.0, -2.0]
     assert str(tmp_path) not in sys.path
@@ -147,7 +148,7 @@ def test_rewards_are_parsed(tmp_path, monkeypatch):
 
 def test_guidance_and_options_are_read():
     def guidance(text):
-        return cli.arguments(cli.RenderOptions(guidance=text))["guidance"]
+        return options.arguments(options.RenderOptions(guidance=text))["guidance"]
 
     assert guidance(None) is None
     assert guidance("3.5") == 3.5
@@ -156,12 +157,12 @@ def test_guidance_and_options_are_read():
         == guidance('{"scale": 3.5, "true_cfg": 4}')
         == {"scale": 3.5, "true_cfg": 4.0}
     )
-    assert cli._parse_options(["band=unpacked", "max_tokens=256"]) == {"band": "unpacked", "max_tokens": 256}
+    assert options.parse_options(["band=unpacked", "max_tokens=256"]) == {"band": "unpacked", "max_tokens": 256}
     for text in ("high", "scale=x", "scale=1=2", "nan"):
         with pytest.raises(ValueError, match=f"guidance='?{text}'? is not a number, or options such as scale=3.5"):
             guidance(text)
     with pytest.raises(ValueError, match="expected NAME=VALUE"):
-        cli._parse_options(["band"])
+        options.parse_options(["band"])
 
 
 def test_a_bad_option_is_one_line(tmp_path, capsys):

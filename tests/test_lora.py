@@ -30,6 +30,7 @@ from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import network
 from ses_jax.loading.lora_files import open_adapters, pairs
 from ses_jax.models import quantized
+from ses_jax.shell import options as shell_options
 
 KOHYA = (".lora_down.weight", ".lora_up.weight")
 
@@ -620,10 +621,10 @@ def test_adapters_come_from_the_hub(tmp_path, monkeypatch):
 
 
 def test_the_shell_takes_adapters_and_schedules(tmp_path, capsys):
-    options = cli.RenderOptions(
+    chosen = shell_options.RenderOptions(
         lora=("a=0.8", "odd=name.safetensors", "b=-1"), schedule=("shift=3", "shift_terminal=null")
     )
-    assert cli.arguments(options)["load"] == {
+    assert shell_options.arguments(chosen)["load"] == {
         "lora": (("a", 0.8), ("odd=name.safetensors", 1.0), ("b", -1.0)),
         "schedule": {"shift": 3, "shift_terminal": None},
     }

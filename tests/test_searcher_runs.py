@@ -14,6 +14,7 @@ from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import partition
 from ses_jax.rewards import reward as rewards
 from ses_jax.searchers import elites
+from ses_jax.shell import options
 
 PROMPTS = ["a cat", "two blue squares"]
 SETTINGS = {"budget": 23, "population": 10, "elites": 4, "progress": False}
@@ -150,7 +151,7 @@ def test_the_shell_takes_names_and_objects(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def searcher(text):
-        return SearchConfig(searcher=cli.arguments(cli.SearchOptions(searcher=text))["searcher"]).searcher
+        return SearchConfig(searcher=options.arguments(options.SearchOptions(searcher=text))["searcher"]).searcher
 
     assert searcher("zero-order,parents=1").parents == 1
     assert searcher("my_searchers:slow").step == 0.1
