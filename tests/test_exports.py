@@ -1,5 +1,6 @@
 """Noise in the layouts of other programs, pictures that say how they were made, and commands that repeat them."""
 
+import ast
 import json
 import sys
 import types
@@ -180,6 +181,14 @@ def test_workflows_are_wired(family):
         assert nodes["noise"] == {"class_type": "SESNoise", "inputs": {"latent": comfyui.LATENT}}
         assert nodes["prompt"]["inputs"]["text"] == PROMPT
         json.dumps(nodes)
+
+
+def test_a_script_says_what_its_model_lacks():
+    for changes in ({}, {"lora": [['a"b.safetensors', 0.5]], "quantize": "int8"}):
+        config = CONFIG | {"family": "ZImagePipeline", "height": 64, "width": 64} | changes
+        script = export.export(noise(1, (16, 8, 8)), PROMPT, config, "diffusers")["generate.py"].decode()
+        assigned = {node.targets[0].id: node.value for node in ast.parse(script).body if isinstance(node, ast.Assign)}
+        assert ast.literal_eval(assigned["CHANGES"]) == changes
 
 
 def test_guidance_of_workflows():

@@ -278,7 +278,10 @@ def test_a_browser_filters_and_sorts_a_gallery(tmp_path, width):
 
 def test_a_batch_run_has_a_gallery(tmp_path):
     settings = SETTINGS | {"model": toy.pipeline(), "reward": toy.brightness()}
-    ses_jax.search_many(["a", "b", {"prompt": "c", "budget": "x"}], out=tmp_path, image_format="webp", **settings)
+    rows = ["a", {"prompt": "c", "budget": "x"}]
+    ses_jax.search_many(rows, out=tmp_path, image_format="webp", **settings)
+    ses_jax.search_many([*rows, "b"], out=tmp_path, **settings)
+    assert (tmp_path / "00000" / "best.webp").is_file() and (tmp_path / "00002" / "best.png").is_file()  # noqa: PT018
     page = Loaded((tmp_path / "report.html").read_text(encoding="utf-8"))
     for link in [*page.links, *page.fetched]:
         assert (tmp_path / link).is_file()

@@ -23,7 +23,7 @@ import numpy as np
 from ses_jax.batch.prompts import Row
 from ses_jax.engine.files import naming, writable_folder, write
 from ses_jax.engine.result import SearchResult
-from ses_jax.engine.saved import SCORES, read_json, read_summary
+from ses_jax.engine.saved import SCORES, picture, read_json, read_summary
 from ses_jax.report import gallery
 
 Outcome = dict[str, Any]
@@ -167,9 +167,15 @@ class Run:
             summary = json.dumps(summarize(outcomes), indent=2, ensure_ascii=False) + "\n"
             _write_text(self.folder / "summary.json", summary)
             if self.report:
-                page = gallery.gallery(self.folder.name, outcomes, json.loads(summary), ending=self.image_format)
+                page = gallery.gallery(self.folder.name, self._with_endings(outcomes), json.loads(summary))
                 _write_text(self.folder / "report.html", page)
             written = text
+
+    def _with_endings(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Outcomes with the ending of their pictures, which may be another after a restart."""
+        folders = [self.folder / outcome.get("folder", "") for outcome in outcomes]
+        endings = [picture(folder, "best").suffix.removeprefix(".") for folder in folders]
+        return [outcome | {"ending": ending} for outcome, ending in zip(outcomes, endings, strict=True)]
 
 
 def summarize(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from safetensors.torch import load_file
 
 MODEL = {model!r}
 PROMPT = {prompt!r}
+# How the search's model differed from MODEL, by arguments of ses_jax.load_pipeline; nothing of it is loaded here.
+CHANGES = {changes!r}
 LATENTS = load_file(Path(__file__).with_name("noise.safetensors"))["latents"]
 
 
@@ -45,6 +47,8 @@ def render(pipe, **more):
 
 
 def main():
+    if CHANGES:
+        print(f"another image than the search's, whose model was loaded with {{CHANGES}}", file=sys.stderr)
     gpu = torch.cuda.is_available()
     model = sys.argv[1] if len(sys.argv) > 1 else MODEL
     pipe = {family}.from_pretrained(model, torch_dtype=torch.bfloat16 if gpu else torch.float32)
@@ -86,7 +90,9 @@ def for_diffusers(
     latents = np.ascontiguousarray(family.to_latents(noise, config))
     lines = [f'        "{name}": {value},' for name, value in family.arguments(config).items()]
     names = {name: config[name] for name in ("family", "height", "width", "steps")}
-    snippet = SNIPPET.format(prompt=prompt, model=_model(config), arguments="\n".join(lines), **names)
+    changes = {name: config[name] for name in ("lora", "schedule", "quantize", "files") if config.get(name)}
+    facts = {"prompt": prompt, "model": _model(config), "changes": changes}
+    snippet = SNIPPET.format(arguments="\n".join(lines), **facts, **names)
     about = {"prompt": prompt, "family": config["family"], "made_by": "ses_jax"}
     return {"noise.safetensors": save({"latents": latents}, about), "generate.py": snippet}
 

@@ -26,7 +26,7 @@ def gallery(title: str, outcomes: Sequence[Outcome], summary: Mapping[str, Any],
 
     Args:
       title: of the run.
-      outcomes: a line of `results.jsonl` each.
+      outcomes: a line of `results.jsonl` each, perhaps with an `ending` of its own.
       summary: as `summary.json` has it.
       ending: of the pictures.
     """
@@ -88,7 +88,7 @@ def _card(outcome: Outcome, ending: str) -> str:
 
 
 def _linked(outcome: Outcome, prompt: str, ending: str) -> str:
-    folder = quote(outcome["folder"])
+    folder, ending = quote(outcome["folder"]), outcome.get("ending", ending)
     images = "".join(
         f'<img loading="lazy" src="{folder}/{image}.{ending}" alt="{words}">'
         for image, words in (("baseline", "without a search"), ("best", "found"))
