@@ -186,7 +186,7 @@ def test_workflows_are_wired(family):
 def test_a_script_says_what_its_model_lacks():
     for changes in ({}, {"lora": [['a"b.safetensors', 0.5]], "quantize": "int8"}):
         config = CONFIG | {"family": "ZImagePipeline", "height": 64, "width": 64} | changes
-        script = export.export(noise(1, (16, 8, 8)), PROMPT, config, "diffusers")["generate.py"].decode()
+        script = export.export(noise(1, (16, 8, 8))[0], PROMPT, config, "diffusers")["generate.py"].decode()
         assigned = {node.targets[0].id: node.value for node in ast.parse(script).body if isinstance(node, ast.Assign)}
         assert ast.literal_eval(assigned["CHANGES"]) == changes
 
