@@ -51,9 +51,10 @@ class GroupNorm(nn.Module):
             return jnp.repeat(grouped.mean(-1), channels // self.groups, axis=-1)
 
         x32 = x.astype(jnp.float32)
-        centred = x32 - mean(x32)
-        factor = scale.astype(jnp.float32) * jax.lax.rsqrt(mean(jnp.square(centred)) + self.eps)
-        return (centred * factor + bias.astype(jnp.float32)).astype(x.dtype)
+        center = mean(x32)
+        variance = mean(jnp.square(x32 - center))
+        factor = scale.astype(jnp.float32) * jax.lax.rsqrt(variance + self.eps)
+        return ((x32 - center) * factor + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class GatedMLP(nn.Module):

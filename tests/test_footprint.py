@@ -53,6 +53,15 @@ def test_a_residual_connection_is_one_array_to_its_readers():
     assert arrays(twice, square()) == pytest.approx(3, abs=0.01)
 
 
+def test_what_only_one_fusion_reads_is_not_written():
+    def gated(x):
+        p = x @ x
+        scaled = 2 * p + 1  # read twice, for one value
+        return p + ((scaled * jax.nn.sigmoid(scaled)) @ x[:, :1])
+
+    assert arrays(gated, square()) == pytest.approx(2, abs=0.02)
+
+
 def test_what_several_read_is_written_where_that_frees_more():
     def normed(x):
         p = x @ x

@@ -51,6 +51,15 @@ def failing():
     raise RuntimeError("judge is down")
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """Those of a program that is started by hand; the suite's workers ignore Ctrl-C."""
+    before = {number: signal.signal(number, default) for number, default in stopping.DEFAULTS.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def names(folder):
     return {path.name for path in folder.iterdir()}
 

@@ -1,10 +1,10 @@
 """How much memory a function's temporaries need at once, estimated from its jaxpr: nothing is compiled or allocated.
 
 XLA writes to memory what products, convolutions, reductions and loops give, and what all of these but reductions read;
-the element-wise work between them is fused into its readers. A fused value of several readers is written too, where
-that takes no more than what it is computed from, as the sum of a residual connection does. An array lives from its
-writer to its last reader. The body of a loop adds its own peak. Arguments are not counted; the rows of them that a
-loop takes are, all of them from the start of its body.
+the element-wise work between them is fused into its readers. A fused value of several readers that do not meet again in
+one of them is written too, where that takes no more than what it is computed from, as the sum of a residual connection
+does. An array lives from its writer to its last reader. The body of a loop adds its own peak. Arguments are not
+counted; the rows of them that a loop takes are, all of them from the start of its body.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Value:
       size: bytes.
       kind: "argument", "view", "fused" or "written".
       inputs: what it is computed from.
-      readers: how many operations read it.
+      readers: the operations that read it.
       needed: whether an operation reads it that fuses nothing.
       buffers: the written arrays that must live where it is read; set when its memory is decided on.
     """
@@ -62,12 +62,12 @@ class Value:
     size: int
     kind: str = "fused"
     inputs: tuple["Value", ...] = ()
-    readers: int = 0
+    readers: "tuple[Operation, ...]" = ()
     needed: bool = False
     buffers: frozenset["Value"] = frozenset()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
     """A step of the program: what it reads and gives, the peak inside it, and whether it fuses what it reads."""
 
@@ -86,7 +86,7 @@ def _peak(jaxpr: core.Jaxpr, sliced: Sequence[Any]) -> int:
     operations.append(Operation(tuple(results), (), fuses=False))
     for operation in operations:
         for value in operation.inputs:
-            value.readers += 1
+            value.readers += (operation,)
             value.needed |= not operation.fuses
     _decide(values[var] for var in sliced)
     for operation in operations:
@@ -133,12 +133,28 @@ def _decide(values: Iterable[Value]) -> None:
                 value.kind = "written"
         elif value.kind == "fused":
             recomputed = sum(source.size for source in sources)
-            if value.needed or (value.readers > 1 and recomputed >= value.size):
+            if value.needed or (not _meet(value.readers) and recomputed >= value.size):
                 value.kind = "written"
         if value.kind == "written":
             value.buffers = frozenset([value])
         elif value.kind == "fused":
             value.buffers = sources
+
+
+def _meet(readers: Sequence[Operation]) -> bool:
+    """Whether what operations give comes together in one of them before anything is written."""
+    return not readers or bool(set.intersection(*(set(_fusion(operation)) for operation in readers)))
+
+
+def _fusion(operation: Operation) -> Iterator[Operation]:
+    """An operation and those after it that can only be fused with it: the one reader of a value that is not written."""
+    yield operation
+    while len(operation.outputs) == 1:
+        (value,) = operation.outputs
+        if value.kind != "fused" or value.needed or len(value.readers) != 1:
+            return
+        (operation,) = value.readers
+        yield operation
 
 
 def _in_memory(value: Value) -> bool:
