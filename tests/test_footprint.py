@@ -59,7 +59,7 @@ def test_what_only_one_fusion_reads_is_not_written():
         scaled = 2 * p + 1  # read twice, for one value
         return p + ((scaled * jax.nn.sigmoid(scaled)) @ x[:, :1])
 
-    assert arrays(gated, square()) == pytest.approx(2, abs=0.02)
+    assert arrays(gated, square()) == pytest.approx(2, abs=0.04)
 
 
 def test_what_several_read_is_written_where_that_frees_more():
