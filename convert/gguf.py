@@ -1,4 +1,7 @@
-"""GGUF files of diffusion transformers, dequantised as they are read, by the `gguf` package (extra "gguf")."""
+"""GGUF files of diffusion transformers and of T5's encoder, dequantised as they are read.
+
+The package `gguf` does so (extra "gguf").
+"""
 
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +13,8 @@ from ses_jax.convert.engine import ConversionError, Header, Weights
 
 PLAIN = ("F32", "F16", "BF16")
 RESHAPED = "comfy.gguf.orig_shape."  # where a tensor lies in another shape than it has
-# Language models have names of llama.cpp's own.
-LANGUAGE_MODELS = ("t5", "t5encoder", "llama", "mistral3", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "clip")
+# They have names of llama.cpp's own, and some have other weights under them.
+LANGUAGE_MODELS = ("t5", "llama", "mistral3", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "clip")
 
 
 def open_gguf(file: Path) -> Weights:
@@ -29,7 +32,7 @@ def open_gguf(file: Path) -> Weights:
     architecture = reader.get_field("general.architecture")
     if architecture and architecture.contents() in LANGUAGE_MODELS:
         raise ConversionError(
-            f"{file} is a language model ({architecture.contents()}); text encoders are read as safetensors only"
+            f"{file} is a language model ({architecture.contents()}); of text encoders only T5's is read as GGUF"
         )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     headers = {name: Header(_shape(reader, t), _dtype(gguf, file, t), str(file)) for name, t in tensors.items()}

@@ -11,15 +11,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers.loaders import single_file_utils
 from layouts import assert_bit_equal
 
 import ses_jax
-from ses_jax.convert import dialects, engine
+from ses_jax.convert import dialects, engine, t5
 from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.convert.table import Table, fused, joined, linear, norm
 from ses_jax.engine import models
-from ses_jax.loading import hub
+from ses_jax.loading import hub, network
 from ses_jax.models import quantized
 from ses_jax.pipelines import z_image
 
@@ -201,6 +202,25 @@ def test_files_that_are_not_quantised_are_left_alone(tmp_path):
 # GGUF.
 
 
+def test_t5_by_the_names_of_llama_cpp(tmp_path):
+    """Which the package maps from those of transformers."""
+    small = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 2, "d_kv": 16, "vocab_size": 64}
+    torch.manual_seed(0)
+    reference = transformers.T5EncoderModel(transformers.T5Config(**small, feed_forward_proj="gated-gelu"))
+    reference.save_pretrained(tmp_path / "t5")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, small["num_layers"])
+    state = {name: x.numpy() for name, x in reference.state_dict().items() if "embed_tokens" not in name}
+    mapped = {names.get_name(name, (".weight",)): x for name, x in state.items()}
+    exact = network.load(tmp_path / "t5", t5.COMPONENT).params
+    file = write_gguf(tmp_path / "whole.gguf", mapped, architecture="t5encoder")
+    assert_bit_equal(network.load(tmp_path / "t5", t5.COMPONENT, file=file).params, exact)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    file = write_gguf(tmp_path / "Q8_0.gguf", mapped, kind, architecture="t5encoder")
+    rounded = network.load(tmp_path / "t5", t5.COMPONENT, file=file, dtype=jnp.float32).params
+    largest = max(np.abs(x).max() for x in state.values())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=largest / 127), rounded, exact)
+
+
 def write_gguf(path, tensors, kind=None, architecture="flux"):
     """Matrices in a kind of quantisation, all else in float32; a kind that can't be encoded comes as bytes."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -325,7 +345,7 @@ def test_files_that_are_no_such_thing(tmp_path, monkeypatch):
     (tmp_path / "it.gguf").write_bytes(b"GGUF then nothing of the kind")
     with pytest.raises(ConversionError, match=r"it\.gguf is truncated or corrupt"):
         dialects.open_file(tmp_path / "it.gguf")
-    file = write_gguf(tmp_path / "text.gguf", {"a.weight": np.zeros((2, 32), np.float32)}, architecture="t5encoder")
+    file = write_gguf(tmp_path / "text.gguf", {"a.weight": np.zeros((2, 32), np.float32)}, architecture="qwen3")
     with pytest.raises(ConversionError, match=r"is a language model \(t5encoder\)"):
         dialects.open_file(file)
 
