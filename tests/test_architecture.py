@@ -38,6 +38,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "output",
             "models",
             "runner",
+            "ahead",
             "outline",
             "tasks",
             "base",

@@ -1,5 +1,6 @@
 """Compiled programs: shared by what is equal, kept within a bound, gone when they are dropped."""
 
+import dataclasses
 import functools
 import gc
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax.engine import models
-from ses_jax.loading import programs
+from ses_jax.engine import ahead, models, runner, tasks
+from ses_jax.engine.config import SearchConfig
+from ses_jax.loading import partition, programs
 from ses_jax.loading.programs import comparable, compiled
 from ses_jax.rewards import scorers
 
@@ -135,6 +137,24 @@ def test_a_second_search_compiles_nothing(form, demo, compilations):
     before = compilations()
     FORMS[form]("a red circle 2", demo)
     assert compilations() == before
+
+
+@pytest.mark.parametrize("axes", [None, "data=1", "data=2"])
+def test_final_renders_are_compiled_beside_the_search(axes, compilations):
+    mesh = partition.parse_mesh(axes, jax.devices()[: 2 if axes == "data=2" else 1])
+    pipeline = toy.pipeline(mesh)
+    config = SearchConfig(budget=4, population=4, elites=2, steps=5).resolve(pipeline)
+    task = tasks.prepare(pipeline, toy.brightness(), config, ["a"], [0])
+    noise = np.asarray(task.noise)
+    runner._finals(task._replace(config=dataclasses.replace(config, steps=7)), pipeline, noise)  # what is small, once
+    before = compilations()
+    waited_for = ahead.compile_render(task)
+    assert (waited_for is None) == (axes == "data=2")  # cores, whose programs wait for each other
+    if waited_for:
+        waited_for.result()
+        assert compilations() == before + 1
+    runner._finals(task, pipeline, noise)
+    assert compilations() == before + 1
 
 
 def test_a_function_that_reads_its_prompts_gets_them():

@@ -4,6 +4,7 @@ search       `search`, `generate`: the public calls
 output       the folder that a search is saved to
 models       the pipeline and the reward of a search, loaded and kept for the next one
 runner       generations, final renders, results of one or more prompts at once
+ahead        programs compiled while others run
 outline      a search as shapes, and its programs lowered
 tasks        a search made ready: prompts encoded, noise split, weights placed
 generation   the compiled part

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.engine import cost, generation, memory, records, resume, watching
+from ses_jax.engine import ahead, cost, generation, memory, records, resume, watching
 from ses_jax.engine.base import Base
 from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.cost import Cost
@@ -132,7 +132,7 @@ def search_prompts(
     noise = None if base is None else base.noise
     task = prepare(pipeline, reward, config, prompts, indices, noise=noise, shown=watch.shown)
     times.append(time.perf_counter())
-    work = _work(config, prompts)
+    work, compiled = _work(config, prompts), ahead.compile_render(task)
     with progress_bar(work, enabled=progress) as report, host.noting() as notes:
         task, outcome = _generations(task, state_folder, (work, report, watch), Stop() if stop is None else stop)
         times.append(time.perf_counter())
@@ -140,6 +140,8 @@ def search_prompts(
         keep(found)
         if outcome.at_once:
             raise KeyboardInterrupt
+        if compiled:
+            compiled.result()
         finals = _finals(task, pipeline, found.noise)
     times.append(time.perf_counter())
 
