@@ -71,12 +71,34 @@ def attention(
 
 
 def rotate_interleaved(x: Float[Array, "b s n d"], cos: Angles, sin: Angles) -> Float[Array, "b s n d"]:
-    """Rotates channel pairs (2i, 2i+1) of `x [B, S, N, D]` by angles given as `cos, sin [B or 1, S, D/2]`."""
+    """Rotates channel pairs (2i, 2i+1) of `x [B, S, N, D]` by angles given as `cos, sin [B or 1, S, D/2]`.
+
+    On a TPU the other channel of each pair comes from a product with a permutation, exact and nearly free there: taking
+    neighbours apart makes the compiler turn whole tensors over, several times.
+    """
+    if target.device().platform == "tpu":
+        return rotate_by_product(x, cos, sin)
     x32 = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = x32[..., 0], x32[..., 1]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_by_product(x: jax.Array, cos: Angles, sin: Angles) -> jax.Array:
+    """`rotate_interleaved` without taking pairs apart: `x cos + other(x) sin`, the other being (-odd, even)."""
+    pairs = np.arange(x.shape[-1]).reshape(-1, 2)
+    other = np.zeros(2 * x.shape[-1:], np.float32)
+    other[pairs[:, 1], pairs[:, 0]], other[pairs[:, 0], pairs[:, 1]] = -1, 1
+    others = jnp.einsum(
+        "bsnd,de->bsne",
+        x,
+        jnp.asarray(other, x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    cos, sin = (jnp.repeat(angles, 2, axis=-1)[:, :, None, :] for angles in (cos, sin))
+    return (x.astype(jnp.float32) * cos + others * sin).astype(x.dtype)
 
 
 def rotate_half(x: Float[Array, "b s n d"], cos: Angles, sin: Angles) -> Float[Array, "b s n d"]:

@@ -114,3 +114,21 @@ def test_the_default_device_counts_where_none_is_said():
         assert target.device() == jax.devices()[3]
     with compiled_for(None):
         assert target.device() == jax.devices()[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tpu_rotates_pairs_by_products_that_change_nothing(dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 5, 3, DIM)), dtype)
+    angles = rng.uniform(0, 9, (2, 5, DIM // 2)).astype(np.float32)
+
+    def rotated(platform):
+        with compiled_for(types.SimpleNamespace(platform=platform)):
+            return module.rotate_interleaved(x, np.cos(angles), np.sin(angles))
+
+    np.testing.assert_array_equal(rotated("tpu"), rotated("cpu"))
+    turned = jax.lax.complex(*np.split(np.float32(x).reshape(2, 5, 3, -1, 2), 2, axis=-1))[..., 0]
+    turned = turned * np.exp(1j * angles)[:, :, None]
+    by_hand = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+    np.testing.assert_allclose(np.float32(rotated("tpu")), by_hand, atol=1e-6 if dtype == "float32" else 0.02)
+    assert "dot_general" in str(jax.make_jaxpr(lambda: rotated("tpu"))())
