@@ -294,7 +294,7 @@ def test_saved_folder(search, tmp_path):
     loaded = ses_jax.SearchResult.load(folder)
     assert (loaded.summary(), loaded.history) == (result.summary(), result.history)
     np.testing.assert_array_equal(loaded.image, result.image)
-    names = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "report.html", "result.json"}
+    names = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "state.npz", "report.html", "result.json"}
     assert {path.name for path in folder.iterdir()} == names
     np.testing.assert_array_equal(np.load(folder / "noise.npy"), result.noise)
     np.testing.assert_array_equal(Image.open(folder / "best.png"), result.image)

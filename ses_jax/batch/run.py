@@ -21,10 +21,10 @@ from ses_jax.batch.processes import Place, own_place
 from ses_jax.batch.progress import batch_progress
 from ses_jax.batch.prompts import Row, Source, read_rows
 from ses_jax.batch.run_folder import Outcome, Run
-from ses_jax.engine import lock, models, output
+from ses_jax.engine import kept, lock, models, output
 from ses_jax.engine import resume as saved_search
-from ses_jax.engine.config import Placement, RunConfig, SearchConfig, check_looks
-from ses_jax.engine.runner import Found, search_prompts
+from ses_jax.engine.config import BUDGET, Placement, RunConfig, SearchConfig, check_looks
+from ses_jax.engine.runner import Found, identity_of, search_prompts
 from ses_jax.engine.settings import gather, takes
 from ses_jax.engine.stopping import Stop, noticed
 from ses_jax.engine.watching import Watch
@@ -87,7 +87,8 @@ def search_many(
     rows = read_rows(prompts, prompt_column)
     report = models.check_rewards(how.reward, how.report)
     me = own_place(process_id, num_processes)
-    run = Run(output.run_folder(out), rows, me.process_id, not how.no_report, how.image_format)
+    budget = (config.budget or BUDGET) if how.resume and config.nfe is None else None
+    run = Run(output.run_folder(out), rows, me.process_id, not how.no_report, how.image_format, budget)
     load = dict(place.load or {})
     load |= {"lora": pairs(load["lora"])} if load.get("lora") else {}
     described = _described(config.as_json()) | {"load": _described(load)}
@@ -173,10 +174,14 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
     if work.stop:
         work.stop.leave()
     state = _state_folder(work, rows)
+    folders = [work.run.folder / row.folder for row in rows]
+    identities = [identity_of(work.pipeline, work.reward, config, [row.prompt], [row.index]) for row in rows]
 
     def keep(found: Found) -> None:
         if found.interrupted:  # by the next call it is searched to its end
             work.stop.leave()
+        for place, folder in enumerate(folders):
+            kept.save(folder, identities[place], found.kept and found.kept.of(place))
 
     try:
         results = search_prompts(
@@ -186,9 +191,10 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
             [row.prompt for row in rows],
             indices=[row.index for row in rows],
             state_folder=state,
+            begun=kept.load(folders, identities) if work.how.resume else None,
             stop=work.stop,
             keep=keep,
-            watch=Watch(not work.how.no_report, folders=_folders(work, rows)),
+            watch=Watch(not work.how.no_report, folders=folders if work.how.save_candidates else None),
         )
     except Exception as error:
         if isinstance(error, OSError) and error.filename and host.origin(error) is None:
@@ -205,11 +211,6 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
     for row, result in zip(rows, results, strict=True):
         yield work.run.save(row, result)
     saved_search.clear(state)
-
-
-def _folders(work: _Work, rows: Sequence[Row]) -> list[Path] | None:
-    """Where the rows' candidates go."""
-    return [work.run.folder / row.folder for row in rows] if work.how.save_candidates else None
 
 
 def _state_folder(work: _Work, rows: Sequence[Row]) -> Path | None:

@@ -27,6 +27,7 @@ records      what a search notes down
 cost         what it took: network evaluations, FLOPs, seconds
 progress     what it shows
 resume       what it saves on its way
+kept         what it knew in the end, to go on with a larger budget
 memory       how many candidates at a time fit on a device
 flops        floating point operations of a traced program
 files        files that appear whole or not at all

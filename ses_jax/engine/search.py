@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.engine import base, lock, runner, tasks
+from ses_jax.engine import base, kept, lock, runner, tasks
 from ses_jax.engine.base import Base
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_looks, check_size
 from ses_jax.engine.denoising import Rows
@@ -25,7 +25,7 @@ from ses_jax.engine.models import check_rewards, find_pipeline, load_models
 from ses_jax.engine.output import Output, claim
 from ses_jax.engine.placement import check_path
 from ses_jax.engine.result import SearchResult
-from ses_jax.engine.runner import Found, search_prompts, settings_of
+from ses_jax.engine.runner import Found, identity_of, search_prompts, settings_of
 from ses_jax.engine.saved import read_noise
 from ses_jax.engine.settings import check_text, fields, gather, read, shown, takes
 from ses_jax.engine.stopping import TERMINATED, Stop, noticed
@@ -52,7 +52,8 @@ def search(
     Args:
       prompt: one prompt, or a list of prompts, each searched on its own.
       out: folder to save to: one prompt's result in it, or those of a list in its subfolders `000`, `001`, ...
-      overwrite: whether a result that is in `out` already may be replaced. With `resume` a finished one comes back.
+      overwrite: whether a result that is in `out` already may be replaced. With `resume` a finished one comes back, or
+        goes on if the budget is larger now.
       base_noise: of the image that the search starts from, `[C, h, w]` or one a prompt: an array, a tensor of torch, or
         a `.npy`, `.safetensors` or `.latent` file; in the model's own layout, in that of `latents=` of its diffusers
         pipeline, or in ComfyUI's. By default it is drawn.
@@ -133,6 +134,12 @@ class Work(NamedTuple):
         facts = settings_of(self.pipeline, self.reward, self.config, self.first + place, noise)
         return facts | {"prompt": self.prompts[place]}
 
+    def identity_of(self, place: int) -> dict[str, Any]:
+        """What the saved search of a prompt must agree in."""
+        noise = self.base and self.base.of([place])
+        own = [self.prompts[place]], [self.first + place]
+        return identity_of(self.pipeline, self.reward, self.config, *own, noise)
+
 
 def _search_all(work: Work, at_once: int, stop: Stop) -> tuple[list[SearchResult], bool]:
     """The results of all prompts, or of those until it was to stop, and whether it was."""
@@ -161,6 +168,7 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
     finished = work.output.finished(chosen, [work.settings_of(i) for i in chosen])
     if finished:
         return finished, False
+    begun = work.output.begun(chosen, [work.identity_of(i) for i in chosen])
     if work.saves and work.run.save_candidates:  # as they are written while it searches
         work.output.clear_candidates(chosen)
     said: list[bool] = []
@@ -170,8 +178,9 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
         return said[-1]
 
     def keep(found: Found) -> None:
-        for i, noise, history in zip(chosen, found.noise, found.histories, strict=True) if work.saves else ():
-            work.output.keep(i, noise, history)
+        for place, i in enumerate(chosen if work.saves else ()):
+            work.output.keep(i, found.noise[place], found.histories[place])
+            kept.save(work.output.of(i), work.identity_of(i), found.kept and found.kept.of(place))
 
     results = search_prompts(
         work.pipeline,
@@ -182,6 +191,7 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
         base=work.base and work.base.of(chosen),
         progress=work.run.progress,
         state_folder=work.output.state(chosen[0]),
+        begun=begun,
         stop=stop,
         keep=keep,
         watch=Watch(
