@@ -41,6 +41,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "outline",
             "tasks",
             "base",
+            "cases",
             "kept",
             "resume",
             "result",

@@ -5,6 +5,7 @@ output       the folder that a search is saved to
 models       the pipeline and the reward of a search, loaded and kept for the next one
 runner       generations, final renders, results of one or more prompts at once
 outline      a search as shapes, and its programs lowered
+cases        which prompts, with which seeds
 tasks        a search made ready: prompts encoded, noise split, weights placed
 generation   the compiled part
 looks        cheaper looks at candidates, before the full previews of the best

@@ -100,7 +100,7 @@ def plan(
     """Plans a search.
 
     Args:
-      model: Hugging Face id of a published model.
+      model: Hugging Face id of a published model; or "demo", or a local folder, of which the configs are read.
       tokens: length of the prompt.
       device: a name in `ses_jax.planner.devices`.
       mesh: sizes of its axes, such as "data=4,model=2".
@@ -149,7 +149,7 @@ def plan_on(work: Work, machine: Machine) -> Plan:
     search_seconds = candidates_seconds(work, machine, chunk)
     fits = need.fits(machine)
     return Plan(
-        model=str(work.pipeline.folder),
+        model=work.pipeline.source or str(work.pipeline.folder),
         device=machine.name,
         mesh=machine.mesh,
         offload_text_encoder=machine.offload,
