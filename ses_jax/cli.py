@@ -210,6 +210,7 @@ def plan(
     utilization: float = 0.4,
     compile: bool = False,
     json: bool = False,
+    progress: bool = True,
 ) -> int:
     """Say what a search needs and how long it takes, without weights or the device; exit status 1 if it doesn't fit.
 
@@ -225,6 +226,7 @@ def plan(
         compile: ask the device's own compiler, which takes minutes, pip install 'ses_jax[tpu]' or 'ses_jax[cuda]', and
             not the device.
         json: print JSON instead of a table.
+        progress: say so where this machine has more devices of the kind than the mesh uses.
     """
     import ses_jax
 
@@ -237,6 +239,7 @@ def plan(
         quantize=quantize,
         utilization=utilization,
         compile=compile,
+        progress=progress,
         **arguments(settings),
     )
     print(dumps(planned.as_json(), indent=2) if json else planned)

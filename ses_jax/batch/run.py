@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards import host
 from ses_jax.rewards.reward import Reward
 
+LOG = logging.getLogger("ses_jax")
 # Settings that change how fast a run is and not what comes out, so that they may change when it goes on.
 _FREE = ("chunk", "offload_text_encoder", "mesh")
 
@@ -109,6 +111,9 @@ def _go_on(run: Run, settings: tuple[Any, ...], described: Mapping[str, Any], me
         mesh = partition.parse_mesh(place.mesh, jax.local_devices())
         pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **(place.load or {})})
         check_looks(config.resolve(pipeline), reward)
+        word = partition.unused(pipeline.mesh, jax.local_devices())
+        if how.progress and me.process_id == 0 and word:
+            LOG.warning(word)
         work = _Work(run, pipeline, reward, config, how)
     run.start(described)
     at_once = 1 if work is None or work.reward.one_prompt_at_a_time else how.prompts_at_once

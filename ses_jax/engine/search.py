@@ -8,6 +8,7 @@ seed -> noise -> split -> ask -> merge -> denoise -> decode -> reward -> tell ->
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ from ses_jax.engine.watching import OnGeneration, Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards.reward import Reward
+
+LOG = logging.getLogger("ses_jax")
 
 
 @takes(RunConfig, SearchConfig, Placement)
@@ -98,6 +101,8 @@ def search(
     work = Work(pipeline, reward, asked, output, run, start_from, on_generation)
 
     leads = partition.leads(pipeline.mesh)
+    if run.progress and leads and (word := partition.unused(pipeline.mesh)):
+        LOG.warning(word)
     with lock.held(output.folder if leads else None), noticed() as stop:
         results, ended = _search_all(work, at_once, stop)
         if leads and not ended:
