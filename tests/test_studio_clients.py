@@ -46,10 +46,11 @@ def done():
     return event
 
 
-def wait_for(condition):
+def wait_for(condition, job):
     deadline = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < deadline
+        assert not job.done(), job.result()
         time.sleep(0.02)
 
 
@@ -96,9 +97,9 @@ def test_one_waits_for_the_other_and_stops_only_their_own(people):
     searches, ann, bob = people
     searches.gates["hers"] = gate = threading.Event()
     hers = ask(ann, "hers")
-    wait_for(lambda: ("hers", 0) in searches.log)
+    wait_for(lambda: ("hers", 0) in searches.log, hers)
     his = ask(bob, "his")
-    wait_for(lambda: his.status().code == client.utils.Status.IN_QUEUE)
+    wait_for(lambda: his.status().code == client.utils.Status.IN_QUEUE, his)
     assert bob.predict(api_name="/stop") == "stopping after this generation"  # of his, which has not begun
     assert ann.predict(api_name="/stop") == "stopping after this generation"
     assert ("his", "began") not in searches.log

@@ -80,7 +80,7 @@ def in_turn(find: Search) -> Search:
     return found
 
 
-def settings_of(model: str, reward: str, budget: float, seed: float) -> dict[str, Any]:
+def settings_of(model: str, reward: str, budget: int | float, seed: int | float) -> dict[str, Any]:
     """What the fields of the page mean; an empty reward is the model's own.
 
     Raises:
