@@ -319,7 +319,7 @@ def test_saved_folder(search, tmp_path):
         ({"budget": 10**30}, r"budget=10+ must be less than 2147483648"),
         ({"steps": 10**6}, "steps=1000000 must be less than 10001"),
         ({"height": 10**6}, "height=1000000 must be less than 65537"),
-        ({"seed": [0, 1]}, r"seed=\[0, 1\] is not a whole number"),
+        ({"seed": [0, [1]]}, r"seed=\[1\] is not a whole number"),
         ({"seed": object}, "seed=<class 'object'> is not a whole number"),
         ({"guidance": float("inf")}, "guidance=inf is not a number"),
         ({"guidance": 10**400}, r"guidance=1000\S*\.\.\. is not a number"),

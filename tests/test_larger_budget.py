@@ -52,7 +52,7 @@ def test_a_finished_search_goes_on_bit_equal(tmp_path, before):
     search(out=tmp_path, budget=before)
     reward, calls = counting()
     found = search(reward=reward, out=tmp_path, resume=True, budget=11)
-    same(found, search(budget=11, searcher=searcher))
+    same(found, search(budget=11))
     generations = 4 - before // POPULATION  # what the smaller budget did not fill is made again
     assert calls == [POPULATION] * generations + [2]
     assert search(reward=reward, out=tmp_path, resume=True, budget=11).history == found.history
@@ -69,8 +69,11 @@ def test_one_that_was_stopped_goes_on_with_more_although_it_was_not_saved_on_its
     stopped = search(out=tmp_path, budget=9, on_generation=lambda generation, *_: generation == 1)
     assert len(stopped.history) == 6
     reward, calls = counting()
-    same(search(reward=reward, out=tmp_path, resume=True, budget=12), search(budget=12))
+    images = []
+    told = {"on_generation": lambda generation, image, scores: images.append((generation, image.size)) or False}
+    same(search(reward=reward, out=tmp_path, resume=True, budget=12, **told), search(budget=12))
     assert calls == [POPULATION] * 2 + [2]
+    assert images == [(2, (16, 16)), (3, (16, 16))]  # also where the best so far is of before
 
 
 @pytest.mark.parametrize("fails_at", [2, 4])  # in its second generation, and in the images after its partial third

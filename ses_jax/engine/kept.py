@@ -59,15 +59,16 @@ def make(last: tuple[int, State], population: int, scored: Scored, films: Sequen
       None where there is nothing to go on from, or nothing that a small file can hold.
     """
     (generations, state), candidates = last, last[0] * population
-    if state.archive is not None:  # as far as it is filled
-        state = state._replace(archive=jax.tree.map(lambda rows: rows[:, :candidates], state.archive))
     leaves = jax.tree.leaves(state)
     plain = all(isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in PLAIN for leaf in leaves)
     if not generations or not plain or sum(leaf.nbytes for leaf in leaves) > LARGEST * len(films):
         return None
+    state = jax.tree.map(np.asarray, jax.device_get(state))
+    if state.archive is not None:  # as far as it is filled
+        state = state._replace(archive=jax.tree.map(lambda rows: rows[:, :candidates], state.archive))
     shots = [[shot for shot in film if shot.index < candidates] for film in films]
     scored = jax.tree.map(lambda column: np.asarray(column)[:, :candidates], scored)
-    return Kept(generations, list(map(np.asarray, jax.device_get(leaves))), scored, shots)
+    return Kept(generations, jax.tree.leaves(state), scored, shots)
 
 
 def save(folder: Path, identity: Mapping[str, Any], kept: Kept | None) -> None:

@@ -198,7 +198,7 @@ def _generations(
     mesh, (work, report, watch), folder = task.program.model.mesh, seen, saved[0]
     first, state, parts, films = kept.begin(*saved, initial_state(task))
     state = partition.replicate(mesh, state)
-    sight, times, last = Sight(films), [time.perf_counter()], (0, state)
+    sight, times, last = watching.recalled(task.program, films, parts), [time.perf_counter()], (0, state)
     interrupted = at_once = False
     for index in range(first, generation_count(task.config)):
         last = index, state
