@@ -39,7 +39,7 @@ import ses_jax
 from ses_jax import cli
 from ses_jax.batch import run as batch
 from ses_jax.convert import autoencoder_kl, clip, decoder_lm, files, pickles, score_head, z_image
-from ses_jax.engine import repeat, resume
+from ses_jax.engine import kept, repeat, resume
 from ses_jax.engine import search as engine
 from ses_jax.engine.config import Placement, RunConfig, SearchConfig
 from ses_jax.engine.cost import Cost, Spent
@@ -323,7 +323,7 @@ def runs(rng: random.Random, folder: Path) -> None:
 
 
 def states(rng: random.Random, folder: Path) -> None:
-    """Damaged states of unfinished searches: each is read, or the search begins anew."""
+    """Damaged states of unfinished and of finished searches: each is read, or the search begins anew."""
     state = State(np.zeros((1, 3), np.float32), np.zeros((1,), np.int32), None)
     scored = Scored(np.zeros((1, 4, 1), np.float32), np.zeros((1, 4), np.float32))
     resume.begin(folder / "s", {"prompts": ["a"]})
@@ -336,6 +336,12 @@ def states(rng: random.Random, folder: Path) -> None:
     assert len(resume.load_films(folder / "s", 1, 4)) == 1, "films of other prompts"
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, state), "another state"
     resume.save(folder / "s", done + 1, state, [scored])
+    identity, film = {"budget": 8, "prompts": ["a"]}, [[Shot(0, 1, True, Image.new("RGB", (4, 4)))]]
+    kept.save(folder / "k", identity, kept.Kept(1, jax.tree.leaves(state), scored, film))
+    _damage_some(rng, folder / "k")
+    done, found, _, films = kept.begin(None, kept.load([folder / "k"], [identity]), state)
+    assert (done in (0, 1), len(films)) == (True, 1), (done, films)
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, state), "another state"
 
 
 AREAS: dict[str, Callable[[random.Random, Path], None]] = {

@@ -37,6 +37,7 @@ def search(
     out: Path = Path("ses_out"),
     base_noise: Path | None = None,
     index: int = 0,
+    seeds: tuple[int, ...] = (),
     overwrite: bool = False,
     like: Path | None = None,
     prompt_file: Path | None = None,
@@ -51,9 +52,10 @@ def search(
     Args:
         prompts: one or more prompts.
         settings: of the search.
-        out: folder for the results; several prompts go to subfolders 000, 001, ...
+        out: folder for the results; several prompts or seeds go to subfolders 000, 001, ...
         base_noise: file of the noise to start from: .npy, .safetensors, .latent or a result's folder.
         index: number of the first prompt, which chooses its random draws.
+        seeds: instead of --seed, several of one prompt, or one for each of several prompts.
         overwrite: replace the results that are in the folder already; --resume gives finished ones back.
         like: a picture or folder of an earlier search, to repeat it; other options stand on top of its settings.
         prompt_file: more prompts, in a file as batch takes them, or - for lines of stdin.
@@ -67,14 +69,14 @@ def search(
     if like is not None:
         prompts, index = words.of_like(like, prompts, index)
     prompts = [*prompts, *words.of_file(prompt_file)]
+    named = arguments(settings) | ({"seed": list(seeds)} if seeds else {})
     if dry_run:
-        print_dry_run(prompts, arguments(settings))
+        print_dry_run(prompts, named)
         return 0
-    many = len(prompts) != 1
+    many = len(prompts) != 1 or bool(seeds)
     how = {"out": out, "overwrite": overwrite, "base_noise": base_noise, "index": index}
-    named = arguments(settings)
     try:
-        found = ses_jax.search(list(prompts) if many else prompts[0], **how, **named)
+        found = ses_jax.search(prompts[0] if len(prompts) == 1 else list(prompts), **how, **named)
     except SystemExit:
         print(STOPPED.format(out), file=sys.stderr)
         raise
@@ -86,7 +88,7 @@ def search(
             f"  final {result.baseline_final_score:.4f} -> {result.final_score:.4f}"
             f"  {result.timings['search']:.1f} s\n  {picture(folder, 'best')}"
         )
-    if len(found) == len(prompts) and not found[-1].interrupted:
+    if len(found) == max(len(prompts), len(seeds)) and not found[-1].interrupted:
         return 0
     print(STOPPED.format(out), file=sys.stderr)
     return INTERRUPTED
@@ -208,11 +210,12 @@ def plan(
     utilization: float = 0.4,
     compile: bool = False,
     json: bool = False,
+    progress: bool = True,
 ) -> int:
     """Say what a search needs and how long it takes, without weights or the device; exit status 1 if it doesn't fit.
 
     Args:
-        model: Hugging Face id of a published model.
+        model: Hugging Face id of a published model, "demo", or a folder: nothing but its configs is read.
         settings: of the search.
         tokens: length of the prompt.
         device: h200, h100, b200, a100-80, a100-40, l40s, 5090, 4090, 4080, 4070, v4, v5e, v5p, v6e or tpu7x.
@@ -223,6 +226,7 @@ def plan(
         compile: ask the device's own compiler, which takes minutes, pip install 'ses_jax[tpu]' or 'ses_jax[cuda]', and
             not the device.
         json: print JSON instead of a table.
+        progress: say so where this machine has more devices of the kind than the mesh uses.
     """
     import ses_jax
 
@@ -235,6 +239,7 @@ def plan(
         quantize=quantize,
         utilization=utilization,
         compile=compile,
+        progress=progress,
         **arguments(settings),
     )
     print(dumps(planned.as_json(), indent=2) if json else planned)

@@ -42,6 +42,8 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "outline",
             "tasks",
             "base",
+            "cases",
+            "kept",
             "resume",
             "result",
             "lock",

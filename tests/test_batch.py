@@ -264,7 +264,7 @@ def test_a_kill_between_any_two_files_loses_and_repeats_nothing(tmp_path, monkey
             assert stable_files(out) == stable_files(tmp_path / "whole")
         else:
             break
-    assert moment == 2 + 3 * 6 + 3  # the run's own files, six of each prompt, results, summary and report
+    assert moment == 2 + 3 * 7 + 3  # the run's own files, seven of each prompt, results, summary and report
 
 
 def test_a_line_that_was_cut_off_does_no_harm(tmp_path):

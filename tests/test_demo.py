@@ -2,6 +2,7 @@
 
 import runpy
 
+import lora_files
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,13 @@ def pipeline():
     return ses_jax.load_pipeline("demo")
 
 
+@pytest.fixture(scope="module")
+def reference():
+    loaded = ZImagePipeline.from_pretrained(hub.DEMO, torch_dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
 def test_is_small_and_in_the_published_layout():
     names = {str(path.relative_to(hub.DEMO)) for path in hub.DEMO.rglob("*") if path.is_file()}
     assert sum((hub.DEMO / name).stat().st_size for name in names) <= 16 * 2**20
@@ -34,10 +42,8 @@ def test_is_small_and_in_the_published_layout():
     assert {"vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"} <= names
 
 
-def test_images_equal_diffusers(pipeline, tmp_path):
+def test_images_equal_diffusers(pipeline, reference, tmp_path):
     """Trained weights reach larger activations than random ones; the bounds are the same, also by an export."""
-    reference = ZImagePipeline.from_pretrained(hub.DEMO, torch_dtype=torch.float32)
-    reference.set_progress_bar_config(disable=True)
     defaults = pipeline.defaults
     noise = np.random.default_rng(0).standard_normal((2, *pipeline.noise_shape(64, 64))).astype(np.float32)
     with torch.no_grad():
@@ -59,6 +65,35 @@ def test_images_equal_diffusers(pipeline, tmp_path):
     for difference in (np.abs(images - expected.numpy()), np.abs(images[1] - exported)):
         assert difference.max() <= 1e-4
         assert difference.mean() <= 1e-5
+
+
+def test_an_export_takes_its_adapters_along(pipeline, reference, tmp_path):
+    """Two of them, a file and a folder, at strengths of their own."""
+    shapes = {
+        f"layers.{i}.attention.to_{n}": reference.transformer.layers[i].attention.to_q.weight.shape
+        for i in (0, 1)
+        for n in "qk"
+    }
+    (tmp_path / "folder").mkdir()
+    lora_files.write(tmp_path / "one.safetensors", lora_files.low_rank(shapes), "transformer.")
+    lora_files.write(
+        tmp_path / "folder" / "pytorch_lora_weights.safetensors", lora_files.low_rank(shapes, 1), "transformer."
+    )
+    adapters = {str(tmp_path / "one.safetensors"): 0.6, str(tmp_path / "folder"): -0.4}
+    changed = ses_jax.load_pipeline("demo", lora=adapters)
+    noise = np.random.default_rng(0).standard_normal((2, *pipeline.noise_shape(64, 64))).astype(np.float32)
+    image = np.asarray(ses_jax.generate(changed, PROMPTS[:2], noise=noise))[1]
+    settings = {"height": 64, "width": 64, "steps": changed.defaults.steps, "guidance": changed.defaults.guidance}
+    config = settings | {"family": changed.family, "model": "demo", **changed.changes}
+    export_noise(noise[1], {"prompt": PROMPTS[1], "config": config}, "diffusers", tmp_path / "out")
+    script = runpy.run_path(str(tmp_path / "out" / "generate.py"))
+    assert script["CHANGES"] == {}
+    with torch.no_grad():
+        plain = script["render"](reference, output_type="np")
+        exported = script["render"](script["adapted"](reference), output_type="np")
+    reference.unload_lora_weights()
+    assert np.abs(exported - plain).max() > 0.01
+    assert np.abs(image - exported).max() <= 1e-4
 
 
 def test_its_reward_loads_in_transformers():

@@ -294,7 +294,7 @@ def test_saved_folder(search, tmp_path):
     loaded = ses_jax.SearchResult.load(folder)
     assert (loaded.summary(), loaded.history) == (result.summary(), result.history)
     np.testing.assert_array_equal(loaded.image, result.image)
-    names = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "report.html", "result.json"}
+    names = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "state.npz", "report.html", "result.json"}
     assert {path.name for path in folder.iterdir()} == names
     np.testing.assert_array_equal(np.load(folder / "noise.npy"), result.noise)
     np.testing.assert_array_equal(Image.open(folder / "best.png"), result.image)
@@ -319,7 +319,7 @@ def test_saved_folder(search, tmp_path):
         ({"budget": 10**30}, r"budget=10+ must be less than 2147483648"),
         ({"steps": 10**6}, "steps=1000000 must be less than 10001"),
         ({"height": 10**6}, "height=1000000 must be less than 65537"),
-        ({"seed": [0, 1]}, r"seed=\[0, 1\] is not a whole number"),
+        ({"seed": [0, [1]]}, r"seed=\[1\] is not a whole number"),
         ({"seed": object}, "seed=<class 'object'> is not a whole number"),
         ({"guidance": float("inf")}, "guidance=inf is not a number"),
         ({"guidance": 10**400}, r"guidance=1000\S*\.\.\. is not a number"),

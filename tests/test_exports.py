@@ -184,11 +184,33 @@ def test_workflows_are_wired(family):
 
 
 def test_a_script_says_what_its_model_lacks():
-    for changes in ({}, {"lora": [['a"b.safetensors', 0.5]], "quantize": "int8"}):
-        config = CONFIG | {"family": "ZImagePipeline", "height": 64, "width": 64} | changes
-        script = export.export(noise(1, (16, 8, 8))[0], PROMPT, config, "diffusers")["generate.py"].decode()
-        assigned = {node.targets[0].id: node.value for node in ast.parse(script).body if isinstance(node, ast.Assign)}
-        assert ast.literal_eval(assigned["CHANGES"]) == changes
+    for changes in ({}, {"schedule": {"shift": 3.0}, "quantize": "int8"}):
+        assert assigned(changes) == (changes, [])
+
+
+def assigned(changes):
+    """What a script says of a model with changes: those that it leaves out, and its adapters."""
+    config = CONFIG | {"family": "ZImagePipeline", "height": 64, "width": 64} | changes
+    script = export.export(noise(1, (16, 8, 8))[0], PROMPT, config, "diffusers")["generate.py"].decode()
+    found = {node.targets[0].id: node.value for node in ast.parse(script).body if isinstance(node, ast.Assign)}
+    return tuple(ast.literal_eval(found[name]) for name in ("CHANGES", "ADAPTERS"))
+
+
+def test_a_script_loads_the_adapters_that_diffusers_can(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a"b.safetensors', "one/x.safetensors", "two/x.safetensors", "two/y.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    lora = [['a"b.safetensors', 0.5], ["one", -1.0], ["org/name", 2.0], ["org/name:sub/z.safetensors", 1.0]]
+    places = [(str(tmp_path), 'a"b.safetensors'), (str(tmp_path / "one"), "x.safetensors")]
+    places += [("org/name", None), ("org/name", "sub/z.safetensors")]
+    found = [(*place, strength) for place, (_, strength) in zip(places, lora, strict=True)]
+    assert assigned({"lora": lora, "quantize": "int8"}) == ({"quantize": "int8"}, found)
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_model.safetensors").touch()  # its scale is in a file beside it
+    for source in ("peft", "two", "org/name:adapter_model.safetensors"):
+        lora = [["org/name", 1.0], [source, 1.0]]
+        assert assigned({"lora": lora}) == ({"lora": lora}, [])
 
 
 def test_guidance_of_workflows():

@@ -167,13 +167,19 @@ def test_options_from_a_file_and_on_top_of_it(asked, tmp_path, capsys):
 
 
 def test_a_dry_run_does_nothing(asked, tmp_path, capsys):
-    assert cli.main(["search", "a", "b", "--budget", "25", "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    words = ["search", "a", "b", "--budget", "25", "--model", "a/b", "--dry-run"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "would search 2 prompts with demo; nothing is loaded or written\n  a\n  b\n" in out
+    assert "would search 2 prompts with a/b; nothing is loaded or written\n  a\n  b\n" in out
     assert "25 candidates in 3 generations, and 2 final images" in out
-    assert "no plan of memory and time: demo" in out
+    assert "no plan of memory and time: a/b: no published model" in out
     (tmp_path / "prompts.txt").write_text("\n".join("abcdefgh"))
-    assert cli.main(["batch", str(tmp_path / "prompts.txt"), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        cli.main(
+            ["batch", str(tmp_path / "prompts.txt"), "--model", "a/b", "--dry-run", "--out", str(tmp_path / "out")]
+        )
+        == 0
+    )
     assert "and 3 more" in capsys.readouterr().out
     assert cli.main(["search", "a", "--budget", "0", "--dry-run"]) == 2
     assert cli.main(["search", "a", "--reward", "nice", "--dry-run"]) == 2

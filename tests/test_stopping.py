@@ -17,7 +17,7 @@ from ses_jax import cli
 from ses_jax.engine import lock, output, stopping
 
 BUDGET = 9  # three generations
-RESULT = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "report.html", "result.json"}
+RESULT = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "state.npz", "report.html", "result.json"}
 
 
 def search(prompt, reward=REWARD, **settings):
@@ -94,7 +94,7 @@ def test_a_second_one_ends_at_once_and_what_was_found_is_kept(tmp_path, whole, a
     with pytest.raises(KeyboardInterrupt):
         search(PROMPTS[0], reward, out=tmp_path)
     assert len(calls) == at
-    assert names(tmp_path) == {"noise.npy", "history.jsonl"}
+    assert names(tmp_path) == {"noise.npy", "history.jsonl", "state.npz"}
     done = 3 if at == 2 else BUDGET
     assert batch_runs.lines(tmp_path / "history.jsonl") == whole.history[:done]
     found = search(PROMPTS[0], budget=done)

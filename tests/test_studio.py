@@ -37,6 +37,27 @@ def test_stop_keeps_the_best_and_errors_come_through(tmp_path):
         list(sessions.run("a", {"budget": 0}, tmp_path, stop, find=find))
 
 
+def test_a_search_that_nobody_watches_ends_and_the_next_waits_for_it(tmp_path):
+    over, began = [], threading.Event()
+
+    def watched(prompt, **settings):
+        over.append(began.is_set())
+        result = find(prompt, **settings)
+        over.append(len(result.history))
+        return result
+
+    in_turn, stop = sessions.in_turn(watched), threading.Event()
+    first = sessions.run("a", {"budget": 400}, tmp_path / "a", stop, find=in_turn)
+    next(first)
+    first.close()
+    began.set()
+    *_, result = sessions.run("b", {"budget": 4}, tmp_path / "b", threading.Event(), find=in_turn)
+    assert (stop.is_set(), result.interrupted) == (True, False)
+    assert over[0] is False
+    assert over[1] < 400
+    assert over[2:] == [True, 4]
+
+
 def test_fields_of_the_page_are_settings():
     assert sessions.settings_of(" ", "", 20.0, 3.0) == {"model": "demo", "budget": 20, "seed": 3}
     assert sessions.settings_of("a/b", " pick ", 1.0, 0.0)["reward"] == "pick"

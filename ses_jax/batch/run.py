@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +22,10 @@ from ses_jax.batch.processes import Place, own_place
 from ses_jax.batch.progress import batch_progress
 from ses_jax.batch.prompts import Row, Source, read_rows
 from ses_jax.batch.run_folder import Outcome, Run
-from ses_jax.engine import lock, models, output
+from ses_jax.engine import kept, lock, models, output
 from ses_jax.engine import resume as saved_search
-from ses_jax.engine.config import Placement, RunConfig, SearchConfig, check_looks
-from ses_jax.engine.runner import Found, search_prompts
+from ses_jax.engine.config import BUDGET, Placement, RunConfig, SearchConfig, check_looks
+from ses_jax.engine.runner import Found, identity_of, search_prompts
 from ses_jax.engine.settings import gather, takes
 from ses_jax.engine.stopping import Stop, noticed
 from ses_jax.engine.watching import Watch
@@ -34,6 +35,7 @@ from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards import host
 from ses_jax.rewards.reward import Reward
 
+LOG = logging.getLogger("ses_jax")
 # Settings that change how fast a run is and not what comes out, so that they may change when it goes on.
 _FREE = ("chunk", "offload_text_encoder", "mesh")
 
@@ -87,7 +89,8 @@ def search_many(
     rows = read_rows(prompts, prompt_column)
     report = models.check_rewards(how.reward, how.report)
     me = own_place(process_id, num_processes)
-    run = Run(output.run_folder(out), rows, me.process_id, not how.no_report, how.image_format)
+    budget = (config.budget or BUDGET) if how.resume and config.nfe is None else None
+    run = Run(output.run_folder(out), rows, me.process_id, not how.no_report, how.image_format, budget)
     load = dict(place.load or {})
     load |= {"lora": pairs(load["lora"])} if load.get("lora") else {}
     described = _described(config.as_json()) | {"load": _described(load)}
@@ -108,6 +111,9 @@ def _go_on(run: Run, settings: tuple[Any, ...], described: Mapping[str, Any], me
         mesh = partition.parse_mesh(place.mesh, jax.local_devices())
         pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **(place.load or {})})
         check_looks(config.resolve(pipeline), reward)
+        word = partition.unused(pipeline.mesh, jax.local_devices())
+        if how.progress and me.process_id == 0 and word:
+            LOG.warning(word)
         work = _Work(run, pipeline, reward, config, how)
     run.start(described)
     at_once = 1 if work is None or work.reward.one_prompt_at_a_time else how.prompts_at_once
@@ -173,10 +179,14 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
     if work.stop:
         work.stop.leave()
     state = _state_folder(work, rows)
+    folders = [work.run.folder / row.folder for row in rows]
+    identities = [identity_of(work.pipeline, work.reward, config, [row.prompt], [row.index]) for row in rows]
 
     def keep(found: Found) -> None:
         if found.interrupted:  # by the next call it is searched to its end
             work.stop.leave()
+        for place, folder in enumerate(folders):
+            kept.save(folder, identities[place], found.kept and found.kept.of(place))
 
     try:
         results = search_prompts(
@@ -186,9 +196,10 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
             [row.prompt for row in rows],
             indices=[row.index for row in rows],
             state_folder=state,
+            begun=kept.load(folders, identities) if work.how.resume else None,
             stop=work.stop,
             keep=keep,
-            watch=Watch(not work.how.no_report, folders=_folders(work, rows)),
+            watch=Watch(not work.how.no_report, folders=folders if work.how.save_candidates else None),
         )
     except Exception as error:
         if isinstance(error, OSError) and error.filename and host.origin(error) is None:
@@ -205,11 +216,6 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
     for row, result in zip(rows, results, strict=True):
         yield work.run.save(row, result)
     saved_search.clear(state)
-
-
-def _folders(work: _Work, rows: Sequence[Row]) -> list[Path] | None:
-    """Where the rows' candidates go."""
-    return [work.run.folder / row.folder for row in rows] if work.how.save_candidates else None
 
 
 def _state_folder(work: _Work, rows: Sequence[Row]) -> Path | None:

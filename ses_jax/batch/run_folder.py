@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from ses_jax.batch.prompts import Row
+from ses_jax.engine.config import BUDGET
 from ses_jax.engine.files import naming, writable_folder, write
 from ses_jax.engine.result import SearchResult
 from ses_jax.engine.saved import SCORES, picture, read_json, read_summary
 from ses_jax.report import gallery
 
 Outcome = dict[str, Any]
-NEEDED = (*SCORES, "components", "scored", "timings", "interrupted")
+NEEDED = (*SCORES, "components", "scored", "timings", "interrupted", "config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Run:
       process: number of this process.
       report: whether pages for people are written.
       image_format: of pictures.
+      budget: that results must have had at least; None where that of a run cannot grow.
     """
 
     folder: Path
@@ -47,9 +49,13 @@ class Run:
     process: int = 0
     report: bool = True
     image_format: str = "png"
+    budget: int | None = None
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Raises ValueError where the folder holds something else than the beginning of this very run."""
+        """Raises ValueError where the folder holds something else than the beginning of this very run.
+
+        Where the run has a budget that results must have had, the one that it began with may be smaller.
+        """
         writable_folder(self.folder)
         present = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
         if not (self.folder / "run.json").exists():
@@ -58,12 +64,20 @@ class Run:
             return
         saved = self._saved_settings()
         for name, value in _plain(settings).items():
-            if saved.get(name, value) != value:
+            if saved.get(name, value) != value and not (name == "budget" and self._grows(saved)):
+                larger = " go on with a larger budget and resume=True (--resume)," if name == "budget" else ""
                 raise ValueError(
                     f"{self.folder} was started with {name}={saved[name]!r}, now {name}={value!r}; "
-                    f"continue with the same setting, or choose another folder"
+                    f"continue with the same setting,{larger} or choose another folder"
                 )
         self._check_rows()
+
+    def _grows(self, saved: Mapping[str, Any]) -> bool:
+        """Whether the run was begun with a smaller budget."""
+        before = BUDGET if saved["budget"] is None else saved["budget"]
+        return (
+            self.budget is not None and saved.get("nfe") is None and isinstance(before, int) and before <= self.budget
+        )
 
     def _saved_settings(self) -> Mapping[str, Any]:
         """What `run.json` tells."""
@@ -94,11 +108,12 @@ class Run:
             )
 
     def start(self, settings: Mapping[str, Any]) -> None:
-        """Notes down rows and settings; `run.json` comes last."""
+        """Notes down rows and settings, which are new only where the budget grew; `run.json` comes last."""
         _write_text(self.folder / "prompts.jsonl", "".join(_row_line(row) + "\n" for row in self.rows))
-        if not (self.folder / "run.json").exists():
+        file, budget = self.folder / "run.json", settings.get("budget")
+        if not file.exists() or self._saved_settings().get("budget", budget) != budget:
             text = json.dumps({"settings": _plain(settings)}, indent=2, ensure_ascii=False) + "\n"
-            _write_text(self.folder / "run.json", text)
+            _write_text(file, text)
 
     def finished(self, row: Row) -> Mapping[str, Any] | None:
         """The `result.json` of a row that needs no more work."""
@@ -106,7 +121,13 @@ class Run:
             found = read_summary(self.folder / row.folder / "result.json", only=NEEDED)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
             return None  # not there, or damaged: it is made again
-        return None if found["interrupted"] else found
+        return None if found["interrupted"] or self._lacks(row, found["config"]) else found
+
+    def _lacks(self, row: Row, config: Mapping[str, Any]) -> bool:
+        """Whether a row's result had a smaller budget than the run has now; a budget of the row's own never grows."""
+        had = config.get("budget")
+        own = row.overrides.keys() & {"budget", "nfe"}
+        return bool(self.budget and not own and isinstance(had, int) and had < self.budget)
 
     def obstacle(self, row: Row) -> str | None:
         """Why the row's results could not be saved, as far as that is plain now."""

@@ -6,6 +6,7 @@ models       the pipeline and the reward of a search, loaded and kept for the ne
 runner       generations, final renders, results of one or more prompts at once
 ahead        programs compiled while others run
 outline      a search as shapes, and its programs lowered
+cases        which prompts, with which seeds
 tasks        a search made ready: prompts encoded, noise split, weights placed
 generation   the compiled part
 looks        cheaper looks at candidates, before the full previews of the best
@@ -28,6 +29,7 @@ records      what a search notes down
 cost         what it took: network evaluations, FLOPs, seconds
 progress     what it shows
 resume       what it saves on its way
+kept         what it knew in the end, to go on with a larger budget
 memory       how many candidates at a time fit on a device
 flops        floating point operations of a traced program
 files        files that appear whole or not at all

@@ -224,7 +224,10 @@ class RunConfig(Settings):
         1, WHOLE, "how many prompts are searched in one compiled call; results do not depend on it", at_least=1
     )
     resume: bool = setting(
-        False, TRUTH, "save the search after every generation, and go on from there if an unfinished one is found"
+        False,
+        TRUTH,
+        "save the search after every generation, and go on from there if an unfinished one is found, or a finished one "
+        "with a smaller budget",
     )
     progress: bool = setting(True, TRUTH, "whether progress is shown")
     no_report: bool = setting(False, TRUTH, "leave out report.html, the page that shows what a search did")

@@ -1,6 +1,7 @@
 """The folder that searches are saved to: what may be there already, what comes back from it, what goes.
 
 OUT/best.png ... result.json    the result of one prompt
+OUT/state.npz                   what a larger budget goes on from (`kept.py`)
 OUT/candidates/                 previews and noise of all candidates, where they are wanted
 OUT/000/, OUT/001/, ...         those of a list
 OUT/unfinished/                 noise and history of a search that was to replace a result, and was ended at once
@@ -17,9 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ses_jax.engine import repeat
+from ses_jax.engine import kept, repeat
 from ses_jax.engine import resume as saved_search
 from ses_jax.engine.files import writable_folder
+from ses_jax.engine.kept import Kept
 from ses_jax.engine.placement import check_path
 from ses_jax.engine.result import FILES, SearchResult, save_search
 from ses_jax.engine.watching import CANDIDATES
@@ -60,8 +62,11 @@ class Output(NamedTuple):
           indices: of the prompts.
           wanted: of each, what its result must say of prompt and settings.
 
+        Returns:
+          None where one is not there, was interrupted, or had a smaller budget.
+
         Raises:
-          ValueError: for the result of something else, naming what differs.
+          ValueError: for the result of something else, naming what differs, or of a larger budget.
         """
         found = [self._finished(index, facts) for index, facts in zip(indices, wanted, strict=True)]
         return None if None in found else found
@@ -77,6 +82,8 @@ class Output(NamedTuple):
             return None
         had, wanted = _comparable(result.config | {"prompt": result.prompt}), _comparable(wanted)
         differing = [name for name, value in wanted.items() if had.get(name, value) != value]
+        if differing == ["budget"]:
+            return _of_larger(self.of(index), had["budget"], wanted["budget"])
         if differing:
             changes = ", ".join(f"{name} {had[name]!r} -> {wanted[name]!r}" for name in differing)
             raise ValueError(
@@ -84,6 +91,14 @@ class Output(NamedTuple):
                 "overwrite it with overwrite=True (--overwrite)"
             )
         return result
+
+    def begun(self, indices: Sequence[int], identities: Sequence[Mapping[str, Any]]) -> Kept | None:
+        """What the searches of prompts go on from, whose results are there with a smaller budget.
+
+        Raises:
+          ValueError: where more is scored already than the budget allows.
+        """
+        return kept.load([self.of(index) for index in indices], identities) if self.folder and self.resume else None
 
     def keep(self, index: int, noise: np.ndarray, history: list[dict[str, Any]]) -> None:
         """Saves what a search found before its images are rendered, beside a result that it is to replace."""
@@ -124,7 +139,7 @@ class Output(NamedTuple):
         stale = [self.folder] if self.listed else []
         stale += [path for path in _numbered(self.folder) if not self.listed or int(path.name) >= count]
         for folder in stale:
-            for name in FILES:
+            for name in (*FILES, kept.STATE):
                 (folder / name).unlink(missing_ok=True)
             _remove_candidates(folder)
             if folder != self.folder and not any(folder.iterdir()):
@@ -180,6 +195,15 @@ def _held(folder: Path, other: bool | None) -> str | None:
     if single and other is not False:
         return f"a result ({single})"
     return f"the results of a list ({many})" if many and other is not True else None
+
+
+def _of_larger(folder: Path, had: Any, wanted: int) -> None:
+    """Raises ValueError unless the budget of a finished search is smaller than the one that is wanted."""
+    if not isinstance(had, int) or had > wanted:
+        raise ValueError(
+            f"{folder} holds a finished search of budget={had}, now budget={wanted}; go on with a larger budget, or "
+            "choose another folder for a smaller one, which is its beginning"
+        )
 
 
 def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ses_jax.loading import checkpoint
 
 LOG = logging.getLogger("ses_jax")
 IDENTITY, FILM = "search.json", "film.npz"
+FOREIGN = "the saved state is that of another search"
 
 
 def begin(folder: Path | None, identity: Mapping[str, Any]) -> None:
@@ -39,14 +40,33 @@ def begin(folder: Path | None, identity: Mapping[str, Any]) -> None:
         return
     file = folder / IDENTITY
     saved = _identity(file)
-    if saved is not None:
-        wanted = json.loads(json.dumps(identity))
-        differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        if differing:
-            changes = ", ".join(f"{name} {saved.get(name)!r} -> {wanted.get(name)!r}" for name in differing)
-            raise ValueError(f"{folder} holds an unfinished search with other settings ({changes}); remove it first")
+    changes = "" if saved is None else differing(saved, identity)
+    if changes and not _drop_partial(folder, saved, identity):
+        raise ValueError(f"{folder} holds an unfinished search with other settings ({changes}); remove it first")
     folder.mkdir(parents=True, exist_ok=True)
     write(file, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
+
+
+def differing(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, free: Sequence[str] = ()) -> str:
+    """In what two searches differ, in words; empty if in nothing but what is `free`."""
+    wanted = json.loads(json.dumps(wanted))
+    names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    return ", ".join(f"{name} {saved.get(name)!r} -> {wanted.get(name)!r}" for name in names if name not in free)
+
+
+def _drop_partial(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a search may go on because its budget is larger now and nothing else is.
+
+    A generation that the smaller budget did not fill goes: it is made again.
+    """
+    before, after, population = saved.get("budget"), wanted.get("budget"), saved.get("population")
+    numbers = all(isinstance(number, int) for number in (before, after, population))
+    if not numbers or before >= after or differing(saved, wanted, free=("budget",)):
+        return False
+    for path in _saved(folder):
+        if int(path.name) * population > before:
+            shutil.rmtree(path)
+    return True
 
 
 def _identity(file: Path) -> dict[str, Any] | None:
@@ -106,11 +126,27 @@ def load(folder: Path | None, initial: State) -> tuple[int, State, list[Scored]]
 
 
 def _checked(tree: Any, initial: State) -> tuple[list[np.ndarray], Scored]:
-    """The leaves of a state, and the scores, of a tree that was read; raises ValueError for any other tree."""
+    """`checked` of a tree that was read."""
+    try:
+        return checked(tree["state"], tree["scored"], initial)
+    except (KeyError, TypeError):
+        raise ValueError(FOREIGN) from None
+
+
+def checked(state: Any, scored: Any, initial: State) -> tuple[list[np.ndarray], Scored]:
+    """The leaves of a state, and the scores by their names, that were read.
+
+    Returns:
+      Both; what a mixture knows of candidates has room for as many as `initial` has.
+
+    Raises:
+      ValueError: where they do not fit the state before the first generation.
+    """
     leaves = jax.tree.leaves(initial)
     try:
-        state = list(map(np.asarray, tree["state"]))
-        scored = Scored(**{name: np.asarray(column) for name, column in tree["scored"].items()})
+        rooms = [None] * len(jax.tree.leaves(initial[:2])) + jax.tree.leaves(initial.archive)
+        state = [_grown(np.asarray(x), room) for x, room in zip(state, rooms, strict=True)]
+        scored = Scored(**{name: np.asarray(x) for name, x in scored.items() if x is not None})
         fits = [x.shape == y.shape and x.dtype == y.dtype for x, y in zip(state, leaves, strict=True)]
         prompts, candidates = scored.components.shape[:2]
         columns = jax.tree.leaves(scored)
@@ -119,20 +155,34 @@ def _checked(tree: Any, initial: State) -> tuple[list[np.ndarray], Scored]:
             return state, scored
     except (AttributeError, KeyError, TypeError, ValueError, IndexError):
         pass
-    raise ValueError("the saved state is that of another search")
+    raise ValueError(FOREIGN)
+
+
+def _grown(rows: np.ndarray, room: Any) -> np.ndarray:
+    """Rows `[P, n, ...]` at the beginning of a room `[P, m, ...]` for more of them."""
+    if room is None or rows.shape[1] >= room.shape[1]:
+        return rows
+    grown = np.array(room)
+    grown[:, : rows.shape[1]] = rows
+    return grown
 
 
 def save_films(folder: Path | None, films: Sequence[Sequence[Shot]]) -> None:
     """Writes what was seen of the generations so far."""
     if folder is None or not any(films):
         return
+    write(folder / FILM, lambda path: save_arrays(path, film_arrays(films)))
+
+
+def film_arrays(films: Sequence[Sequence[Shot]]) -> dict[str, np.ndarray]:
+    """Films as arrays by name."""
     facts = [[[shot.generation, shot.index, shot.best] for shot in film] for film in films]
     images = {
         f"{prompt}-{place}": np.asarray(shot.image)
         for prompt, film in enumerate(films)
         for place, shot in enumerate(film)
     }
-    write(folder / FILM, lambda path: _save_arrays(path, images | {"facts": np.array(json.dumps(facts))}))
+    return images | {"facts": np.array(json.dumps(facts))}
 
 
 def load_films(folder: Path | None, prompts: int, candidates: int) -> list[list[Shot]]:
@@ -152,18 +202,24 @@ def load_films(folder: Path | None, prompts: int, candidates: int) -> list[list[
 
 def _read_films(file: Path) -> list[list[Shot]]:
     with np.load(file, allow_pickle=False) as arrays:
-        return [
-            [
-                Shot(int(generation), int(index), bool(best), Image.fromarray(arrays[f"{prompt}-{place}"]))
-                for place, (generation, index, best) in enumerate(film)
-            ]
-            for prompt, film in enumerate(json.loads(str(arrays["facts"])))
+        return films_of(arrays)
+
+
+def films_of(arrays: Mapping[str, np.ndarray]) -> list[list[Shot]]:
+    """What `film_arrays` made arrays of; raises anything where they are damaged."""
+    return [
+        [
+            Shot(int(generation), int(index), bool(best), Image.fromarray(arrays[f"{prompt}-{place}"]))
+            for place, (generation, index, best) in enumerate(film)
         ]
+        for prompt, film in enumerate(json.loads(str(arrays["facts"])))
+    ]
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, small: bool = False) -> None:
+    """An `.npz` file, whatever the ending of the path; `small` compresses it."""
     with path.open("wb") as file:
-        np.savez(file, **arrays)
+        (np.savez_compressed if small else np.savez)(file, **arrays)
 
 
 def clear(folder: Path | None) -> None:

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.engine import ahead, cost, generation, memory, records, resume, watching
+from ses_jax.engine import ahead, cost, generation, kept, memory, records, resume, watching
 from ses_jax.engine.base import Base
 from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.cost import Cost
 from ses_jax.engine.denoising import Rows
 from ses_jax.engine.fidelity import Stage
+from ses_jax.engine.kept import Kept
 from ses_jax.engine.program import Scored, State
 from ses_jax.engine.progress import Report, Step, Work, progress_bar, seconds_left
 from ses_jax.engine.result import SearchResult, to_image
@@ -42,6 +43,7 @@ class Outcome(NamedTuple):
       interrupted: whether there is more to score.
       at_once: whether even the final renders are not wanted any more.
       films: each prompt's.
+      last: how many whole generations there are, and the state after them.
     """
 
     state: State
@@ -49,14 +51,23 @@ class Outcome(NamedTuple):
     interrupted: bool
     at_once: bool
     films: list[list[Shot]]
+    last: tuple[int, State]
 
 
 class Found(NamedTuple):
-    """What a search has found before its images are rendered: the winners' noise `[P, C, h, w]`, and histories."""
+    """What a search has found before its images are rendered.
+
+    Attributes:
+      noise: the winners', `[P, C, h, w]`.
+      histories: of the prompts.
+      interrupted: whether there is more to score.
+      kept: what a larger budget goes on from, if anything.
+    """
 
     noise: np.ndarray
     histories: list[list[records.Row]]
     interrupted: bool
+    kept: Kept | None
 
 
 def _drop(found: Found) -> None:
@@ -95,6 +106,7 @@ def search_prompts(
     base: Base | None = None,
     progress: bool = False,
     state_folder: Path | None = None,
+    begun: Kept | None = None,
     stop: Stop | None = None,
     keep: Callable[[Found], None] = _drop,
     watch: Watch = NOTHING,
@@ -111,6 +123,7 @@ def search_prompts(
       progress: whether to show progress.
       state_folder: where the search is saved after each generation and continued from (`resume.clear` it once the
         results are safe); None saves nothing.
+      begun: what is kept of the same searches with a smaller budget, to go on from.
       stop: ends the search after the generation at hand.
       keep: is given what the search has found before the final renders, which take their time.
       watch: what is done with candidates beside scoring them.
@@ -126,15 +139,15 @@ def search_prompts(
     indices = range(len(prompts)) if indices is None else indices
     given = [None] * len(prompts) if base is None else base.as_json()
     if partition.leads(pipeline.mesh):
-        identity = _identity(pipeline, reward, config, prompts, indices)
-        noises = {} if base is None else {"base_noise": [one["sha256"] for one in given]}
-        resume.begin(state_folder, identity | noises)
+        resume.begin(state_folder, identity_of(pipeline, reward, config, prompts, indices, base))
     noise = None if base is None else base.noise
     task = prepare(pipeline, reward, config, prompts, indices, noise=noise, shown=watch.shown)
     times.append(time.perf_counter())
     work, compiled = _work(config, prompts), ahead.compile_render(task)
     with progress_bar(work, enabled=progress) as report, host.noting() as notes:
-        task, outcome = _generations(task, state_folder, (work, report, watch), Stop() if stop is None else stop)
+        task, outcome = _generations(
+            task, (state_folder, begun), (work, report, watch), Stop() if stop is None else stop
+        )
         times.append(time.perf_counter())
         found = _found(task, outcome)
         keep(found)
@@ -176,19 +189,21 @@ def _work(config: SearchConfig, prompts: Sequence[str]) -> Work:
     return Work(title, config.budget * len(prompts), generation_count(config), FINALS * config.steps / candidates)
 
 
-def _generations(task: Task, folder: Path | None, seen: tuple[Work, Report, Watch], stop: Stop) -> tuple[Task, Outcome]:
-    """Runs generations until the budget is spent, or until it is to stop.
+def _generations(
+    task: Task, saved: tuple[Path | None, Kept | None], seen: tuple[Work, Report, Watch], stop: Stop
+) -> tuple[Task, Outcome]:
+    """Runs generations until the budget is spent, or until it is to stop, `saved` being what `kept.begin` takes.
 
     Returns:
       The task, with the chunk that was found to fit, and the outcome.
     """
-    mesh, (work, report, watch) = task.program.model.mesh, seen
-    first, state, parts = resume.load(folder, initial_state(task))
+    mesh, (work, report, watch), folder = task.program.model.mesh, seen, saved[0]
+    first, state, parts, films = kept.begin(*saved, initial_state(task))
     state = partition.replicate(mesh, state)
-    candidates = parts[0].components.shape[1] if parts else 0
-    sight, times = Sight(resume.load_films(folder, len(task.prompts), candidates)), [time.perf_counter()]
+    sight, times, last = watching.recalled(task.program, films, parts), [time.perf_counter()], (0, state)
     interrupted = at_once = False
     for index in range(first, generation_count(task.config)):
+        last = index, state
         interrupted = bool(parts) and partition.any_process(mesh, bool(stop) or sight.stop)
         if interrupted:
             break
@@ -207,7 +222,9 @@ def _generations(task: Task, folder: Path | None, seen: tuple[Work, Report, Watc
         times.append(time.perf_counter())
         report(_step_of(task, work, state, range(first, index + 1), times))
     scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1)[:, : task.config.budget], *parts)
-    return task, Outcome(state, scored, interrupted, at_once, sight.films)
+    done = first + len(times) - 1
+    last = (done, state) if done * task.config.population <= task.config.budget else last
+    return task, Outcome(state, scored, interrupted, at_once, sight.films, last)
 
 
 def _looked(task: Task, watch: Watch, sight: Sight, index: int, scored: tuple[Sequence[Scored], Scored]) -> Sight:
@@ -280,7 +297,8 @@ def _found(task: Task, outcome: Outcome) -> Found:
     """The winners' noise and the histories; raises ValueError where a prompt has no finite score."""
     histories = [_history(task, outcome.scored, i) for i in range(len(task.prompts))]
     winners = generation.winners(task.program.problem.space, outcome.state.best, task.inputs.rest)
-    return Found(np.asarray(winners), histories, outcome.interrupted)
+    state = kept.make(outcome.last, task.config.population, outcome.scored, outcome.films)
+    return Found(np.asarray(winners), histories, outcome.interrupted, state)
 
 
 def _finals(task: Task, pipeline: Pipeline, winners: Float[np.ndarray, "p c h w"]) -> Finals:
@@ -310,6 +328,19 @@ def render(
             if not memory.is_exhausted(error) or chunk == 1:
                 raise
             chunk = memory.half(min(chunk, len(rows.owner)))
+
+
+def identity_of(
+    pipeline: Pipeline,
+    reward: Reward,
+    config: SearchConfig,
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    base: Base | None = None,
+) -> dict[str, Any]:
+    """What a saved search must agree in with the one that continues it, as plain JSON values."""
+    noises = {} if base is None else {"base_noise": [one["sha256"] for one in base.as_json()]}
+    return _identity(pipeline, reward, config, prompts, indices) | noises
 
 
 def _identity(

@@ -7,9 +7,10 @@ seed -> noise -> split -> ask -> merge -> denoise -> decode -> reward -> tell ->
 """
 
 import contextlib
-import operator
+import dataclasses
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,23 +18,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.engine import base, lock, runner, tasks
+from ses_jax.engine import base, kept, lock, runner, tasks
 from ses_jax.engine.base import Base
+from ses_jax.engine.cases import Case, cases, prompt_list, several
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_looks, check_size
 from ses_jax.engine.denoising import Rows
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
 from ses_jax.engine.output import Output, claim
 from ses_jax.engine.placement import check_path
 from ses_jax.engine.result import SearchResult
-from ses_jax.engine.runner import Found, search_prompts, settings_of
+from ses_jax.engine.runner import Found, identity_of, search_prompts, settings_of
 from ses_jax.engine.saved import read_noise
-from ses_jax.engine.settings import check_text, fields, gather, read, shown, takes
+from ses_jax.engine.settings import fields, gather, read, shown, takes
 from ses_jax.engine.stopping import TERMINATED, Stop, noticed
 from ses_jax.engine.tasks import encode, image_params, prompt_keys
 from ses_jax.engine.watching import OnGeneration, Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards.reward import Reward
+
+LOG = logging.getLogger("ses_jax")
 
 
 @takes(RunConfig, SearchConfig, Placement)
@@ -50,9 +54,11 @@ def search(
     """Searches the initial noise for the image that the reward likes best (arXiv 2602.03208).
 
     Args:
-      prompt: one prompt, or a list of prompts, each searched on its own.
-      out: folder to save to: one prompt's result in it, or those of a list in its subfolders `000`, `001`, ...
-      overwrite: whether a result that is in `out` already may be replaced. With `resume` a finished one comes back.
+      prompt: one prompt, or a list of prompts, each searched on its own. `seed` may be a list too: several seeds of one
+        prompt, or a seed a prompt of a list.
+      out: folder to save to: one result in it, or those of a list in its subfolders `000`, `001`, ...
+      overwrite: whether a result that is in `out` already may be replaced. With `resume` a finished one comes back, or
+        goes on if the budget is larger now.
       base_noise: of the image that the search starts from, `[C, h, w]` or one a prompt: an array, a tensor of torch, or
         a `.npy`, `.safetensors` or `.latent` file; in the model's own layout, in that of `latents=` of its diffusers
         pipeline, or in ComfyUI's. By default it is drawn.
@@ -64,9 +70,9 @@ def search(
       {settings}
 
     Returns:
-      A `SearchResult`, or a list of them for a list of prompts. Prompt i draws from its own key, whatever the other
-      prompts are. Ctrl-C ends the search after the generation at hand, and returns the best so far; of a list, the
-      results until then. What a reward or `on_generation` raises comes through; any error has the results that were
+      A `SearchResult`, or a list of them for a list of prompts or seeds. Prompt i draws from its own key, whatever the
+      other prompts are. Ctrl-C ends the search after the generation at hand, and returns the best so far; of a list,
+      the results until then. What a reward or `on_generation` raises comes through; any error has the results that were
       finished before it as its `results`.
 
     Raises:
@@ -77,9 +83,10 @@ def search(
       SystemExit: of status 143, once the best so far is saved, where SIGTERM ended the search.
       KeyboardInterrupt: for a second Ctrl-C, and where nothing was scored before the first.
     """
+    seeds = several(settings.get("seed"))
+    settings = {name: value for name, value in settings.items() if name != "seed" or seeds is None}
     run, config, place = gather("search", settings, RunConfig, SearchConfig, Placement)
-    prompts, listed = prompt_list(prompt), not isinstance(prompt, str)
-    index = _whole(index)
+    asked, listed = cases(prompt, index, seeds, config), seeds is not None or not isinstance(prompt, str)
     report = check_rewards(run.reward, run.report)
     if run.save_candidates and out is None:
         raise ValueError("save_candidates needs out=, the folder that they are saved in")
@@ -88,15 +95,18 @@ def search(
     pipeline, reward = load_models(run.model, run.reward, report, {"mesh": place.mesh, **(place.load or {})})
     config = config.resolve(pipeline)
     check_looks(config, reward)
-    start_from = given and given.fit(pipeline, (config.height, config.width), len(prompts))
-    at_once = 1 if reward.one_prompt_at_a_time or on_generation else run.prompts_at_once
-    work = Work(pipeline, reward, config, tuple(prompts), output, run, index, start_from, on_generation)
+    start_from = given and given.fit(pipeline, (config.height, config.width), len(asked))
+    at_once = 1 if reward.one_prompt_at_a_time or on_generation or seeds else run.prompts_at_once
+    asked = tuple(one._replace(config=dataclasses.replace(config, seed=one.config.seed)) for one in asked)
+    work = Work(pipeline, reward, asked, output, run, start_from, on_generation)
 
     leads = partition.leads(pipeline.mesh)
+    if run.progress and leads and (word := partition.unused(pipeline.mesh)):
+        LOG.warning(word)
     with lock.held(output.folder if leads else None), noticed() as stop:
         results, ended = _search_all(work, at_once, stop)
         if leads and not ended:
-            output.clean(len(prompts))
+            output.clean(len(asked))
     if stop.terminated:
         raise _with_results(SystemExit(TERMINATED), results)
     return results if listed else results[0]
@@ -106,19 +116,16 @@ class Work(NamedTuple):
     """What a call of `search` is to do.
 
     Attributes:
-      prompts: to search, in this order.
-      first: number of the first of them.
+      cases: to search, in this order; those that are searched at once have one config.
       base: their base noise; None draws it.
       on_generation: the caller's.
     """
 
     pipeline: Pipeline
     reward: Reward
-    config: SearchConfig
-    prompts: tuple[str, ...]
+    cases: tuple[Case, ...]
     output: Output
     run: RunConfig
-    first: int = 0
     base: Base | None = None
     on_generation: OnGeneration | None = None
 
@@ -130,16 +137,22 @@ class Work(NamedTuple):
     def settings_of(self, place: int) -> dict[str, Any]:
         """What the result of a prompt says of what was asked for."""
         noise = None if self.base is None else self.base.of([place]).as_json()[0]
-        facts = settings_of(self.pipeline, self.reward, self.config, self.first + place, noise)
-        return facts | {"prompt": self.prompts[place]}
+        prompt, index, config = self.cases[place]
+        return settings_of(self.pipeline, self.reward, config, index, noise) | {"prompt": prompt}
+
+    def identity_of(self, place: int) -> dict[str, Any]:
+        """What the saved search of a prompt must agree in."""
+        prompt, index, config = self.cases[place]
+        noise = self.base and self.base.of([place])
+        return identity_of(self.pipeline, self.reward, config, [prompt], [index], noise)
 
 
 def _search_all(work: Work, at_once: int, stop: Stop) -> tuple[list[SearchResult], bool]:
     """The results of all prompts, or of those until it was to stop, and whether it was."""
     results: list[SearchResult] = []
-    for start in range(0, len(work.prompts), at_once):
+    for start in range(0, len(work.cases), at_once):
         try:
-            found, enough = _search_some(work, range(start, min(start + at_once, len(work.prompts))), stop)
+            found, enough = _search_some(work, range(start, min(start + at_once, len(work.cases))), stop)
         except KeyboardInterrupt as error:
             if not results or stop.terminated:
                 raise _with_results(error, results)  # noqa: B904 (the same error)
@@ -147,7 +160,7 @@ def _search_all(work: Work, at_once: int, stop: Stop) -> tuple[list[SearchResult
         except BaseException as error:
             raise _with_results(error, results)  # noqa: B904 (the same error)
         results += found
-        if (results[-1].interrupted and not enough) or (stop and len(results) < len(work.prompts)):
+        if (results[-1].interrupted and not enough) or (stop and len(results) < len(work.cases)):
             return results, True
     return results, False
 
@@ -161,6 +174,7 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
     finished = work.output.finished(chosen, [work.settings_of(i) for i in chosen])
     if finished:
         return finished, False
+    begun = work.output.begun(chosen, [work.identity_of(i) for i in chosen])
     if work.saves and work.run.save_candidates:  # as they are written while it searches
         work.output.clear_candidates(chosen)
     said: list[bool] = []
@@ -170,18 +184,20 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
         return said[-1]
 
     def keep(found: Found) -> None:
-        for i, noise, history in zip(chosen, found.noise, found.histories, strict=True) if work.saves else ():
-            work.output.keep(i, noise, history)
+        for place, i in enumerate(chosen if work.saves else ()):
+            work.output.keep(i, found.noise[place], found.histories[place])
+            kept.save(work.output.of(i), work.identity_of(i), found.kept and found.kept.of(place))
 
     results = search_prompts(
         work.pipeline,
         work.reward,
-        work.config,
-        [work.prompts[i] for i in chosen],
-        indices=[work.first + i for i in chosen],
+        work.cases[chosen[0]].config,
+        [work.cases[i].prompt for i in chosen],
+        indices=[work.cases[i].index for i in chosen],
         base=work.base and work.base.of(chosen),
         progress=work.run.progress,
         state_folder=work.output.state(chosen[0]),
+        begun=begun,
         stop=stop,
         keep=keep,
         watch=Watch(
@@ -246,31 +262,6 @@ def generate(
     rows = Rows(jnp.asarray(noise), jnp.arange(len(prompts)))
     params = image_params(pipeline)
     return runner.render(pipeline, params, rows, condition, (config, config.chunk or len(prompts)))
-
-
-def prompt_list(prompt: Any) -> list[str]:
-    """One prompt or several as a list; raises ValueError for anything else."""
-    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
-        raise ValueError(f"prompts must be strings, got {shown(prompt)}")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise ValueError("no prompts: pass at least one")
-    for text in prompts:
-        if not isinstance(text, str):
-            raise ValueError(f"prompts must be strings, got {shown(text)}")
-        check_text(text)
-    return prompts
-
-
-def _whole(index: Any) -> int:
-    """A number of a prompt; raises ValueError for anything else."""
-    try:
-        index = operator.index(index)
-    except TypeError:
-        raise ValueError(f"index={shown(index)} is not a whole number") from None
-    if index < 0:
-        raise ValueError(f"index={index} must be at least 0")
-    return index
 
 
 def _noise(noise: Any) -> Array | np.ndarray | None:

@@ -116,6 +116,16 @@ def generation(program: Program, index: int, scored: tuple[Sequence[Scored], Sco
     return [Seen(index, first, *one) for one in zip(*columns, strict=True)]
 
 
+def recalled(program: Program, films: list[list[Shot]], earlier: Sequence[Scored]) -> Sight:
+    """What was seen before a search goes on; the first prompt's best preview is that of its film, if there is one."""
+    if not earlier:
+        return Sight(films)
+    components = np.concatenate([part.components[0] for part in earlier])
+    totals = records.total(program, components, components)
+    best = np.where(np.isfinite(totals), totals, -np.inf).argmax()
+    return Sight(films, next((shot.image for shot in films[0] if shot.index == best), None))
+
+
 def look(watch: Watch, sight: Sight, seen: Sequence[Seen]) -> Sight:
     """What was seen after one more generation; the caller's function is called, and candidates are saved."""
     if not seen:

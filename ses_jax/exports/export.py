@@ -5,7 +5,9 @@ comfyui     ses_noise.latent, ses_noise/ (a custom node that feeds it to the sam
 """
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ from safetensors.numpy import save
 from ses_jax.exports import comfyui, layouts
 from ses_jax.loading import hub
 
+# "organisation/name", and a file in it.
+HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+?)[:/](.+)")
+PEFT_FILE = "adapter_model.safetensors"
 SNIPPET = '''"""The image that ses_jax found, made by diffusers.
 
 python generate.py [MODEL] makes best.png; MODEL is the search's own by default. The noise came from a search at
@@ -30,9 +35,21 @@ from safetensors.torch import load_file
 
 MODEL = {model!r}
 PROMPT = {prompt!r}
+# The adapters of the search's model: what diffusers loads, the file in it, and the strength.
+ADAPTERS = {adapters!r}
 # How the search's model differed from MODEL, by arguments of ses_jax.load_pipeline; nothing of it is loaded here.
 CHANGES = {changes!r}
 LATENTS = load_file(Path(__file__).with_name("noise.safetensors"))["latents"]
+
+
+def adapted(pipe):
+    """The pipeline with the adapters, which takes the package peft."""
+    for place, (source, file, _) in enumerate(ADAPTERS):
+        pipe.load_lora_weights(source, adapter_name=f"adapter_{{place}}", **({{"weight_name": file}} if file else {{}}))
+    if ADAPTERS:
+        names = [f"adapter_{{place}}" for place in range(len(ADAPTERS))]
+        pipe.set_adapters(names, adapter_weights=[strength for *_, strength in ADAPTERS])
+    return pipe
 
 
 def render(pipe, **more):
@@ -52,7 +69,7 @@ def main():
     gpu = torch.cuda.is_available()
     model = sys.argv[1] if len(sys.argv) > 1 else MODEL
     pipe = {family}.from_pretrained(model, torch_dtype=torch.bfloat16 if gpu else torch.float32)
-    render(pipe.to("cuda" if gpu else "cpu")).save("best.png")
+    render(adapted(pipe).to("cuda" if gpu else "cpu")).save("best.png")
 
 
 if __name__ == "__main__":
@@ -90,11 +107,27 @@ def for_diffusers(
     latents = np.ascontiguousarray(family.to_latents(noise, config))
     lines = [f'        "{name}": {value},' for name, value in family.arguments(config).items()]
     names = {name: config[name] for name in ("family", "height", "width", "steps")}
+    adapters = [_adapter(*pair) for pair in config.get("lora", ())]
+    taken = ("lora",) if None not in adapters else ()
     changes = {name: config[name] for name in ("lora", "schedule", "quantize", "files") if config.get(name)}
-    facts = {"prompt": prompt, "model": _model(config), "changes": changes}
+    changes = {name: change for name, change in changes.items() if name not in taken}
+    facts = {"prompt": prompt, "model": _model(config), "changes": changes, "adapters": adapters if taken else []}
     snippet = SNIPPET.format(arguments="\n".join(lines), **facts, **names)
     about = {"prompt": prompt, "family": config["family"], "made_by": "ses_jax"}
     return {"noise.safetensors": save({"latents": latents}, about), "generate.py": snippet}
+
+
+def _adapter(source: str, strength: float) -> tuple[str, str | None, float] | None:
+    """What diffusers loads an adapter by; None where it would miss the scale that peft keeps in a file beside it."""
+    path = Path(source).expanduser()
+    if path.is_dir() and len(list(path.glob("*.safetensors"))) == 1:
+        path = next(path.glob("*.safetensors"))
+    if path.is_file():
+        folder, file = str(path.absolute().parent), path.name
+    else:
+        name = HUB_FILE.fullmatch(source)
+        folder, file = (source, None) if name is None else name.groups()
+    return None if file == PEFT_FILE or (Path(folder).is_dir() and file is None) else (folder, file, strength)
 
 
 def _model(config: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ __all__ = [
     "load_component",
     "load_tokenizer",
     "load_weights",
+    "local",
     "on_host",
     "open_named",
     "open_source",
@@ -74,6 +75,19 @@ def resolve(source: str | Path, *, weights: str | tuple[str, ...] | None = None)
             f"unknown model {source!r}: expected 'demo', an existing folder, or a Hugging Face id 'organisation/name'"
         )
     return _download(source, weights)
+
+
+def local(source: str | Path) -> Path | None:
+    """The folder of a checkpoint that needs no download; None for what can only be a name of the hub.
+
+    Raises:
+      FileNotFoundError: for a path where no folder is.
+      ValueError: for a file that stands for no checkpoint.
+    """
+    text = str(source)
+    is_path = isinstance(source, Path) or text.startswith((".", "/", "~")) or "\\" in text
+    named = source == "demo" or is_path or (text and Path(text).expanduser().exists())
+    return resolve(source, weights="") if named else None
 
 
 def resolve_weights(source: str | Path, *, weights: str | tuple[str, ...]) -> Path:

@@ -114,6 +114,30 @@ def config_of(folder: Path, component: Component, file: Path | None = None) -> d
     return read_config(folder / "config.json", component)[0]
 
 
+def shapes(folder: Path, component: Component, *, dtype: Any, quantize: str | None = None) -> tuple[Any, Any]:
+    """Config and params of a network as shapes: of its folder nothing is read but what says what the weights are.
+
+    Args:
+      folder: published or converted; its weights need not be there.
+      component: which network to expect.
+      dtype: of the params.
+      quantize: as in `load`.
+
+    Raises:
+      FileNotFoundError: naming the file that is absent.
+      ValueError: naming the file that makes no network.
+    """
+    try:
+        config = _config(component, config_of(folder, component))
+        abstract = _abstract(component, config)
+    except ConfigError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    saved = _facts(folder).get("quantize") if (folder / CONVERSION).is_file() else None
+    _check_saved(folder, saved, quantize)
+    cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
+    return config, quantized.abstract(cast, component.quantization(saved or quantize))
+
+
 def read_config(file: Path, component: Component) -> tuple[dict[str, Any], Any]:
     """The content of a network's config file, and the config that it makes.
 
@@ -291,8 +315,7 @@ def _restore(
     """A converted network with what its conversion noted down."""
     config, facts = _config(component, json), _facts(folder)
     abstract, saved = _abstract(component, config), facts.get("quantize")
-    if saved and quantize not in (saved, None):
-        raise ValueError(f"{folder} is quantised already ({saved}); quantize={quantize!r} takes its original")
+    _check_saved(folder, saved, quantize)
     if saved and edits:
         raise ValueError(f"{folder} is quantised already ({saved}); adapters are merged into its original")
     rule = component.quantization(saved or quantize)
@@ -303,6 +326,12 @@ def _restore(
     _check_finite(folder, params)
     unused = open_weights(folder, UNUSED) if any(folder.glob(f"{UNUSED}*")) else open_files([])
     return Network(json, config, params, facts["prefix"], unused, tuple(facts["dropped"]), rule and rule.kind)
+
+
+def _check_saved(folder: Path, saved: str | None, quantize: str | None) -> None:
+    """Raises ValueError where a folder is in eight bits already, and others are asked for."""
+    if saved and quantize not in (saved, None):
+        raise ValueError(f"{folder} is quantised already ({saved}); quantize={quantize!r} takes its original")
 
 
 def _facts(folder: Path) -> dict[str, Any]:

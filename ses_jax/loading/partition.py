@@ -59,6 +59,19 @@ def parse_mesh(mesh: str | Mesh | None, devices: Sequence[jax.Device] | None = N
     return Mesh(np.array(devices).reshape(sizes[DATA], sizes[MODEL]), AXES)
 
 
+def unused(mesh: Mesh | None, devices: Sequence[jax.Device] | None = None) -> str | None:
+    """`unused_word` of a mesh, None being the default device, and of devices, None being all of them."""
+    return unused_word(1 if mesh is None else mesh.size, len(jax.devices() if devices is None else devices))
+
+
+def unused_word(used: int, count: int) -> str | None:
+    """A word where fewer devices are used than there are; None where all are."""
+    if used >= count:
+        return None
+    every = f"{DATA}={count}"
+    return f'{used} of {count} devices {"is" if used == 1 else "are"} used; mesh="{every}" (--mesh {every}) uses all'
+
+
 def parse_axes(mesh: str) -> dict[str, int]:
     """Sizes by axis of a description such as "data=4,model=2".
 

@@ -143,10 +143,11 @@ def _assembled(family: ModuleType, parts: Parts, options: Mapping[str, Any]) -> 
 def abstract_pipeline(
     source: str, *, dtype: Any = jnp.bfloat16, mesh: Mesh | None = None, quantize: str | None = None, **options: Any
 ) -> Pipeline:
-    """A published model as shapes: its functions can be traced, planned and compiled without weights.
+    """A model as shapes: its functions can be traced, planned and compiled without weights.
 
     Args:
-      source: the Hugging Face id of one of the families' `PUBLISHED` checkpoints.
+      source: the Hugging Face id of one of the families' `PUBLISHED` checkpoints; or "demo", or a local folder, of
+        which the configs are read.
       dtype: of the weights.
       mesh: devices to compile for, which need not be there (see `jax.experimental.topologies`); None is none in
         particular.
@@ -157,16 +158,25 @@ def abstract_pipeline(
       A `Pipeline` whose params are `jax.ShapeDtypeStruct`s and which has no tokenizer (see `blank_tokens`).
 
     Raises:
-      ValueError: for another source.
+      FileNotFoundError: for a folder, or a config, that is not there.
+      ValueError: for another source, and for configs that make no model.
     """
     quantized.check_kind(quantize)
+    folder = hub.local(source)
+    if folder is not None:
+        family, parts = _local_parts(source, folder, dtype, quantize)
+        _check_options(source, family, options)
+        pipeline = _assembled(family, parts, options)
+        pipeline = dataclasses.replace(pipeline, source=str(source))
+        return pipeline if mesh is None else _placed(family, pipeline, mesh)
     for family in FAMILIES.values():
         for published in family.PUBLISHED:
             if published.source == source and published.configs:
                 _check_options(source, family, options)
                 pipeline = family.assemble(_abstract_parts(family, published, dtype, quantize), **options)
                 return pipeline if mesh is None else _placed(family, pipeline, mesh)
-    raise ValueError(f"{source}: no published model of that name; known: {', '.join(_published_names())}")
+    known = ", ".join(_published_names())
+    raise ValueError(f"{source}: no published model of that name, and no folder; known: {known}, demo")
 
 
 def _edits(places: Mapping[str, tuple[Path, Path | None]], family: ModuleType, lora: Loras | None) -> dict[str, Any]:
@@ -215,6 +225,17 @@ def _abstract_parts(family: ModuleType, published: Published, dtype: Any, quanti
 
     params = {name: shapes(name, component) for name, component in family.COMPONENTS.items()}
     return Parts(Path(published.source), published.configs, params, {}, published.scheduler, published.index)
+
+
+def _local_parts(source: str, folder: Path, dtype: Any, quantize: str | None) -> tuple[ModuleType, Parts]:
+    """The family and the parts of a folder, from its configs."""
+    index = hub.read_json(folder / "model_index.json")
+    family = _family(source, index.get("_class_name"))
+    how = {"dtype": hub.params_dtype(dtype), "quantize": quantize}
+    found = {name: network.shapes(folder / name, part, **how) for name, part in family.COMPONENTS.items()}
+    configs, params = ({name: pair[i] for name, pair in found.items()} for i in (0, 1))
+    scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
+    return family, Parts(folder, configs, params, {}, scheduler, index, hub.settings(folder))
 
 
 def _family(source: str, name: Any) -> ModuleType:

@@ -3,7 +3,8 @@
 An accelerator is what JAX calls a device: a chip, but half a chip of TPU7x.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 GIB = 2**30
 
@@ -41,6 +42,16 @@ DEVICES = {
     "v6e": Device(32 * GIB, 918e12, 1.64e12),
     "tpu7x": Device(96 * GIB, 1153.5e12, 3.69e12),
 }
+
+
+# What drivers call TPUs, where it is not the name above.
+KINDS = {"v5e": "v5 lite", "v6e": "v6 lite"}
+
+
+def of_name(name: str, present: Sequence[Any]) -> int:
+    """How many of a machine's devices, as JAX has them, are of a name."""
+    kind = KINDS.get(name, name.split("-")[0])
+    return sum(kind in device.device_kind.lower() for device in present)
 
 
 def device(name: str) -> Device:

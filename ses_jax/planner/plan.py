@@ -5,22 +5,26 @@ How it is estimated is said in `need`. With `compile=True` the device's own comp
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.settings import takes
+from ses_jax.loading import partition
 from ses_jax.models import quantized
 from ses_jax.pipelines.base import TOKEN_BUCKETS
 from ses_jax.pipelines.registry import abstract_pipeline
-from ses_jax.planner import compilation, footprint, tables
+from ses_jax.planner import compilation, devices, footprint, tables
 from ses_jax.planner.advice import changes, memory_fraction
 from ses_jax.planner.need import (
     Machine,
     candidates_seconds,
     chunk_of,
+    device_count,
     limit_bytes,
     lying,
     need_of,
@@ -30,6 +34,7 @@ from ses_jax.planner.need import (
 from ses_jax.planner.workload import Work
 from ses_jax.rewards.reward import Part, Reward
 
+LOG = logging.getLogger("ses_jax")
 REWARD = "reward"
 # The settings of a search that make it take more or less.
 PLANNED = ("height", "width", "population", "budget", "nfe", "preview_steps", "steps", "guidance", "fidelity", "chunk")
@@ -95,12 +100,13 @@ def plan(
     dtype: Any = jnp.bfloat16,
     compile: bool = False,
     quantize: str | None = None,
+    progress: bool = True,
     **settings: Any,
 ) -> Plan:
     """Plans a search.
 
     Args:
-      model: Hugging Face id of a published model.
+      model: Hugging Face id of a published model; or "demo", or a local folder, of which the configs are read.
       tokens: length of the prompt.
       device: a name in `ses_jax.planner.devices`.
       mesh: sizes of its axes, such as "data=4,model=2".
@@ -110,6 +116,7 @@ def plan(
       compile: whether to compile the programs of the search for the device, which takes minutes, the device's compiler
         (extras "tpu" and "cuda") and not the device.
       quantize: as in `load_pipeline`.
+      progress: whether a word is said where this machine has more devices of the kind than the mesh uses.
       {settings}
 
     Returns:
@@ -126,6 +133,8 @@ def plan(
         raise ValueError(f"tokens={tokens} must be at least 1 and at most {TOKEN_BUCKETS[-1]}, what models read")
     machine = Machine(device, mesh, offload_text_encoder, utilization)
     target = machine.to_compile_for() if compile else None
+    if progress:
+        _say_unused(machine)
     pipeline = abstract_pipeline(model, dtype=dtype, mesh=target, quantize=quantize)
     for name in settings:
         if name not in PLANNED:
@@ -136,6 +145,16 @@ def plan(
     work = Work(pipeline, config, tokens)
     planned = plan_on(work, machine)
     return _compiled(planned, work, machine) if compile else planned
+
+
+def _say_unused(machine: Machine) -> None:
+    """Says so where this machine has more devices of the kind than the mesh uses."""
+    try:
+        present = jax.devices()
+    except RuntimeError:  # such as a TPU that another process holds
+        return
+    if word := partition.unused_word(device_count(machine), devices.of_name(machine.name, present)):
+        LOG.warning(word)
 
 
 def plan_on(work: Work, machine: Machine) -> Plan:
@@ -149,7 +168,7 @@ def plan_on(work: Work, machine: Machine) -> Plan:
     search_seconds = candidates_seconds(work, machine, chunk)
     fits = need.fits(machine)
     return Plan(
-        model=str(work.pipeline.folder),
+        model=work.pipeline.source or str(work.pipeline.folder),
         device=machine.name,
         mesh=machine.mesh,
         offload_text_encoder=machine.offload,

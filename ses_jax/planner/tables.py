@@ -76,8 +76,9 @@ def lines(plan: Any) -> Iterator[tuple[str, str]]:
 
 
 def _cost(count: int, seconds: float, what: str) -> str:
-    return f"{count / 1e12:,.0f} TFLOP, {seconds:,.2f} s ({what})"
+    work = f"{count / 1e12:,.0f} TFLOP" if count >= 1e13 else f"{count / 1e9:,.0f} GFLOP"
+    return f"{work}, {f'{seconds:,.2f}' if seconds >= 0.01 else f'{seconds:.1g}'} s ({what})"
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,10 +1,11 @@
 """The programs of a search as shapes: what each costs, and how much memory it takes. Nothing is compiled or allocated.
 
-The reward is CLIP ViT-H/14, the network of "pick", "hps" and "clip".
+The reward is CLIP ViT-H/14, the network of "pick", "hps" and "clip", or the CLIP that comes with a checkpoint.
 """
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -44,13 +45,20 @@ def clip_scorer(dtype: Any, quantize: str | None = None) -> Scorer:
     )
 
 
+def scorer_of(pipeline: Pipeline) -> Scorer:
+    """What scores a model's images by default, as shapes, in the dtype of its params."""
+    how = quantized.dtype_of(pipeline.params), quantized.kind_of(pipeline.params)
+    own = Path(pipeline.folder) / "clip"
+    return scorers.abstract_clip(own, *how) if own.is_dir() else clip_scorer(*how)
+
+
 class Work:
     """What a search asks of any machine; every program is traced once."""
 
     def __init__(self, pipeline: Pipeline, config: SearchConfig, tokens: int):
         self.pipeline, self.config = pipeline, config
         self.tokens = pipeline.blank_tokens(1, tokens, guidance=config.guidance)
-        self.scorer = clip_scorer(quantized.dtype_of(pipeline.params), quantized.kind_of(pipeline.params))
+        self.scorer = scorer_of(pipeline)
         self.image_params = pipeline.image_params(pipeline.params)
         self._step, self._finish = functools.cache(self._trace_step), functools.cache(self._trace_finish)
 

@@ -20,7 +20,7 @@ from ses_jax.convert import blip as blip_tables
 from ses_jax.convert import clip as clip_tables
 from ses_jax.convert import open_clip as open_clip_tables
 from ses_jax.convert import score_head as head_tables
-from ses_jax.loading import hub
+from ses_jax.loading import hub, network
 from ses_jax.models import blip, clip, quantized, score_head
 from ses_jax.rewards.preprocess import Preprocessor
 
@@ -109,6 +109,18 @@ def load_clip(name: str, folder: Path, dtype: Any = None, quantize: str | None =
         name=name,
         params=params,
         tokenize=functools.partial(_tokenize_clip, hub.load_tokenizer(folder), config.max_length),
+        embed_text=functools.partial(embed_clip, config),
+        score=functools.partial(clip_score, config, Preprocessor.from_folder(folder, config.image_size)),
+    )
+
+
+def abstract_clip(folder: Path, dtype: Any, quantize: str | None = None) -> Scorer:
+    """A CLIP checkpoint as shapes, from its configs; its tokens are blank."""
+    config, params = network.shapes(folder, clip_tables.COMPONENT, dtype=dtype, quantize=quantize)
+    return Scorer(
+        name="clip",
+        params=params,
+        tokenize=lambda prompts: np.zeros((len(prompts), config.max_length), np.int32),
         embed_text=functools.partial(embed_clip, config),
         score=functools.partial(clip_score, config, Preprocessor.from_folder(folder, config.image_size)),
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ses_jax.batch.prompts import Row, Source, read_rows
+from ses_jax.engine.cases import cases, several
 from ses_jax.engine.config import BUDGET, SearchConfig
 from ses_jax.engine.settings import fields
 from ses_jax.planner.plan import PLANNED, plan
@@ -24,12 +25,17 @@ def describe(rows: Sequence[Row], given: Mapping[str, Any]) -> Iterator[str]:
     Raises:
       ValueError: for bad settings.
     """
-    own = {name: value for name, value in given.items() if name in fields(SearchConfig)}
+    seeds = several(given.get("seed"))
+    own = {name: given[name] for name in fields(SearchConfig) if name in given and (name != "seed" or seeds is None)}
     config = SearchConfig(**own)
     if given.get("reward") is not None:
         rewards.check(given["reward"])
     usable = [row for row in rows if row.error is None]
     yield f"would search {len(usable)} prompts with {given['model']}; nothing is loaded or written"
+    if seeds is not None and usable:
+        texts = [row.prompt for row in usable]
+        asked = cases(texts[0] if len(texts) == 1 else texts, 0, seeds, config)
+        yield f"  with {len(asked)} seeds: {', '.join(str(case.config.seed) for case in asked)}"
     yield from (f"  {row.prompt}" for row in usable[:MANY])
     if len(usable) > MANY:
         yield f"  and {len(usable) - MANY} more"

@@ -28,6 +28,7 @@ def build(model: str, folder: Path, *, find: Search = search) -> Any:
     """
     gradio = _gradio()
     stops: dict[str, threading.Event] = {}
+    find = sessions.in_turn(find)
 
     def start(prompt, chosen, reward, budget, seed, before, request: gradio.Request):
         stop = stops[request.session_hash] = threading.Event()

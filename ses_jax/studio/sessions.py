@@ -37,7 +37,7 @@ def run(
       prompt: what to search for.
       settings: of `search`.
       out: folder of the result.
-      stop: ends the search after the generation at hand, with the best so far.
+      stop: ends the search after the generation at hand, with the best so far; set where nobody listens any more.
       find: the search.
 
     Raises:
@@ -57,16 +57,30 @@ def run(
             told.put(error)
 
     threading.Thread(target=work, daemon=True).start()
-    while True:
-        news = told.get()
-        if isinstance(news, BaseException):
-            raise news
-        yield news
-        if not isinstance(news, Update):
-            return
+    try:
+        while True:
+            news = told.get()
+            if isinstance(news, BaseException):
+                raise news
+            yield news
+            if not isinstance(news, Update):
+                return
+    finally:
+        stop.set()
 
 
-def settings_of(model: str, reward: str, budget: float, seed: float) -> dict[str, Any]:
+def in_turn(find: Search) -> Search:
+    """The search, which waits until an earlier one is over, also one whose page was closed."""
+    turn = threading.Lock()
+
+    def found(*args: Any, **settings: Any) -> SearchResult:
+        with turn:
+            return find(*args, **settings)
+
+    return found
+
+
+def settings_of(model: str, reward: str, budget: int | float, seed: int | float) -> dict[str, Any]:
     """What the fields of the page mean; an empty reward is the model's own.
 
     Raises:
