@@ -7,6 +7,7 @@ seed -> noise -> split -> ask -> merge -> denoise -> decode -> reward -> tell ->
 """
 
 import contextlib
+import dataclasses
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -170,8 +171,9 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
         return said[-1]
 
     def keep(found: Found) -> None:
-        for i, noise, history in zip(chosen, found.noise, found.histories, strict=True) if work.saves else ():
-            work.output.keep(i, noise, history)
+        each = zip(chosen, found.noise, found.histories, found.previews, strict=True)
+        for i, *one in each if work.saves else ():
+            work.output.keep(i, *one)
 
     results = search_prompts(
         work.pipeline,
@@ -182,14 +184,17 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
         base=work.base and work.base.of(chosen),
         progress=work.run.progress,
         state_folder=work.output.state(chosen[0]),
+        resume_from_state=work.output.resume,
         stop=stop,
         keep=keep,
         watch=Watch(
-            not work.run.no_report,
+            work.saves or not work.run.no_report,  # the winner's preview is saved before its image
             work.on_generation and ask,
             [work.output.of(i) for i in chosen] if work.run.save_candidates else None,
         ),
     )
+    if work.run.no_report:
+        results = [dataclasses.replace(result, film=()) for result in results]
     if work.saves:
         work.output.save(results, chosen, image_format=work.run.image_format, report=not work.run.no_report)
         if not work.run.save_candidates:
