@@ -100,7 +100,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.loading": (
         {"ses_jax.convert", "ses_jax.models"},
-        ["hub", "folder", "network", "adapters", "lora_files", "checkpoint", "partition", "programs"],
+        ["hub", "folder", "network", "adapters", "lora_files", "checkpoint", "rows", "partition", "programs"],
     ),
     "ses_jax.convert": (
         {"ses_jax.models"},

@@ -3,8 +3,6 @@
 import itertools
 import json
 import os
-import random
-import time
 
 import batch_runs
 import numpy as np
@@ -321,30 +319,6 @@ def test_two_processes_may_write_a_file_at_once(tmp_path):
     files.write(path, slow)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_real_kills_at_random_moments(whole, tmp_path):
-    rng = random.Random(0)
-    known = {}
-    for _ in range(2):
-        process = batch_runs.start(tmp_path, sleep=0.03)
-        count = len(known)
-        while len(finished(tmp_path)) <= count:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.2))
-        process.kill()
-        process.communicate()
-        assert known.items() <= finished(tmp_path).items()
-        known = finished(tmp_path)
-    assert len(known) < len(PROMPTS), "all was over before the last kill: slow the reward down"
-    assert not (tmp_path / "results.jsonl").exists()
-    status, _, error = batch_runs.finish(batch_runs.start(tmp_path))
-    assert status == 0, error
-    assert known.items() <= finished(tmp_path).items()
-    assert stable_files(tmp_path) == stable_files(whole[0])
-    assert [row["index"] for row in lines(tmp_path / "results.jsonl")] == list(range(8))
-    assert not list(tmp_path.glob("*/.*.tmp"))
 
 
 def interrupting(calls, at):

@@ -33,6 +33,7 @@ WRITES_NOTHING = {"examples/measure_demo.py"}
 ELSEWHERE = {
     "benchmarks/compiled.py": "test_compilation",
     "benchmarks/fuzz.py": "test_fuzz",
+    "benchmarks/kills.py": "test_kills",
     "benchmarks/soak.py": "test_soak",
     "benchmarks/throughput.py": "test_throughput",
     "examples/flux1_dev.py": "test_examples",
