@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import toy
+from adapted import assert_a_search_with_an_adapter_in_eight_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.interpreters import partial_eval
@@ -24,7 +25,7 @@ from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.convert.table import Table, linear
 from ses_jax.engine import models, resume, runner
 from ses_jax.engine.config import SearchConfig
-from ses_jax.loading import hub, partition
+from ses_jax.loading import hub, partition, rows
 from ses_jax.models import blip, clip, layers, quantized
 from ses_jax.pipelines import registry
 from ses_jax.planner import footprint, need
@@ -269,11 +270,15 @@ def test_the_demo_in_eight_bits(exact, eight):
     assert_same(exact.params["vae"], eight.params["vae"])
 
 
-def test_converted_folders(tmp_path, eight, capsys):
-    """Converted and then quantised, or quantised once and reloaded as such: the same bits."""
+@pytest.mark.parametrize("large", [0, rows.LARGE])
+def test_converted_folders(tmp_path, eight, capsys, monkeypatch, large):
+    """Converted and then quantised, by the layer or the stack, or quantised once and reloaded as such: the same bits."""
+    monkeypatch.setattr(rows, "LARGE", large)
     assert cli.main(["convert", "demo", str(tmp_path / "whole")]) == 0
     assert cli.main(["convert", "demo", str(tmp_path / "small"), "--quantize", "int8"]) == 0
     component = registry.FAMILIES[eight.family].COMPONENTS["transformer"]
+    stack = rows.stored(tmp_path / "whole" / "transformer" / "params", "layers/feed_forward/w2/kernel")
+    assert (stack is None) == (large > 0)
     _, params = hub.load_component(tmp_path / "whole" / "transformer", component, quantize="int8")
     assert_same(params, eight.params["transformer"])
     small = ses_jax.load_pipeline(str(tmp_path / "small"), dtype="bfloat16", offload_text_encoder=True)
@@ -329,20 +334,23 @@ def test_a_mesh_and_an_offloaded_one_make_the_same_image(eight):
 # Searches.
 
 
-def test_a_search_is_stable_and_tells_weights_apart(tmp_path, exact, eight):
-    settings = {"budget": 3, "population": 2, "elites": 1, "level": 1}
-    small = {"steps": 1, "preview_steps": 1, "height": 32, "width": 32, "progress": False}
-    reward, load = toy.brightness(), {"quantize": "int8"}
-    first = ses_jax.search("a red circle", reward=reward, load=load, **settings, **small)
-    again = ses_jax.search("a red circle", reward=reward, model=eight, **settings, **small)
-    assert [row["score"] for row in first.history] == [row["score"] for row in again.history]
-    assert first.config["quantize"] == "int8"
-    identities = [runner._identity(p, reward, SearchConfig(**settings), ["a"], [0]) for p in (exact, eight)]
+def test_a_search_with_an_adapter(tmp_path, eight):
+    """Of Z-Image, by the demo; the other families' are in their own files."""
+    found = assert_a_search_with_an_adapter_in_eight_bits(hub.DEMO, tmp_path)
+    settings = {name: found.config[name] for name in ("budget", "population", "elites", "level", "height", "width")}
+    settings |= {"steps": 1, "preview_steps": 1, "progress": False, "reward": toy.brightness()}
+    without = ses_jax.search("a red circle", model=eight, **settings)
+    assert abs(without.baseline_score - found.baseline_score) > 0.01
+
+
+def test_searches_tell_weights_apart(tmp_path, exact, eight):
+    reward = toy.brightness()
+    identities = [runner._identity(p, reward, SearchConfig(budget=3), ["a"], [0]) for p in (exact, eight)]
     resume.begin(tmp_path, identities[0])
     with pytest.raises(ValueError, match="quantize None -> 'int8'"):
         resume.begin(tmp_path, identities[1])
     with pytest.raises(ValueError, match="has no effect on a loaded pipeline"):
-        models.find_pipeline(exact, **load)
+        models.find_pipeline(exact, quantize="int8")
 
 
 def test_named_rewards_are_quantised_with_the_model(monkeypatch):

@@ -64,7 +64,7 @@ def restore_changed(
     dtype: Any = None,
     sharding: Placement | None = None,
 ) -> Any:
-    """Reads a tree that `save` wrote leaf by leaf, large stacks in eight bits by the layer, and changes them on the host.
+    """Reads a tree that `save` wrote leaf by leaf, or large stacks by the layer, and changes leaves on the host.
 
     Args:
       quantization: what to put into eight bits, after the edits; None is nothing.
