@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import ses_jax
 from ses_jax import cli
 from ses_jax.convert import blip as blip_tables
-from ses_jax.convert import engine
+from ses_jax.convert import engine, matching
 from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.convert.table import Table, linear
 from ses_jax.engine import models, resume, runner
@@ -222,7 +222,7 @@ def test_the_host_holds_no_more_than_one_tensor_as_it_was_published():
     abstract = {"blocks": {"a": {"kernel": jax.ShapeDtypeStruct((count, width, width), jnp.float32)}}}
     headers = {f"blocks.{i}.a.weight": Header((width, width), "F32", "file") for i in range(count)}
     weights = Weights(headers, lambda name: np.random.default_rng(0).standard_normal((width, width), np.float32))
-    found = engine.plan(table, abstract, headers)
+    found = matching.plan(table, abstract, headers)
     rule = quantized.Quantization("int8", ("blocks/.*/kernel",))
     tracemalloc.start()
     params = engine.load(found, abstract, weights, sharding=hub.on_host, quantization=rule)
@@ -272,7 +272,7 @@ def test_the_demo_in_eight_bits(exact, eight):
 
 @pytest.mark.parametrize("large", [0, rows.LARGE])
 def test_converted_folders(tmp_path, eight, capsys, monkeypatch, large):
-    """Converted and then quantised, by the layer or the stack, or quantised once and reloaded as such: the same bits."""
+    """Converted and then quantised, by the layer or the stack, or once and reloaded as such: the same bits."""
     monkeypatch.setattr(rows, "LARGE", large)
     assert cli.main(["convert", "demo", str(tmp_path / "whole")]) == 0
     assert cli.main(["convert", "demo", str(tmp_path / "small"), "--quantize", "int8"]) == 0
@@ -310,7 +310,7 @@ def test_tensors_that_are_not_finite_are_named():
     weights = Weights(headers, lambda name: np.array([[0, np.nan, 1], [1, 1, 1]], np.float32))
     rule = quantized.Quantization("int8", ("a/kernel",))
     with pytest.raises(ConversionError, match=r"a\.weight in the\.file has NaN"):
-        engine.load(engine.plan(table, abstract, headers), abstract, weights, quantization=rule)
+        engine.load(matching.plan(table, abstract, headers), abstract, weights, quantization=rule)
 
 
 def test_scales_lie_where_the_outputs_of_their_kernels_do():

@@ -25,6 +25,7 @@ SCRIPTS = {
     "benchmarks/searchers.py": [
         *("--searchers", "zero-order", "--budgets", "2", "--prompts", "2", "--at-once", "2"),
     ],
+    "benchmarks/sizes.py": ["--searches", "4", "--sizes", "2", "--model", "toy", "--growth", "1"],
     "benchmarks/search_vs_torch.py": ["--budget", "2", "--repeats", "1", "--threads", "1"],
     "examples/measure_demo.py": ["--prompts", "2", "--steps", "1"],
 }
