@@ -206,9 +206,11 @@ def test_adapters_are_merged_before_weights_are_put_into_eight_bits(flux1, tmp_p
     expected = quantized.spread(jax.tree_util.tree_map_with_path(stored, flux1.load(lora)))
     assert_bit_equal(found, expected)
     assert_bit_equal(flux1.load(lora, tmp_path / "converted", quantize="int8"), expected)
+    assert rows.stored(tmp_path / "converted" / "params", "single_blocks/mlp_in/kernel") is None
     monkeypatch.setattr(rows, "LARGE", 0)
     network.save_converted(tmp_path / "by the layer", network.load(flux1.folder, flux1.component))
     assert_bit_equal(flux1.load(lora, tmp_path / "by the layer", quantize="int8"), expected)
+    assert rows.stored(tmp_path / "by the layer" / "params", "single_blocks/mlp_in/kernel") is not None
     network.save_converted(tmp_path / "int8", network.load(flux1.folder, flux1.component, quantize="int8"))
     with pytest.raises(ValueError, match="quantised already"):
         flux1.load(lora, tmp_path / "int8")
