@@ -6,7 +6,7 @@ The single file counts the decoder's levels from the image inwards, ours and the
 from collections.abc import Mapping
 from typing import Any
 
-from ses_jax.convert.engine import Header
+from ses_jax.convert.matching import Header
 from ses_jax.convert.table import Component, Rule, SingleFile, Table, conv, linear, norm, pointwise
 from ses_jax.models import autoencoder_kl
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ses_jax.convert import autoencoder_kl as plain
-from ses_jax.convert.engine import Header
+from ses_jax.convert.matching import Header
 from ses_jax.convert.table import Component, Rule, SingleFile, Table, conv
 from ses_jax.models import autoencoder_kl_bn
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ses_jax.convert.engine import layout
+from ses_jax.convert.matching import layout
 from ses_jax.convert.table import Component, Rule, Table, embedding, linear, norm
 from ses_jax.models import decoder_lm
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ses_jax.convert import mmdit
-from ses_jax.convert.engine import Header
+from ses_jax.convert.matching import Header
 from ses_jax.convert.table import Component, Rule, SingleFile, Table, fused, joined, linear, norm, swapped
 from ses_jax.models import flux1
 

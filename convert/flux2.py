@@ -9,7 +9,7 @@ from typing import Any
 
 from ses_jax.convert import decoder_lm as text_tables
 from ses_jax.convert import mmdit
-from ses_jax.convert.engine import Header
+from ses_jax.convert.matching import Header
 from ses_jax.convert.table import Component, Rule, SingleFile, Table, fused, joined, linear, norm, swapped
 from ses_jax.models import decoder_lm, flux2
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ses_jax.convert.engine import Header
+from ses_jax.convert.matching import Header
 from ses_jax.models.mmdit import Config
 
 

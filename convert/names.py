@@ -4,8 +4,8 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ses_jax.convert import engine
-from ses_jax.convert.engine import ConversionError, Slot
+from ses_jax.convert import matching
+from ses_jax.convert.matching import ConversionError, Slot
 from ses_jax.convert.table import Component, Table
 
 WEIGHT, BIAS = "weight", "bias"
@@ -54,8 +54,8 @@ def window(slot: Slot) -> tuple[slice, ...]:
 
 
 def _named(table: Table, abstract: Any, *, whole: bool) -> Iterator[tuple[tuple[str, str], tuple[Slot, ...]]]:
-    slots = engine.layout(table, abstract, whole=whole)
-    for published, group in engine.by_name(slots).items():
+    slots = matching.layout(table, abstract, whole=whole)
+    for published, group in matching.by_name(slots).items():
         layer, _, kind = published.rpartition(".")
         layer, kind = (layer, kind) if kind in (WEIGHT, BIAS) else (published, WEIGHT)
         places = tuple(slot._replace(name="") for slot in group)  # the same place, whatever it is called
@@ -72,7 +72,7 @@ def _spelled(table: Table) -> tuple[Table, Table]:
 
 def _ignored(spellings: list[tuple[Table, Table]], layer: str) -> bool:
     return any(
-        engine.is_ignored(table, f"{layer}{separator}{WEIGHT}", prefix)
+        matching.is_ignored(table, f"{layer}{separator}{WEIGHT}", prefix)
         for tables in spellings
         for table, separator in zip(tables, "._", strict=True)
         for prefix in {*table.prefixes, ""}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ses_jax.convert.engine import Header
+from ses_jax.convert.matching import Header
 from ses_jax.convert.table import Component, Rule, SingleFile, Table, fused, linear, norm
 from ses_jax.models import z_image
 

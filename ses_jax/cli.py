@@ -28,6 +28,7 @@ File = Annotated[Path, tyro.conf.Positional]
 Flat = tyro.conf.OmitArgPrefixes  # its fields are options as they are
 INTERRUPTED = 130
 STOPPED = "ses-jax: stopped early; {} holds the best so far, and the same command with --resume goes on"
+AT_ONCE = "ses-jax: stopped at once; {} holds what was found, and the same command with --resume goes on"
 
 
 def search(
@@ -63,6 +64,7 @@ def search(
         dry_run: say what would be done, and do nothing.
     """
     import ses_jax
+    from ses_jax.engine.output import STATE
     from ses_jax.engine.saved import picture
 
     words.check_config(config)
@@ -79,6 +81,10 @@ def search(
         found = ses_jax.search(prompts[0] if len(prompts) == 1 else list(prompts), **how, **named)
     except SystemExit:
         print(STOPPED.format(out), file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        if (out / STATE).is_dir():
+            print(AT_ONCE.format(out), file=sys.stderr)
         raise
     found = found if many else [found]
     for index, result in enumerate(found):

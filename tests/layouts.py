@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ses_jax.convert import engine
+from ses_jax.convert import matching
 from ses_jax.convert.engine import ConversionError, Header
 
 
@@ -66,7 +66,7 @@ def headers(shapes, file="file.safetensors"):
 
 def assert_consumed_whole(component, table, config, shapes):
     abstract = component.abstract(component.from_json(config))
-    plan = engine.plan(table, abstract, headers(shapes))
+    plan = matching.plan(table, abstract, headers(shapes))
     slots = [slot for group in plan.slots.values() for slot in group]
     used = {slot.name: slot.shape for slot in slots}
     assert used == shapes  # all of them, and none is left over
@@ -74,7 +74,7 @@ def assert_consumed_whole(component, table, config, shapes):
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == sum(x.size for x in jax.tree.leaves(abstract))
     first = next(iter(shapes))
     with pytest.raises(ConversionError, match=f"missing: {re.escape(first)} "):
-        engine.plan(table, abstract, headers({k: v for k, v in shapes.items() if k != first}))
+        matching.plan(table, abstract, headers({k: v for k, v in shapes.items() if k != first}))
 
 
 def assert_bit_equal(left, right):

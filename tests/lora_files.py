@@ -9,7 +9,7 @@ from oracle import ZImageSizes, z_image
 from test_flux1_layouts import original_transformer as flux1_original
 from test_flux2_layouts import original_transformer as flux2_original
 
-from ses_jax.convert import engine, files, flux1, flux2, qwen_image
+from ses_jax.convert import engine, files, flux1, flux2, matching, qwen_image
 from ses_jax.convert import z_image as z_image_tables
 from ses_jax.convert.engine import Header, Weights
 from ses_jax.loading import adapters, network
@@ -78,7 +78,7 @@ class Family:
         """Params of tensors under diffusers' names."""
         headers = {name: Header(x.shape, "F32", "memory") for name, x in tensors.items()}
         abstract = self.component.abstract(self.component.from_json(self.json))
-        plan = engine.plan(self.component.table(self.json), abstract, headers)
+        plan = matching.plan(self.component.table(self.json), abstract, headers)
         return engine.load(plan, abstract, Weights(headers, tensors.__getitem__))
 
     def changed(self, deltas, layout=same):

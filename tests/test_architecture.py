@@ -1,11 +1,13 @@
 """The shape of the project: who may import whom, where Flax and family names may appear, what is installed."""
 
 import ast
+import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 pytestmark = pytest.mark.quick
@@ -103,14 +105,14 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.loading": (
         {"ses_jax.convert", "ses_jax.models"},
-        ["hub", "folder", "network", "adapters", "lora_files", "checkpoint", "partition", "programs"],
+        ["hub", "folder", "network", "adapters", "lora_files", "checkpoint", "rows", "partition", "programs"],
     ),
     "ses_jax.convert": (
         {"ses_jax.models"},
         [
             *("flux1", "flux2", "qwen_image", "z_image", "autoencoder_kl_bn", "autoencoder_kl", "qwen_vae"),
             *("decoder_lm", "t5", "clip", "open_clip", "blip", "score_head", "mmdit"),
-            *("dialects", "files", "pickles", "gguf", "lora", "names", "engine", "table"),
+            *("dialects", "files", "pickles", "gguf", "lora", "names", "engine", "matching", "table"),
         ],
     ),
     "ses_jax.models": (
@@ -232,6 +234,40 @@ def test_modules_and_public_functions_are_documented_and_typed(name):
         if node in tree.body and not node.name.startswith("_"):
             assert ast.get_docstring(node) or name == "ses_jax.cli", f"{name}.{node.name}"
             assert all(a.annotation for a in arguments) and node.returns, f"{name}.{node.name}"  # noqa: PT018
+
+
+def undefined_names(folder):
+    """What ruff finds, without the names in shapes of jaxtyping, for which the rule is off elsewhere."""
+    command = ["ruff", "check", "--isolated", "--no-cache", "--select", "F821", "--target-version", "py311"]
+    command = [sys.executable, "-m", *command, "--output-format", "json", str(folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode in (0, 1), ran.stderr
+    places = [
+        (x["filename"], x["location"]["row"], x["location"]["column"], x["message"]) for x in json.loads(ran.stdout)
+    ]
+    shapes = {file: list(_shapes(ast.parse(Path(file).read_text()))) for file in {file for file, *_ in places}}
+    return [
+        f"{file}:{row}: {message}"
+        for file, row, column, message in places
+        if not any(first < (row, column) <= last for first, last in shapes[file])
+    ]
+
+
+def _shapes(tree):
+    """Where annotations such as `Float[Array, "b c"]` have their strings: first and last `(row, column)`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and hasattr(jaxtyping, node.value.id):
+            for part in node.slice.elts[1:] if isinstance(node.slice, ast.Tuple) else ():
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)
+
+
+def test_no_name_is_undefined(tmp_path):
+    assert undefined_names(ROOT) == []
+    lines = ("from jaxtyping import Float", 'def f(x: Float[int, "b c"]) -> "Nothing":', "    return gone + x")
+    (tmp_path / "some.py").write_text("\n".join(lines))
+    found = sorted(line.rpartition("some.py:")[2] for line in undefined_names(tmp_path))
+    assert found == ["2: Undefined name `Nothing`", "3: Undefined name `gone`"]
 
 
 def test_packages_in_pyproject_are_those_on_disk():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ses_jax.convert import blip as tables
-from ses_jax.convert import engine, score_head
+from ses_jax.convert import engine, matching, score_head
 from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.loading import network
 from ses_jax.models import blip
@@ -127,7 +127,7 @@ def test_the_tables_cover_the_whole_published_network():
     headers["blip.text_encoder.embeddings.position_ids"] = Header((1, 512), "I64", "file")
     used = set()
     for component, json in ((tables.COMPONENT, PUBLISHED), (score_head.COMPONENT, {"input_size": 768})):
-        plan = engine.plan(component.table(json), component.abstract(component.from_json(json)), headers)
+        plan = matching.plan(component.table(json), component.abstract(component.from_json(json)), headers)
         names = {slot.name for group in plan.slots.values() for slot in group}
         assert not used & names
         used |= names

@@ -23,6 +23,7 @@ from ses_jax.convert import (
     engine,
     files,
     flux2,
+    matching,
     open_clip,
     qwen_image,
     qwen_vae,
@@ -130,7 +131,7 @@ def abstract_params(name):
 
 def plan_for(name, headers):
     component, config, _ = PUBLISHED[name]
-    return engine.plan(component.table(config), abstract_params(name), headers)
+    return matching.plan(component.table(config), abstract_params(name), headers)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -200,7 +201,7 @@ def test_a_wrong_config_is_reported_by_layer():
     ):
         config = QWEN3_4B | {"num_hidden_layers": layers}
         with pytest.raises(ConversionError, match=complaint):
-            engine.plan(component.table(config), component.abstract(component.from_json(config)), headers)
+            matching.plan(component.table(config), component.abstract(component.from_json(config)), headers)
 
 
 def test_prefix_is_optional_but_all_or_nothing():
@@ -232,16 +233,16 @@ def test_a_wrong_table_is_reported(rules, complaint):
     leaf = {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32), "bias": jax.ShapeDtypeStruct((3,), np.float32)}
     abstract = {"a": leaf} | ({"b": leaf} if any(rule.target.startswith("b") for rule in rules) else {})
     with pytest.raises(ConversionError) as error:
-        engine.layout(Table(tuple(rules)), abstract)
+        matching.layout(Table(tuple(rules)), abstract)
     assert complaint in str(error.value)
 
 
 def test_templates_match_whole_names_and_plain_numbers():
     table = Table((Rule("m.{a}.x", "m_{a}"),))
-    assert engine.layout(table, {"m_12": jax.ShapeDtypeStruct((), np.float32)})[0].name == "m.12.x"
+    assert matching.layout(table, {"m_12": jax.ShapeDtypeStruct((), np.float32)})[0].name == "m.12.x"
     for path in ("m_1x", "xm_1", "m_01", "m_"):
         with pytest.raises(ConversionError, match="has 0"):
-            engine.layout(table, {path: jax.ShapeDtypeStruct((), np.float32)})
+            matching.layout(table, {path: jax.ShapeDtypeStruct((), np.float32)})
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (70, 130), (3, 3, 70, 130)])
@@ -255,7 +256,7 @@ def test_any_rank_round_trips(shape, layers):
     published = {name: rng.standard_normal(transform.inverse(np.empty(shape)).shape, np.float32) for name in names}
     headers = {name: Header(array.shape, "F32", "file") for name, array in published.items()}
     abstract = {"y": jax.ShapeDtypeStruct((layers, *shape) if layers else shape, np.float32)}
-    params = engine.load(engine.plan(table, abstract, headers), abstract, Weights(headers, published.__getitem__))
+    params = engine.load(matching.plan(table, abstract, headers), abstract, Weights(headers, published.__getitem__))
     np.testing.assert_array_equal(params["y"][0] if layers else params["y"], transform.forward(published[names[0]]))
     assert_bit_equal(dict(engine.export(table, params)), published)
 
@@ -278,7 +279,7 @@ def test_fused_tensors_round_trip(layers):
     abstract = {n: {"kernel": leaf(80, w), "bias": leaf(w)} for n, w in widths.items()} | {
         "out": {"kernel": leaf(6, 5)}
     }
-    params = engine.load(engine.plan(table, abstract, headers), abstract, Weights(headers, published.__getitem__))
+    params = engine.load(matching.plan(table, abstract, headers), abstract, Weights(headers, published.__getitem__))
     last = f"x.{layers - 1}." if layers else "x."
     q = params["q"]["kernel"][-1] if layers else params["q"]["kernel"]
     np.testing.assert_array_equal(q, published[f"{last}qkv.weight"][10:40].T)
@@ -289,17 +290,17 @@ def test_fused_tensors_round_trip(layers):
         return published[name]
 
     in_parts = Weights(headers, read_other, lambda name, index: published[name][index])
-    again = engine.load(engine.plan(table, abstract, headers), abstract, in_parts)
+    again = engine.load(matching.plan(table, abstract, headers), abstract, in_parts)
     assert_bit_equal(flat(again), flat(params))
 
     wrong = headers | {f"{last}qkv.weight": Header((111, 80), "F32", "file")}
     with pytest.raises(ConversionError) as error:
-        engine.plan(table, abstract, wrong)
+        matching.plan(table, abstract, wrong)
     assert str(error.value).splitlines()[1:] == [
         f"  wrong shape: {last}qkv.weight in file is [111, 80], expected [110, 80]"
     ]
     with pytest.raises(ConversionError, match=r"missing: .*qkv.bias \[110\], for"):
-        engine.plan(table, abstract, {name: h for name, h in headers.items() if not name.endswith("qkv.bias")})
+        matching.plan(table, abstract, {name: h for name, h in headers.items() if not name.endswith("qkv.bias")})
 
 
 @pytest.mark.parametrize(
@@ -310,12 +311,12 @@ def test_a_wrong_split_is_reported(parts, complaint):
     table = Table(tuple(Rule("x", name, part=part) for name, part in zip("ab", parts, strict=True)))
     leaves = {"a": jax.ShapeDtypeStruct((2, 3), np.float32), "b": jax.ShapeDtypeStruct((2, 3), np.float32)}
     with pytest.raises(ConversionError, match=complaint):
-        engine.layout(table, leaves)
+        matching.layout(table, leaves)
     narrow = leaves | {"b": jax.ShapeDtypeStruct((2, 4), np.float32)}
     with pytest.raises(ConversionError, match="do not fit together"):
-        engine.layout(Table((Rule("x", "a", part=0), Rule("x", "b", part=1))), narrow)
+        matching.layout(Table((Rule("x", "a", part=0), Rule("x", "b", part=1))), narrow)
     with pytest.raises(ConversionError, match="do not fit together"):
-        engine.layout(Table((Rule("x", "a", part=0), Rule("x", "b", part=1, axis=1))), leaves)
+        matching.layout(Table((Rule("x", "a", part=0), Rule("x", "b", part=1, axis=1))), leaves)
 
 
 @pytest.mark.parametrize("layers", [None, 3])
@@ -331,13 +332,13 @@ def test_tensors_that_are_joined_on_their_inputs_round_trip(layers):
         name: {"kernel": jax.ShapeDtypeStruct((layers, *shape) if layers else shape, np.float32)}
         for name, shape in shapes.items()
     }
-    params = engine.load(engine.plan(table, abstract, headers), abstract, Weights(headers, published.__getitem__))
+    params = engine.load(matching.plan(table, abstract, headers), abstract, Weights(headers, published.__getitem__))
     attention = params["attention"]["kernel"][-1] if layers else params["attention"]["kernel"]
     np.testing.assert_array_equal(attention, published[names[-1]][:, 70:].T)
     assert_bit_equal(dict(engine.export(table, params)), published)
     wrong = headers | {names[-1]: Header((8, 91), "F32", "file")}
     with pytest.raises(ConversionError, match=r"out.weight in file is \[8, 91\], expected \[8, 90\]"):
-        engine.plan(table, abstract, wrong)
+        matching.plan(table, abstract, wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -496,7 +497,7 @@ def test_loading_reads_each_tensor_once_and_holds_one_leaf():
     table = Table(tuple(rule for k in range(6) for rule in linear(f"b{k}.{{i}}", f"b{k}", bias=False)))
     names = [f"b{k}.{i}.weight" for k in range(6) for i in range(layers)]
     source = CountingWeights({name: Header((width, width), "F32", "file") for name in names})
-    plan = engine.plan(table, abstract, source.headers)
+    plan = matching.plan(table, abstract, source.headers)
     params = []
 
     def to_device_and_forget(path, shape):

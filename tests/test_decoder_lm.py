@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ses_jax.convert import decoder_lm as table
-from ses_jax.convert import engine
+from ses_jax.convert import engine, matching
 from ses_jax.loading import hub
 from ses_jax.models import decoder_lm
 
@@ -100,7 +100,7 @@ def test_old_and_new_layouts_of_vision_language_models(build, published):
     json = reference.config.to_dict()
     component = table.component(1, 3)
     abstract = component.abstract(component.from_json(json))
-    plans = [engine.plan(component.table(json), abstract, headers) for headers in (new, old)]
+    plans = [matching.plan(component.table(json), abstract, headers) for headers in (new, old)]
     assert [plan.prefix for plan in plans] == ["model.language_model.", published]
     assert component.table(json).prefixes[0] == published
     assert any("vision" in name or "visual" in name for name in plans[1].unused)

@@ -27,7 +27,7 @@ from oracle_flux1 import Flux1Sizes
 
 import ses_jax
 from ses_jax.cli import convert as main
-from ses_jax.convert import autoencoder_kl, clip, engine, files, flux1, t5
+from ses_jax.convert import autoencoder_kl, clip, engine, files, flux1, matching, t5
 from ses_jax.convert.engine import ConversionError, Header
 from ses_jax.loading import network
 
@@ -123,10 +123,10 @@ def test_the_prefix_of_text_encoders_is_optional():
     assert_consumed_whole(clip.TEXT_COMPONENT, clip.TEXT_TABLE, CLIP_L, bare)
     old = headers(shapes | {"text_model.embeddings.position_ids": (1, 77)})
     abstract = clip.TEXT_COMPONENT.abstract(clip.TEXT_COMPONENT.from_json(CLIP_L))
-    assert engine.plan(clip.TEXT_TABLE, abstract, old).unused == ("text_model.embeddings.position_ids",)
+    assert matching.plan(clip.TEXT_TABLE, abstract, old).unused == ("text_model.embeddings.position_ids",)
     tied = headers(published_shapes("t5_xxl.text_encoder") | {"encoder.embed_tokens.weight": (32128, 4096)})
     abstract = t5.COMPONENT.abstract(t5.COMPONENT.from_json(T5_XXL))
-    assert engine.plan(t5.TABLE, abstract, tied).unused == ("encoder.embed_tokens.weight",)
+    assert matching.plan(t5.TABLE, abstract, tied).unused == ("encoder.embed_tokens.weight",)
 
 
 # The same weights in both layouts.
@@ -262,7 +262,8 @@ def test_a_single_file_round_trips_through_its_table(folders, dtype):
         table = component.single_file.table(config)
         abstract = component.abstract(component.from_json(config))
         found = {k: Header(v.shape, {"float32": "F32", "bfloat16": "BF16"}[dtype], file) for k, v in tensors.items()}
-        params = engine.load(engine.plan(table, abstract, found), abstract, engine.Weights(found, tensors.__getitem__))
+        plan = matching.plan(table, abstract, found)
+        params = engine.load(plan, abstract, engine.Weights(found, tensors.__getitem__))
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
         exported = dict(engine.export(table, params))
         assert exported.keys() == tensors.keys()

@@ -22,7 +22,7 @@ from layouts import (
 
 import ses_jax
 from ses_jax.cli import convert as main
-from ses_jax.convert import autoencoder_kl_bn, engine, files, flux2
+from ses_jax.convert import autoencoder_kl_bn, engine, files, flux2, matching
 from ses_jax.convert.engine import ConversionError, Header
 from ses_jax.models import autoencoder_kl_bn as vae
 from ses_jax.pipelines import flux2 as family
@@ -113,7 +113,7 @@ def test_table_covers_the_whole_single_file_of_the_autoencoder():
     component = autoencoder_kl_bn.COMPONENT
     assert component.from_json(config) == vae.Config()
     abstract = component.abstract(vae.Config())
-    plan = engine.plan(component.single_file.table(config), abstract, headers(original))
+    plan = matching.plan(component.single_file.table(config), abstract, headers(original))
     assert {slot.name for slots in plan.slots.values() for slot in slots} | set(plan.unused) == original.keys()
     assert plan.unused == (COUNTER,)
 
@@ -191,7 +191,7 @@ def test_a_single_file_round_trips_through_its_table(folders):
     config = files.read_json(folders / "diffusers" / "transformer" / "config.json")
     abstract = flux2.COMPONENT.abstract(flux2.COMPONENT.from_json(config))
     found = {name: Header(tensor.shape, "F32", "file") for name, tensor in tensors.items()}
-    plan = engine.plan(flux2.ORIGINAL, abstract, found)
+    plan = matching.plan(flux2.ORIGINAL, abstract, found)
     params = engine.load(plan, abstract, engine.Weights(found, tensors.__getitem__))
     exported = dict(engine.export(flux2.ORIGINAL, params))
     assert exported.keys() == tensors.keys()

@@ -11,6 +11,7 @@ import numpy as np
 import oracle_flux2
 import pytest
 import torch
+from adapted import assert_a_search_with_an_adapter_in_eight_bits
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, retrieve_timesteps
 from parity import (
@@ -282,6 +283,10 @@ def test_bfloat16_weights_run_and_stay_close(pairs):
     _, exact = pairs("dev")
     expected = ses_jax.generate(exact, "a cat", height=32, width=32, steps=2)[0]
     bfloat16_image(exact, expected, timestep_rounding="reference")
+
+
+def test_a_search_with_an_adapter_in_eight_bits(pairs, tmp_path):
+    assert_a_search_with_an_adapter_in_eight_bits(pairs("klein base")[1].folder, tmp_path, guidance=1.0)
 
 
 def test_a_search_runs_and_its_preview_is_the_generated_one(pairs):

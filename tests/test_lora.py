@@ -14,6 +14,7 @@ import pytest
 import safetensors.numpy
 import torch
 import toy
+from adapted import assert_a_search_with_an_adapter_in_eight_bits
 from diffusers import Flux2Pipeline, FluxPipeline, QwenImagePipeline, ZImagePipeline
 from layouts import assert_bit_equal, original_tensors
 from lora_files import dense, low_rank, same, save, write
@@ -27,7 +28,7 @@ from ses_jax.convert.engine import ConversionError
 from ses_jax.convert.names import vocabulary
 from ses_jax.engine import models, resume, runner
 from ses_jax.engine.config import SearchConfig
-from ses_jax.loading import network
+from ses_jax.loading import network, rows
 from ses_jax.loading.lora_files import open_adapters, pairs
 from ses_jax.models import quantized
 from ses_jax.shell import options as shell_options
@@ -191,8 +192,8 @@ def test_all_adapters_are_added_before_the_sum_is_rounded_once(flux1, tmp_path):
     assert_bit_equal(jax.tree.map(np.asarray, params), jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact))
 
 
-def test_adapters_are_merged_before_weights_are_put_into_eight_bits(flux1, tmp_path):
-    """From a published folder and from a converted one; one that is in eight bits already is refused."""
+def test_adapters_are_merged_before_weights_are_put_into_eight_bits(flux1, tmp_path, monkeypatch):
+    """From a published folder and from converted ones; one that is in eight bits already is refused."""
     lora = {write(tmp_path / "lora.safetensors", low_rank(flux1.layers()), "transformer."): 0.5}
     network.save_converted(tmp_path / "converted", network.load(flux1.folder, flux1.component))
     found = flux1.load(lora, quantize="int8")
@@ -205,6 +206,11 @@ def test_adapters_are_merged_before_weights_are_put_into_eight_bits(flux1, tmp_p
     expected = quantized.spread(jax.tree_util.tree_map_with_path(stored, flux1.load(lora)))
     assert_bit_equal(found, expected)
     assert_bit_equal(flux1.load(lora, tmp_path / "converted", quantize="int8"), expected)
+    assert rows.stored(tmp_path / "converted" / "params", "single_blocks/mlp_in/kernel") is None
+    monkeypatch.setattr(rows, "LARGE", 0)
+    network.save_converted(tmp_path / "by the layer", network.load(flux1.folder, flux1.component))
+    assert_bit_equal(flux1.load(lora, tmp_path / "by the layer", quantize="int8"), expected)
+    assert rows.stored(tmp_path / "by the layer" / "params", "single_blocks/mlp_in/kernel") is not None
     network.save_converted(tmp_path / "int8", network.load(flux1.folder, flux1.component, quantize="int8"))
     with pytest.raises(ValueError, match="quantised already"):
         flux1.load(lora, tmp_path / "int8")
@@ -365,6 +371,10 @@ def test_an_image_with_all_networks_changed(pipelines, whole):
     assert_same_images((reference, pipeline), ["a cat"], arguments(SHORT))
     for name, state in kept.items():
         getattr(reference, name).load_state_dict(state)
+
+
+def test_a_search_in_eight_bits(pipelines, tmp_path):
+    assert_a_search_with_an_adapter_in_eight_bits(pipelines[1].folder, tmp_path)
 
 
 def test_the_same_on_a_mesh_and_on_the_host(pipelines, whole):

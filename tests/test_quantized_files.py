@@ -16,7 +16,7 @@ from diffusers.loaders import single_file_utils
 from layouts import assert_bit_equal
 
 import ses_jax
-from ses_jax.convert import dialects, engine, t5
+from ses_jax.convert import dialects, engine, matching, t5
 from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.convert.table import Table, fused, joined, linear, norm
 from ses_jax.engine import models
@@ -50,7 +50,7 @@ SHAPES = {
 ABSTRACT = jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), SHAPES, is_leaf=lambda x: isinstance(x, tuple)
 )
-PUBLISHED = {slot.name: slot.shape for slot in engine.layout(TABLE, ABSTRACT)}
+PUBLISHED = {slot.name: slot.shape for slot in matching.layout(TABLE, ABSTRACT)}
 MATRICES = [name for name, shape in PUBLISHED.items() if len(shape) == 2]
 
 
@@ -73,7 +73,7 @@ def as_bytes(value):
 
 
 def load(weights):
-    return engine.load(engine.plan(TABLE, ABSTRACT, weights.headers), ABSTRACT, weights, dtype=jnp.float32)
+    return engine.load(matching.plan(TABLE, ABSTRACT, weights.headers), ABSTRACT, weights, dtype=jnp.float32)
 
 
 def assert_loads(weights, expected):

@@ -10,6 +10,7 @@ import jaxprs
 import numpy as np
 import oracle_qwen_image as oracle
 import pytest
+from adapted import assert_a_search_with_an_adapter_in_eight_bits
 from parity import (
     assert_a_search_previews_what_is_generated,
     assert_an_export_gives_the_same_image,
@@ -199,6 +200,10 @@ def test_bfloat16_weights_run_and_stay_close(pipeline):
     assert not np.array_equal(*images)  # the second step's time is no number of bfloat16
     with pytest.raises(ValueError, match=r"unknown options \['rounding'\]; this family takes: timestep_rounding"):
         ses_jax.load_pipeline(str(pipeline.folder), rounding="exact")
+
+
+def test_a_search_with_an_adapter_in_eight_bits(pipeline, tmp_path):
+    assert_a_search_with_an_adapter_in_eight_bits(pipeline.folder, tmp_path, guidance=1.0)
 
 
 def test_a_search_runs_and_its_preview_is_the_generated_one(pipeline):

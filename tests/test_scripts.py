@@ -25,6 +25,7 @@ SCRIPTS = {
     "benchmarks/searchers.py": [
         *("--searchers", "zero-order", "--budgets", "2", "--prompts", "2", "--at-once", "2"),
     ],
+    "benchmarks/sizes.py": ["--searches", "4", "--sizes", "2", "--model", "toy", "--growth", "1"],
     "benchmarks/search_vs_torch.py": ["--budget", "2", "--repeats", "1", "--threads", "1"],
     "examples/measure_demo.py": ["--prompts", "2", "--steps", "1"],
 }
@@ -33,6 +34,7 @@ WRITES_NOTHING = {"examples/measure_demo.py"}
 ELSEWHERE = {
     "benchmarks/compiled.py": "test_compilation",
     "benchmarks/fuzz.py": "test_fuzz",
+    "benchmarks/kills.py": "test_kills",
     "benchmarks/soak.py": "test_soak",
     "benchmarks/throughput.py": "test_throughput",
     "examples/flux1_dev.py": "test_examples",

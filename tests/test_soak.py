@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import sizes
 import soak
 
 
@@ -44,6 +45,14 @@ def test_growth_is_noticed(changed, message):
     soak.check(soak.Arguments(), numbers())
     with pytest.raises(AssertionError, match=message):
         soak.check(soak.Arguments(), numbers(**changed))
+
+
+@pytest.mark.parametrize("name", ["resident_bytes", "memory_maps"])
+def test_growth_over_sizes_is_noticed(name):
+    marks = [{"searches": n, "resident_bytes": 1000 - n, "memory_maps": 500} for n in (1, 2, 3, 4)]
+    sizes.check(marks, sizes.Arguments(sizes=1))
+    with pytest.raises(AssertionError, match=rf"{name} grew from"):
+        sizes.check([*marks, marks[1] | {name: marks[1][name] * 1.03}], sizes.Arguments(sizes=1))
 
 
 def test_compilations_and_live_arrays_are_counted():

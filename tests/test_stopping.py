@@ -11,10 +11,12 @@ import batch_runs
 import numpy as np
 import pytest
 from batch_runs import PIPELINE, PROMPTS, REWARD, SETTINGS
+from PIL import Image
 
 import ses_jax
 from ses_jax import cli
 from ses_jax.engine import lock, output, stopping
+from ses_jax.engine.result import save_search
 
 BUDGET = 9  # three generations
 RESULT = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "state.npz", "report.html", "result.json"}
@@ -76,8 +78,12 @@ def test_ctrl_c_ends_a_search_after_the_generation_at_hand(tmp_path, whole, at):
     assert result.interrupted
     assert len(calls) == at + 1  # what was at hand, and the images
     assert result.history == whole.history[: 3 * at]
-    assert names(tmp_path) == RESULT
+    assert names(tmp_path) == RESULT | {".search"}
     assert json.loads((tmp_path / "result.json").read_text())["interrupted"] is True
+    reward, calls = judge(-1, failing)
+    assert search(PROMPTS[0], reward, out=tmp_path, resume=True).history == whole.history
+    assert len(calls) == 3 - at + 1  # the other generations, and the images
+    assert names(tmp_path) == RESULT
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -88,17 +94,47 @@ def test_ctrl_c_in_the_last_steps_changes_nothing(tmp_path, whole):
         assert result.history == whole.history
 
 
-@pytest.mark.parametrize("at", [2, 4])
-def test_a_second_one_ends_at_once_and_what_was_found_is_kept(tmp_path, whole, at):
+@pytest.mark.parametrize(("at", "settings"), [(2, {}), (4, {}), (4, {"no_report": True}), (4, {"resume": True})])
+def test_a_second_one_ends_at_once_and_what_was_found_is_kept(tmp_path, whole, at, settings):
     reward, calls = judge(at, sending(signal.SIGINT, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        search(PROMPTS[0], reward, out=tmp_path)
+        search(PROMPTS[0], reward, out=tmp_path, **settings)
     assert len(calls) == at
-    assert names(tmp_path) == {"noise.npy", "history.jsonl", "state.npz"}
+    assert names(tmp_path) == {"preview.png", "noise.npy", "history.jsonl", "state.npz", ".search"}
     done = 3 if at == 2 else BUDGET
     assert batch_runs.lines(tmp_path / "history.jsonl") == whole.history[:done]
     found = search(PROMPTS[0], budget=done)
     np.testing.assert_array_equal(np.load(tmp_path / "noise.npy"), found.noise)
+    with Image.open(tmp_path / "preview.png") as preview:
+        assert np.asarray(preview).mean() / 255 == pytest.approx(found.score, abs=0.003)  # brightness itself
+    reward, calls = judge(-1, failing)
+    result = search(PROMPTS[0], reward, out=tmp_path, resume=True)
+    assert len(calls) == (3 if at == 2 else 1)  # the images, and nothing that was scored before
+    assert result.history == whole.history
+    np.testing.assert_array_equal(result.image, whole.image)
+    assert names(tmp_path) == RESULT
+
+
+def test_an_error_in_the_images_loses_no_search(tmp_path, whole):
+    search(PROMPTS[1], out=tmp_path)
+    with pytest.raises(RuntimeError):
+        search(PROMPTS[0], judge(4, failing)[0], out=tmp_path, overwrite=True)
+    assert names(tmp_path) == RESULT | {"unfinished", ".search"}
+    assert names(tmp_path / "unfinished") == {"preview.png", "noise.npy", "history.jsonl"}
+    assert json.loads((tmp_path / "result.json").read_text())["prompt"] == PROMPTS[1]
+    reward, calls = judge(-1, failing)
+    result = search(PROMPTS[0], reward, out=tmp_path, resume=True)  # what was to replace it goes on
+    assert len(calls) == 1
+    assert result.history == whole.history
+    assert names(tmp_path) == RESULT
+
+
+def test_a_preview_that_no_film_has_leaves_none_of_another_search(tmp_path):
+    noise = np.zeros((1, 2, 2), np.float32)
+    save_search(tmp_path, noise, [], Image.new("RGB", (2, 2)))
+    assert names(tmp_path) == {"preview.png", "noise.npy", "history.jsonl"}
+    save_search(tmp_path, noise, [], None)
+    assert names(tmp_path) == {"noise.npy", "history.jsonl"}
 
 
 def test_of_a_list_what_is_finished_comes_back(tmp_path):
@@ -199,6 +235,16 @@ def test_the_shell_says_how_a_search_ended(tmp_path, capsys, monkeypatch):
 
     with pytest.raises(SystemExit, match="143"):
         searched(act=terminated)
+    capsys.readouterr()
+
+    def interrupted_again():
+        raise KeyboardInterrupt
+
+    assert searched(act=interrupted_again) == (130, "")
+    (tmp_path / ".search").mkdir()
+    status, error = searched(act=interrupted_again)
+    assert (status, error.count("\n")) == (130, 1)
+    assert error.startswith(f"ses-jax: stopped at once; {tmp_path} holds what was found")
 
 
 def test_a_result_is_not_replaced_in_silence(tmp_path, whole):

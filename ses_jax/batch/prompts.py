@@ -8,6 +8,7 @@ one row is noted in that row; only what makes the whole file meaningless is an e
 import codecs
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -54,7 +55,7 @@ class Row:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     error: str | None = None
 
-    @property
+    @functools.cached_property
     def folder(self) -> str:
         """The id as a folder name that is safe everywhere and hides no file of the run."""
         whole = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", self.id))
@@ -66,7 +67,7 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         """The fields as plain JSON values, but for what metadata may hold."""
         plain = {name: _SETTINGS[name].metadata["kind"].plain(value) for name, value in self.overrides.items()}
-        return dataclasses.asdict(self) | {"overrides": plain}
+        return {field: getattr(self, field) for field in self.__dataclass_fields__} | {"overrides": plain}
 
 
 def read_rows(prompts: Source, column: str | None = None) -> list[Row]:

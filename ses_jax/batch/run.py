@@ -146,9 +146,9 @@ def _name(thing: Any) -> Any:
 
 def _outcomes(run: Run, work: _Work | None, rows: Sequence[Row], at_once: int) -> Iterator[Outcome]:
     """Searches rows, bad ones first: they take no time, and whoever wrote them learns of it early."""
-    usable = []
+    usable, resolved = [], {}
     for row in rows:
-        config, error = _row_config(work, row)
+        config, error = _row_config(work, row, resolved)
         error = run.obstacle(row) if error is None else error
         if error is None:
             usable.append((row, config))
@@ -160,14 +160,28 @@ def _outcomes(run: Run, work: _Work | None, rows: Sequence[Row], at_once: int) -
             yield from _search(work, same[start : start + at_once], config)
 
 
-def _row_config(work: _Work | None, row: Row) -> tuple[SearchConfig | None, str | None]:
-    """The row's own config, or what is wrong with it."""
+def _row_config(
+    work: _Work | None, row: Row, resolved: dict[Any, tuple[SearchConfig | None, str | None]]
+) -> tuple[SearchConfig | None, str | None]:
+    """The row's own config, or what is wrong with it; `resolved` has those of other rows, by all but their seeds."""
     if work is None or row.error is not None:
         return None, row.error
+    overrides = {name: value for name, value in row.overrides.items() if name != "seed"}
+    key = frozenset((n, frozenset(v.items()) if isinstance(v, Mapping) else v) for n, v in overrides.items())
+    if key not in resolved:
+        resolved[key] = _resolved(work, overrides)
+    config, error = resolved[key]
+    if config is not None and "seed" in row.overrides:
+        config = dataclasses.replace(config, seed=row.overrides["seed"])
+    return config, error
+
+
+def _resolved(work: _Work, overrides: Mapping[str, Any]) -> tuple[SearchConfig | None, str | None]:
+    """The run's config with a row's settings in it, or what is wrong with it."""
     try:
         # A row's own budget, in either form, stands in the place of the run's.
-        own = dict.fromkeys(("budget", "nfe")) if row.overrides.keys() & {"budget", "nfe"} else {}
-        config = dataclasses.replace(work.config, **(own | row.overrides)).resolve(work.pipeline)
+        own = dict.fromkeys(("budget", "nfe")) if overrides.keys() & {"budget", "nfe"} else {}
+        config = dataclasses.replace(work.config, **(own | overrides)).resolve(work.pipeline)
         check_looks(config, work.reward)
         return config, None
     except ValueError as error:

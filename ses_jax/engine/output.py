@@ -2,9 +2,10 @@
 
 OUT/best.png ... result.json    the result of one prompt
 OUT/state.npz                   what a larger budget goes on from (`kept.py`)
+OUT/preview.png                 the winner, with noise and history, until its image is there
 OUT/candidates/                 previews and noise of all candidates, where they are wanted
 OUT/000/, OUT/001/, ...         those of a list
-OUT/unfinished/                 noise and history of a search that was to replace a result, and was ended at once
+OUT/unfinished/                 the same three, of a search that was to replace a result
 OUT/.search/                    unfinished searches (`resume.py`)
 """
 
@@ -15,8 +16,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from ses_jax.engine import kept, repeat
 from ses_jax.engine import resume as saved_search
@@ -52,8 +51,8 @@ class Output(NamedTuple):
         return self.folder / f"{index:03d}" if self.folder and self.listed else self.folder
 
     def state(self, start: int) -> Path | None:
-        """Where the search of the prompts from `start` on is saved on its way."""
-        return self.folder / STATE / f"{start:06d}" if self.folder and self.resume else None
+        """Where the search of the prompts from `start` on is saved on its way, or where it is ended early."""
+        return self.folder / STATE / f"{start:06d}" if self.folder else None
 
     def finished(self, indices: Sequence[int], wanted: Sequence[Mapping[str, Any]]) -> list[SearchResult] | None:
         """The finished results of prompts, if all of them are there.
@@ -68,12 +67,14 @@ class Output(NamedTuple):
         Raises:
           ValueError: for the result of something else, naming what differs, or of a larger budget.
         """
-        found = [self._finished(index, facts) for index, facts in zip(indices, wanted, strict=True)]
-        return None if None in found else found
-
-    def _finished(self, index: int, wanted: Mapping[str, Any]) -> SearchResult | None:
         if self.folder is None or not self.resume:
             return None
+        replaced = (self.state(indices[0]) / saved_search.IDENTITY).exists()
+        found = [self._finished(index, facts, replaced) for index, facts in zip(indices, wanted, strict=True)]
+        return None if None in found else found
+
+    def _finished(self, index: int, wanted: Mapping[str, Any], replaced: bool) -> SearchResult | None:
+        """The result of a prompt; `replaced` is whether there is an unfinished search that was to replace it."""
         try:
             result = SearchResult.load(self.of(index))
         except (OSError, ValueError):
@@ -82,6 +83,8 @@ class Output(NamedTuple):
             return None
         had, wanted = _comparable(result.config | {"prompt": result.prompt}), _comparable(wanted)
         differing = [name for name, value in wanted.items() if had.get(name, value) != value]
+        if differing and replaced:
+            return None
         if differing == ["budget"]:
             return _of_larger(self.of(index), had["budget"], wanted["budget"])
         if differing:
@@ -100,15 +103,20 @@ class Output(NamedTuple):
         """
         return kept.load([self.of(index) for index in indices], identities) if self.folder and self.resume else None
 
-    def keep(self, index: int, noise: np.ndarray, history: list[dict[str, Any]]) -> None:
-        """Saves what a search found before its images are rendered, beside a result that it is to replace."""
+    def keep(self, index: int, *found: Any) -> None:
+        """Saves what a search found before its images are rendered, beside a result that it is to replace.
+
+        Args:
+          index: of the prompt.
+          found: noise, history and preview of its winner, as `save_search` takes them.
+        """
         folder = self.of(index)
         replaces = (folder / FILES[-1]).exists()
-        save_search(writable_folder(folder / UNFINISHED if replaces else folder), noise, history)
+        save_search(writable_folder(folder / UNFINISHED if replaces else folder), *found)
 
     def clear_candidates(self, indices: Sequence[int]) -> None:
         """Removes the candidates of earlier searches of prompts, unless those may be gone on from."""
-        if self.state(indices[0]) is None:
+        if not self.resume:
             for index in indices:
                 _remove_candidates(self.of(index))
 
@@ -128,8 +136,9 @@ class Output(NamedTuple):
     def forget(self, start: int) -> None:
         """Removes the saved search of finished prompts."""
         saved_search.clear(self.state(start))
-        if self.folder and self.resume and (self.folder / STATE).is_dir() and not any((self.folder / STATE).iterdir()):
-            (self.folder / STATE).rmdir()
+        if self.folder:
+            with contextlib.suppress(OSError):  # there is none, or more in it
+                (self.folder / STATE).rmdir()
 
     def clean(self, count: int) -> None:
         """Removes what an overwritten result of another shape left beside the new one."""

@@ -57,16 +57,21 @@ def part_scores(
     """By part, its scores of the winner and the base, previews and final renders; empty for a single part."""
     if len(names) == 1:
         return {}
-    winner = next(row for row in rows if row["score"] == rows[-1]["best"])
+    best = winner(rows)
     return {
         name: {
-            "score": winner["components"][name],
+            "score": best["components"][name],
             "baseline_score": rows[0]["components"][name],
             "final_score": _finite(finals[0, i]),
             "baseline_final_score": _finite(finals[1, i]),
         }
         for i, name in enumerate(names)
     }
+
+
+def winner(rows: Sequence[Row]) -> Row:
+    """The row of the candidate that is the best of all."""
+    return next(row for row in rows if row["score"] == rows[-1]["best"])
 
 
 def _finite(value: Any) -> float | None:

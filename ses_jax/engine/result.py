@@ -21,8 +21,11 @@ from ses_jax.report import grid, page
 from ses_jax.report.charts import Svg
 
 NOISE, HISTORY, REPORT, SUMMARY = "noise.npy", "history.jsonl", "report.html", "result.json"
-# What `SearchResult.save` writes, the last one last; of the pictures, those of one format.
-FILES = (*(f"{name}.{kind}" for kind in pictures.FORMATS for name in saved.PICTURES), NOISE, HISTORY, REPORT, SUMMARY)
+# Of the winner, until its image is there.
+PREVIEW = "preview.png"
+# What `SearchResult.save` writes, the last one last; of the pictures, those of one format, and no preview.
+IMAGES = tuple(f"{name}.{kind}" for kind in pictures.FORMATS for name in saved.PICTURES)
+FILES = (*IMAGES, PREVIEW, NOISE, HISTORY, REPORT, SUMMARY)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +90,7 @@ class SearchResult:
         """Writes `best.png`, `baseline.png`, `noise.npy`, `history.jsonl`, `report.html` and `result.json`.
 
         Each file appears whole or not at all, `result.json` last. The pictures carry prompt, settings and versions.
-        What an earlier result left there in other formats, or as a page, goes.
+        What an earlier result left there in other formats, or as a page, goes, and so does a `preview.png`.
 
         Args:
           folder: is made if it is not there.
@@ -180,9 +183,14 @@ class SearchResult:
         return export_noise(self.noise, self.summary(), to, folder)
 
 
-def save_search(folder: Path, noise: np.ndarray, history: list[dict[str, Any]]) -> None:
-    """Writes what a search found before its images are rendered: `noise.npy` and `history.jsonl`."""
-    write_together({folder / name: writer for name, writer in _search_writers(noise, history).items()})
+def save_search(folder: Path, noise: np.ndarray, history: list[dict[str, Any]], preview: Image.Image | None) -> None:
+    """Writes what a search found before its images are rendered: `noise.npy`, `history.jsonl` and `preview.png`."""
+    writers = _search_writers(noise, history)
+    if preview is not None:
+        writers[PREVIEW] = functools.partial(preview.save, format="PNG")
+    else:
+        (folder / PREVIEW).unlink(missing_ok=True)
+    write_together({folder / name: writer for name, writer in writers.items()})
 
 
 def _search_writers(noise: np.ndarray, history: list[dict[str, Any]]) -> dict[str, Callable[[Path], Any]]:

@@ -1,8 +1,9 @@
 """Runs a search for one or more prompts at once: generations, final renders, results."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from PIL import Image
 
 from ses_jax.engine import ahead, cost, generation, kept, memory, records, resume, watching
 from ses_jax.engine.base import Base
@@ -60,12 +62,14 @@ class Found(NamedTuple):
     Attributes:
       noise: the winners', `[P, C, h, w]`.
       histories: of the prompts.
+      previews: of the winners, small; None for one that the film has not.
       interrupted: whether there is more to score.
       kept: what a larger budget goes on from, if anything.
     """
 
     noise: np.ndarray
     histories: list[list[records.Row]]
+    previews: list[Image.Image | None]
     interrupted: bool
     kept: Kept | None
 
@@ -107,6 +111,7 @@ def search_prompts(
     progress: bool = False,
     state_folder: Path | None = None,
     begun: Kept | None = None,
+    resume_from_state: bool = True,
     stop: Stop | None = None,
     keep: Callable[[Found], None] = _drop,
     watch: Watch = NOTHING,
@@ -124,6 +129,8 @@ def search_prompts(
       state_folder: where the search is saved after each generation and continued from (`resume.clear` it once the
         results are safe); None saves nothing.
       begun: what is kept of the same searches with a smaller budget, to go on from.
+      resume_from_state: False begins anew, and saves the state only where the search ends before its images are there,
+        or because it was to stop.
       stop: ends the search after the generation at hand.
       keep: is given what the search has found before the final renders, which take their time.
       watch: what is done with candidates beside scoring them.
@@ -138,24 +145,26 @@ def search_prompts(
     times = [time.perf_counter()]
     indices = range(len(prompts)) if indices is None else indices
     given = [None] * len(prompts) if base is None else base.as_json()
-    if partition.leads(pipeline.mesh):
-        resume.begin(state_folder, identity_of(pipeline, reward, config, prompts, indices, base))
+    state_folder = state_folder if partition.leads(pipeline.mesh) or resume_from_state else None
+    identity = identity_of(pipeline, reward, config, prompts, indices, base)
+    if partition.leads(pipeline.mesh) and resume_from_state:
+        resume.begin(state_folder, identity)
     noise = None if base is None else base.noise
     task = prepare(pipeline, reward, config, prompts, indices, noise=noise, shown=watch.shown)
     times.append(time.perf_counter())
     work, compiled = _work(config, prompts), ahead.compile_render(task)
     with progress_bar(work, enabled=progress) as report, host.noting() as notes:
-        task, outcome = _generations(
-            task, (state_folder, begun), (work, report, watch), Stop() if stop is None else stop
-        )
+        saved = state_folder if resume_from_state else None
+        task, outcome = _generations(task, (saved, begun), (work, report, watch), Stop() if stop is None else stop)
         times.append(time.perf_counter())
         found = _found(task, outcome)
-        keep(found)
-        if outcome.at_once:
-            raise KeyboardInterrupt
-        if compiled:
-            compiled.result()
-        finals = _finals(task, pipeline, found.noise)
+        with _left(None if resume_from_state else state_folder, identity, (task, outcome), stop):
+            keep(found)
+            if outcome.at_once:
+                raise KeyboardInterrupt
+            if compiled:
+                compiled.result()
+            finals = _finals(task, pipeline, found.noise)
     times.append(time.perf_counter())
 
     histories = found.histories
@@ -297,8 +306,35 @@ def _found(task: Task, outcome: Outcome) -> Found:
     """The winners' noise and the histories; raises ValueError where a prompt has no finite score."""
     histories = [_history(task, outcome.scored, i) for i in range(len(task.prompts))]
     winners = generation.winners(task.program.problem.space, outcome.state.best, task.inputs.rest)
+    best = [records.winner(history)["index"] for history in histories]
+    previews = [watching.preview(film, index) for film, index in zip(outcome.films, best, strict=True)]
     state = kept.make(outcome.last, task.config.population, outcome.scored, outcome.films)
-    return Found(np.asarray(winners), histories, outcome.interrupted, state)
+    return Found(np.asarray(winners), histories, previews, outcome.interrupted, state)
+
+
+@contextlib.contextmanager
+def _left(
+    folder: Path | None, identity: Mapping[str, Any], searched: tuple[Task, Outcome], stop: Stop | None
+) -> Iterator[None]:
+    """Leaves the state of a search that is to stop, or that ends within: it can be gone on with."""
+    if stop and searched[1].interrupted:
+        _leave(folder, identity, *searched)
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk has been named by then
+            _leave(folder, identity, *searched)
+        raise
+
+
+def _leave(folder: Path | None, identity: Mapping[str, Any], task: Task, outcome: Outcome) -> None:
+    resume.clear(folder)
+    resume.begin(folder, identity)
+    resume.save_films(folder, outcome.films)
+    generations = math.ceil(outcome.scored.components.shape[1] / task.config.population)
+    resume.save(folder, generations, outcome.state, [outcome.scored])
 
 
 def _finals(task: Task, pipeline: Pipeline, winners: Float[np.ndarray, "p c h w"]) -> Finals:

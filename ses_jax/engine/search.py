@@ -184,8 +184,9 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
         return said[-1]
 
     def keep(found: Found) -> None:
-        for place, i in enumerate(chosen if work.saves else ()):
-            work.output.keep(i, found.noise[place], found.histories[place])
+        each = zip(chosen, found.noise, found.histories, found.previews, strict=True)
+        for place, (i, *one) in enumerate(each if work.saves else ()):
+            work.output.keep(i, *one)
             kept.save(work.output.of(i), work.identity_of(i), found.kept and found.kept.of(place))
 
     results = search_prompts(
@@ -198,14 +199,17 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
         progress=work.run.progress,
         state_folder=work.output.state(chosen[0]),
         begun=begun,
+        resume_from_state=work.output.resume,
         stop=stop,
         keep=keep,
         watch=Watch(
-            not work.run.no_report,
+            work.saves or not work.run.no_report,  # the winner's preview is saved before its image
             work.on_generation and ask,
             [work.output.of(i) for i in chosen] if work.run.save_candidates else None,
         ),
     )
+    if work.run.no_report:
+        results = [dataclasses.replace(result, film=()) for result in results]
     if work.saves:
         work.output.save(results, chosen, image_format=work.run.image_format, report=not work.run.no_report)
         if not work.run.save_candidates:

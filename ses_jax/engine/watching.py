@@ -150,6 +150,11 @@ def shots(seen: Seen) -> list[Shot]:
     ]
 
 
+def preview(film: Sequence[Shot], index: int) -> Image.Image | None:
+    """A candidate's preview; None where it was neither the best nor the worst when its generation was scored."""
+    return next((shot.image for shot in film if shot.index == index), None)
+
+
 def _small(pixels: UInt8[np.ndarray, "h w 3"]) -> Image.Image:
     image = Image.fromarray(pixels)
     image.thumbnail((FILM.side, FILM.side))

@@ -6,6 +6,7 @@ network      one network's folder, in either form
 adapters     LoRA and its relatives, merged into weights while these are read
 lora_files   where adapters come from
 checkpoint   params on disk in our own form (Orbax)
+rows         large stacks of layers in it, a layer at a time
 partition    meshes of devices, and where each leaf of the params lies on them
 programs     what is compiled, and kept for later calls
 """

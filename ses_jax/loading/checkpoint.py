@@ -14,6 +14,7 @@ import numpy as np
 
 from ses_jax.convert import engine
 from ses_jax.convert.engine import Edits
+from ses_jax.loading import rows
 from ses_jax.models import quantized
 from ses_jax.models.quantized import Quantization
 
@@ -27,7 +28,7 @@ class MismatchError(ValueError):
 def save(folder: Path, params: Any) -> None:
     """Writes a tree of arrays; the folder appears only when it is complete, and replaces one that is there."""
     with _checkpointer() as checkpointer:
-        checkpointer.save(folder.absolute(), params, force=True)
+        checkpointer.save(folder.absolute(), params, save_args=jax.tree.map(rows.save_args, params), force=True)
 
 
 def restore(
@@ -63,7 +64,7 @@ def restore_changed(
     dtype: Any = None,
     sharding: Placement | None = None,
 ) -> Any:
-    """Reads a tree that `save` wrote leaf by leaf, and changes leaves on the host.
+    """Reads a tree that `save` wrote leaf by leaf, or large stacks by the layer, and changes leaves on the host.
 
     Args:
       quantization: what to put into eight bits, after the edits; None is nothing.
@@ -78,6 +79,9 @@ def restore_changed(
         taken = quantization is not None and quantization.takes(path)
         if not taken and path not in edited:
             return _restore_leaf(folder, path, _target(saved, _nested(path, leaf), dtype, sharding))
+        stack = rows.stored(folder, path) if taken and (path, None) not in (edits or {}) else None
+        if stack is not None:
+            return engine.place_quantized(rows.quantize(stack, quantization.kind, path, edits or {}), path, sharding)
         values = _restore_leaf(folder, path, _target(saved, _nested(path, leaf), None, lambda path, shape: None))
         if path in edited:
             values = engine.edit(values, path, np.float32 if taken else dtype or values.dtype, edits)

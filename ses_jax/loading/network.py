@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ses_jax.convert import dialects, engine
+from ses_jax.convert import dialects, engine, matching
 from ses_jax.convert.engine import ConversionError, Edits, Placement, Weights
 from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
 from ses_jax.convert.table import Component, Table
@@ -204,7 +204,7 @@ def read(
     """
     config = _config(component, json)
     abstract = _abstract(component, config)
-    plan = engine.plan(component.table(json), abstract, weights.headers)
+    plan = matching.plan(component.table(json), abstract, weights.headers)
     rule = component.quantization(quantize)
     params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding, edits=edits, quantization=rule)
     unused = Weights({name: weights.headers[name] for name in plan.unused}, weights.read)
@@ -285,7 +285,7 @@ def _table_of(weights: Weights, component: Component, json: Mapping[str, Any]) -
     abstract = _abstract(component, _config(component, json))
 
     def known(table):
-        return sum(name in weights.headers for name in {slot.name for slot in engine.layout(table(json), abstract)})
+        return sum(name in weights.headers for name in {slot.name for slot in matching.layout(table(json), abstract)})
 
     return max(component.table, component.single_file.table, key=known)
 
