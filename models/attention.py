@@ -45,7 +45,8 @@ def attention(
     """
     if _fits_splash(q, k, causal=causal, masked=key_mask is not None):
         return _splash(q, k, v, key_lengths)
-    fused = _fits_cudnn(q)
+    # cuDNN has derivatives of masked attention for even lengths only.
+    fused = _fits_cudnn(q) and (key_mask is None or not target.is_differentiated())
     mask = None if key_mask is None else jnp.asarray(key_mask)[:, None, None, :]
     if fused and mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], mask.shape[3]))  # cuDNN wants a row a query
@@ -98,6 +99,8 @@ def _in_blocks(attend, q: jax.Array, block: int) -> jax.Array:
     batch, length, heads, dim = q.shape
     count = -(-length // block)
     block = -(-length // count)
+    if target.is_differentiated():  # which would keep all scores
+        attend = jax.checkpoint(attend)
     padded = jnp.pad(q, ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
     blocks = jnp.moveaxis(padded.reshape(batch, count, block, heads, dim), 1, 0)
     out = jnp.moveaxis(jax.lax.map(attend, blocks), 0, 1)

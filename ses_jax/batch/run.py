@@ -23,7 +23,7 @@ from ses_jax.batch.prompts import Row, Source, read_rows
 from ses_jax.batch.run_folder import Outcome, Run
 from ses_jax.engine import lock, models, output
 from ses_jax.engine import resume as saved_search
-from ses_jax.engine.config import Placement, RunConfig, SearchConfig, check_looks
+from ses_jax.engine.config import Placement, RunConfig, SearchConfig, check_reward
 from ses_jax.engine.runner import Found, search_prompts
 from ses_jax.engine.settings import gather, takes
 from ses_jax.engine.stopping import Stop, noticed
@@ -107,7 +107,7 @@ def _go_on(run: Run, settings: tuple[Any, ...], described: Mapping[str, Any], me
     if any(row.error is None for row in pending):
         mesh = partition.parse_mesh(place.mesh, jax.local_devices())
         pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **(place.load or {})})
-        check_looks(config.resolve(pipeline), reward)
+        check_reward(config.resolve(pipeline), reward)
         work = _Work(run, pipeline, reward, config, how)
     run.start(described)
     at_once = 1 if work is None or work.reward.one_prompt_at_a_time else how.prompts_at_once
@@ -162,7 +162,7 @@ def _row_config(work: _Work | None, row: Row) -> tuple[SearchConfig | None, str 
         # A row's own budget, in either form, stands in the place of the run's.
         own = dict.fromkeys(("budget", "nfe")) if row.overrides.keys() & {"budget", "nfe"} else {}
         config = dataclasses.replace(work.config, **(own | row.overrides)).resolve(work.pipeline)
-        check_looks(config, work.reward)
+        check_reward(config, work.reward)
         return config, None
     except ValueError as error:
         return None, str(error)
