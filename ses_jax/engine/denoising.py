@@ -88,7 +88,12 @@ def followed(
 
 
 def pulled_back(
-    model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], paths: Paths, score: Callable[[Array, Array], Any]
+    model: Model,
+    chunk: int,
+    params: Any,
+    prompts: tuple[Array, Any],
+    paths: Paths,
+    score: Callable[[Array, Array], Any],
 ) -> Array:
     """Derivatives with respect to the rows' noise, `[r, C, h, w]`.
 
@@ -119,7 +124,7 @@ def _pulled_back_images(model: Model, params: Any, last: Paths, score: Callable[
 
 
 def _sampled(
-    model: Model, chunk: int, given: tuple[Any, Any], rows: Rows, sample: Callable[[Callable, Rows], Any]
+    model: Model, chunk: int, given: tuple[Any, Any], rows: Rows | Paths, sample: Callable[[Callable, Any], Any]
 ) -> Any:
     """`sample(velocity, part)` of all rows, `chunk` rows at a time; `given` are params and conditions.
 
@@ -127,7 +132,7 @@ def _sampled(
     """
     params, condition = given
 
-    def run(part: Rows) -> Any:
+    def run(part: Rows | Paths) -> Any:
         part = partition.constrain(model.mesh, part, partition.DATA)
         texts = partition.constrain(model.mesh, owned(condition, part.owner), partition.DATA)
 

@@ -123,9 +123,7 @@ def tell(
     return partition.constrain(program.model.mesh, (told, Scored(components, low_rms)))
 
 
-def _tell(
-    program: Program, generation: Array, state: State, points: Any, components: Array, slopes: Any
-) -> State:
+def _tell(program: Program, generation: Array, state: State, points: Any, components: Array, slopes: Any) -> State:
     """One prompt's new state."""
     if state.archive is None:
         scores = mixture.plain_sum(components, program.weights)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ses_jax.engine import denoising, previews
-from ses_jax.engine.denoising import Paths, Rows
+from ses_jax.engine.denoising import Paths
 from ses_jax.engine.program import Archive, Inputs, Program
 from ses_jax.loading import partition
 from ses_jax.rewards import mixture

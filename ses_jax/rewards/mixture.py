@@ -31,13 +31,13 @@ def standardized_sum(
     return ((components[:, driving] - offset - mean) * scale) @ jnp.asarray(weights, jnp.float32)[driving]
 
 
-def standardized_slopes(weights: Sequence[float], population: Float[Array, "m parts"]) -> Float[Array, " driving"]:
+def standardized_slopes(weights: Sequence[float], population: Components) -> Float[Array, " driving"]:
     """Derivatives of `standardized_sum` with respect to the components of weight, mean and deviation held."""
     driving = np.flatnonzero(weights)
     return _moments(population[:, driving])[2] * jnp.asarray(weights, jnp.float32)[driving]
 
 
-def _moments(population: Float[Array, "m parts"]) -> tuple[Array, Array, Array]:
+def _moments(population: Components) -> tuple[Array, Array, Array]:
     """An offset, the mean beside it, and what the deviation divides by; `[parts]` each."""
     valid = jnp.isfinite(population).all(axis=1, keepdims=True)
     count = jnp.maximum(valid.sum(), 1)

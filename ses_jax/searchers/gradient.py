@@ -36,14 +36,20 @@ class Climbers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gradient(Options):
-    """Each generation is a step of all climbers; one without a finite score or gradient begins anew from fresh noise."""
+    """Each generation is a step of all climbers; one without a finite score or gradient begins anew from noise."""
 
     needs_gradient: ClassVar[bool] = True
 
-    climbers: int = option(1, whole(at_least=1), "how many noises climb side by side, a generation; instead of `population`")
+    climbers: int = option(
+        1, whole(at_least=1), "how many noises climb side by side, a generation; instead of `population`"
+    )
     step: float = option(0.1, share, "length of a step, as a share of the norm of the noise")
-    momentum: float = option(0.8, number(0, 1), "share of the earlier gradients in a step's direction, from 0 to less than 1")
-    shell: str = option("whole", one_of("whole", "channel"), "what keeps its norm: the noise as a whole, or each channel of it")
+    momentum: float = option(
+        0.8, number(0.0, 1.0), "share of the earlier gradients in a step's direction, from 0 to less than 1"
+    )
+    shell: str = option(
+        "whole", one_of("whole", "channel"), "what keeps its norm: the noise as a whole, or each channel of it"
+    )
     space: str = option("whole", one_of("whole", "low"), "what climbs: whole noise, or its low band")
 
     @property

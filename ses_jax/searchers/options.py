@@ -57,7 +57,7 @@ def number(at_least: float, below: float) -> Callable[[Any], float]:
 
     def check(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not at_least <= value < below:
-            raise ValueError(f"must be at least {at_least} and less than {below}")
+            raise ValueError(f"must be at least {at_least:g} and less than {below:g}")
         return float(value)
 
     return check
