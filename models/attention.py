@@ -45,8 +45,11 @@ def attention(
     """
     if _fits_splash(q, k, causal=causal, masked=key_mask is not None):
         return _splash(q, k, v, key_lengths)
-    # cuDNN has derivatives of masked attention for even lengths only.
-    fused = _fits_cudnn(q) and (key_mask is None or not target.is_differentiated())
+    count, fused = q.shape[1], _fits_cudnn(q)
+    if fused and target.is_differentiated():
+        # cuDNN has derivatives for even lengths only, and masks have some too, which nobody wants.
+        fused = key_mask is None
+        q, k, v, key_lengths = _even(q, k, v, key_lengths) if fused else (q, k, v, key_lengths)
     mask = None if key_mask is None else jnp.asarray(key_mask)[:, None, None, :]
     if fused and mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], mask.shape[3]))  # cuDNN wants a row a query
@@ -68,7 +71,7 @@ def attention(
     if key_mask is not None:
         seen = jnp.cumsum(key_mask, axis=1) > 0 if causal else jnp.any(key_mask, axis=1, keepdims=True)
         out = jnp.where(seen[:, :, None, None], out, 0)
-    return out.reshape(*out.shape[:2], -1)
+    return out[:, :count].reshape(len(out), count, -1)
 
 
 def rotate_interleaved(x: Float[Array, "b s n d"], cos: Angles, sin: Angles) -> Float[Array, "b s n d"]:
@@ -86,6 +89,13 @@ def rotate_half(x: Float[Array, "b s n d"], cos: Angles, sin: Angles) -> Float[A
     cos, sin = cos[:, None, :], sin[:, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def _even(q: jax.Array, k: jax.Array, v: jax.Array, lengths: Any) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    """Queries and keys of even lengths, and how many keys may be seen; None is all."""
+    if k.shape[1] % 2 and lengths is None:
+        lengths = jnp.full(len(k), k.shape[1], jnp.int32)
+    return *(jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v)), lengths
 
 
 def _block(q: jax.Array, k: jax.Array) -> int:

@@ -109,9 +109,9 @@ def pull_back(
 def velocity_slope(
     velocity: Callable[[jax.Array, jax.Array], jax.Array],
     latents: Float[Array, "batch *shape"],
-    sigma: Float[Array, ""],
+    sigma: Float[Array, "..."],
     slope: Float[Array, "batch *shape"],
 ) -> Float[Array, "batch *shape"]:
-    """Derivatives with respect to latents, from those with respect to their velocity."""
+    """Derivatives with respect to latents, from those with respect to their velocity at a sigma of all, or `[B]`."""
     v, pull = jax.vjp(lambda x: velocity(x, jnp.broadcast_to(sigma, x.shape[:1])), latents)
     return pull(slope.astype(v.dtype))[0]
