@@ -20,7 +20,7 @@ from ses_jax import cli
 from ses_jax.engine import generation, memory, outline
 from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import partition
-from ses_jax.models import attention, blip, clip, score_head
+from ses_jax.models import attention, blip, clip, score_head, splash
 from ses_jax.planner import compilation, hlo, topologies, workload
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
@@ -338,6 +338,18 @@ def test_every_family_and_scorer_compiles(source, scorer, model, device, monkeyp
         assert bool(program.collectives) == (model > 1), name
         assert ATTENTION[device] in program.attention, name
         assert (program.seconds is None) == (device == "h100"), name
+
+
+@pytest.mark.compilers
+def test_gradients_compile(monkeypatch):
+    """On a mesh that splits the network; attention is made long enough for the splash kernel and its derivatives."""
+    monkeypatch.setattr(splash, "SHORTEST", 32)
+    publish(monkeypatch, TURBO, "clip")
+    settings = SMALL | {"searcher": "gradient,climbers=2", "height": 256, "width": 256}
+    del settings["population"]
+    found = ses_jax.plan(TURBO, device="v6e", mesh="data=1,model=2", compile=True, **settings).compiled
+    assert (found.fits, found.chunk) == (True, 2)
+    assert hlo.SPLASH in found.programs["generation"].attention
 
 
 def test_the_script_makes_what_is_left(monkeypatch, tmp_path, capsys):

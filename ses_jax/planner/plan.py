@@ -32,7 +32,10 @@ from ses_jax.rewards.reward import Part, Reward
 
 REWARD = "reward"
 # The settings of a search that make it take more or less.
-PLANNED = ("height", "width", "population", "budget", "nfe", "preview_steps", "steps", "guidance", "fidelity", "chunk")
+PLANNED = (
+    *("height", "width", "population", "budget", "nfe", "preview_steps", "steps", "guidance"),
+    *("fidelity", "searcher", "chunk"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +148,7 @@ def plan_on(work: Work, machine: Machine) -> Plan:
     config = work.config
     settings = {name: getattr(config, name) for name in ("height", "width", "population", "budget")}
     settings |= {name: getattr(config, name) for name in ("preview_steps", "steps", "guidance")}
-    settings["fidelity"] = str(config.fidelity)
+    settings |= {"fidelity": str(config.fidelity), "gradient": work.gradient}
     search_seconds = candidates_seconds(work, machine, chunk)
     fits = need.fits(machine)
     return Plan(
