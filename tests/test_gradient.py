@@ -197,7 +197,7 @@ def test_gradients_of_previews_are_jaxs_own(name, mesh, chunk):
     task = tasks.prepare(model, reward, config.resolve(model), PROMPTS, [0, 1])
     state, components = tasks.initial_state(task), []
     for index in range(2):
-        points = generation.propose(task.program, task.inputs, index, state)
+        points = generation.propose(task.program, task.inputs, jnp.int32(index), state)
         state, scored = generation.generation_step(task.program, task.params, task.inputs, np.int32(index), state)
         components.append(scored.components)
     noise = generation.noise_of(task.program, task.inputs, points)
