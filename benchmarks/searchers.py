@@ -1,9 +1,9 @@
 """Searchers side by side on the demo: the same prompts, the same base noise, as many network evaluations.
 
 `python benchmarks/searchers.py` prints a table and writes `searchers.json`. For each searcher: the reward of the best
-preview at each budget, and what the judge of `examples/scenes.py`, which reads pixels and drives nothing, says of the
-final image; both also as the mean paired difference to one of the searchers, with its standard error. Searchers and
-seeds that the file has already are not run again.
+preview at each budget of evaluations, and what the judge of `examples/scenes.py`, which reads pixels and drives
+nothing, says of the final image; both also as the mean paired difference to one of the searchers, with its standard
+error. Searchers and seeds that the file has already are not run again.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Arguments:
     Attributes:
       searchers: as `search` takes them.
       against: the one that the others' differences are to.
-      budgets: of the rewards; images are those of the largest.
+      nfe: budgets in network evaluations, by which the rewards are read; images are those of the largest.
       prompts: how many evaluation prompts.
       prompt_seed: of the prompts; 2024 are those that the demo's defaults were chosen on.
       seeds: of the noise.
@@ -41,9 +41,9 @@ class Arguments:
       out: folder for the results.
     """
 
-    searchers: tuple[str, ...] = ("best-of-n", "ses", "ses,renormalise=whole", "ses,explore=20", "zero-order")
+    searchers: tuple[str, ...] = ("best-of-n", "ses", "ses,explore=20", "zero-order", "gradient")
     against: str = "best-of-n"
-    budgets: tuple[int, ...] = (10, 20, 30, 50)
+    nfe: tuple[int, ...] = (240, 420, 600, 1020)
     prompts: int = 40
     prompt_seed: int = 7
     seeds: tuple[int, ...] = (0,)
@@ -66,7 +66,7 @@ def main(args: Arguments) -> None:
 
 def arguments(args: Arguments) -> dict[str, Any]:
     """What rows of one file have in common."""
-    return {name: getattr(args, name) for name in ("prompts", "prompt_seed")} | {"budgets": list(args.budgets)}
+    return {name: getattr(args, name) for name in ("prompts", "prompt_seed")} | {"nfe": list(args.nfe)}
 
 
 def done(args: Arguments) -> dict[str, dict[str, Any]]:
@@ -78,14 +78,15 @@ def done(args: Arguments) -> dict[str, dict[str, Any]]:
 
 def searched(pipeline: Any, cases: Sequence[Any], searcher: str, seed: int, args: Arguments) -> list[dict[str, Any]]:
     """What each prompt's search came to."""
-    settings = {"budget": max(args.budgets), "seed": seed, "prompts_at_once": args.at_once, "progress": False}
+    settings = {"nfe": max(args.nfe), "seed": seed, "prompts_at_once": args.at_once, "progress": False}
     results = ses_jax.search([prompt for _, prompt in cases], model=pipeline, searcher=searcher, **settings)
     rows = []
     for (scene, _), result in zip(cases, results, strict=True):
         verdict = scenes.verify(np.asarray(result.image), scene)
+        each = result.cost.search.nfe / len(result.history)
         rows.append(
             {
-                "rewards": [result.history[budget - 1]["best"] for budget in args.budgets],
+                "rewards": [result.history[int(nfe // each) - 1]["best"] for nfe in args.nfe],
                 "final reward": result.final_score,
                 "all correct": float(verdict.correct),
                 "checks correct": verdict.fraction,
@@ -97,7 +98,7 @@ def searched(pipeline: Any, cases: Sequence[Any], searcher: str, seed: int, args
 
 def table(rows: Rows, args: Arguments) -> list[str]:
     """Markdown: means, and paired differences."""
-    head = [f"reward at {budget}" for budget in args.budgets] + ["final reward", "all correct", "checks correct"]
+    head = [f"reward at {nfe} NFE" for nfe in args.nfe] + ["final reward", "all correct", "checks correct"]
     lines = [f"| searcher | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     base = values(rows[args.against], args)
     for searcher in rows:

@@ -45,7 +45,11 @@ def attention(
     """
     if _fits_splash(q, k, causal=causal, masked=key_mask is not None):
         return _splash(q, k, v, key_lengths)
-    fused = _fits_cudnn(q)
+    count, fused = q.shape[1], _fits_cudnn(q)
+    if fused and target.is_differentiated():
+        # cuDNN has derivatives for even lengths only, and masks have some too, which nobody wants.
+        fused = key_mask is None
+        q, k, v, key_lengths = _even(q, k, v, key_lengths) if fused else (q, k, v, key_lengths)
     mask = None if key_mask is None else jnp.asarray(key_mask)[:, None, None, :]
     if fused and mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], mask.shape[3]))  # cuDNN wants a row a query
@@ -67,7 +71,7 @@ def attention(
     if key_mask is not None:
         seen = jnp.cumsum(key_mask, axis=1) > 0 if causal else jnp.any(key_mask, axis=1, keepdims=True)
         out = jnp.where(seen[:, :, None, None], out, 0)
-    return out.reshape(*out.shape[:2], -1)
+    return out[:, :count].reshape(len(out), count, -1)
 
 
 def rotate_interleaved(x: Float[Array, "b s n d"], cos: Angles, sin: Angles) -> Float[Array, "b s n d"]:
@@ -109,6 +113,13 @@ def rotate_half(x: Float[Array, "b s n d"], cos: Angles, sin: Angles) -> Float[A
     return rotated.astype(x.dtype)
 
 
+def _even(q: jax.Array, k: jax.Array, v: jax.Array, lengths: Any) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    """Queries and keys of even lengths, and how many keys may be seen; None is all."""
+    if k.shape[1] % 2 and lengths is None:
+        lengths = jnp.full(len(k), k.shape[1], jnp.int32)
+    return *(jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v)), lengths
+
+
 def _block(q: jax.Array, k: jax.Array) -> int:
     """How many queries' scores fit into the limit."""
     batch, _, heads, _ = q.shape
@@ -120,6 +131,8 @@ def _in_blocks(attend, q: jax.Array, block: int) -> jax.Array:
     batch, length, heads, dim = q.shape
     count = -(-length // block)
     block = -(-length // count)
+    if target.is_differentiated():  # which would keep all scores
+        attend = jax.checkpoint(attend)
     padded = jnp.pad(q, ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
     blocks = jnp.moveaxis(padded.reshape(batch, count, block, heads, dim), 1, 0)
     out = jnp.moveaxis(jax.lax.map(attend, blocks), 0, 1)

@@ -147,10 +147,11 @@ def weights_dtype(module: nn.Module) -> Any:
 def stack(block: type[nn.Module], length: int) -> type[nn.Module]:
     """`length` copies of `block` run by one scan; their params carry a leading axis `[length, ...]`.
 
-    `block.__call__(x, *shared)` returns `(x, output)`; `shared` is the same for every copy.
+    `block.__call__(x, *shared)` returns `(x, output)`; `shared` is the same for every copy. Where derivatives are
+    taken, what a copy computes is not kept for them: it is computed once more from its input.
     """
     return nn.scan(
-        block,
+        nn.remat(block, prevent_cse=False) if target.is_differentiated() else block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,

@@ -4,12 +4,15 @@ The kernel works on blocks of queries and keys whose scores never leave the chip
 it, so on a mesh it runs inside `shard_map`: rows over the first axis, heads over the last.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+
+from ses_jax.models import target
 
 # The kernel's rows of memory hold as many numbers.
 LANES = 128
@@ -38,6 +41,8 @@ BLOCKS = {
     "TPU7x": Blocks(1024, 2048, 512, 256),
 }
 DEFAULT_BLOCKS = Blocks(1024, 1024, 512)
+# At most so many queries and keys at a time for derivatives.
+BACKWARD = 512
 
 
 def fits(q: jax.Array, k: jax.Array) -> bool:
@@ -119,7 +124,7 @@ def _local(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, blocks:
     q = _filled(q, block_q)
     k, v = _filled(k, block_kv), _filled(v, block_kv)
     mask = masks.MultiHeadMask([masks.FullMask((q.shape[1], k.shape[1]))] * q.shape[2])
-    sizes = kernels.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=blocks.compute)
+    sizes = kernels.BlockSizes(block_q, block_kv, blocks.compute, **backward_blocks(block_q, block_kv))
     kernel = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     seen = jnp.arange(k.shape[1]) < lengths[:, None]
     segments = kernels.SegmentIds(q=jnp.ones(q.shape[:2], jnp.int32), kv=seen.astype(jnp.int32))
@@ -127,6 +132,20 @@ def _local(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, blocks:
     with jax.default_matmul_precision("default"):
         out = jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segments)
     return jnp.swapaxes(out, 1, 2)[:, :queries]
+
+
+def backward_blocks(queries: int, keys: int) -> dict[str, int]:
+    """The blocks of the kernel's derivatives, which hold more at a time; none where no derivatives are taken."""
+    if not target.is_differentiated():
+        return {}
+    queries, keys = math.gcd(queries, BACKWARD), math.gcd(keys, BACKWARD)
+    return {
+        "block_q_dkv": queries,
+        "block_kv_dkv": keys,
+        "block_kv_dkv_compute": keys,
+        "block_q_dq": queries,
+        "block_kv_dq": keys,
+    }
 
 
 def even_block(length: int, most: int, multiple: int) -> int:

@@ -24,6 +24,7 @@ class Target(NamedTuple):
 
 DEFAULT = Target()
 _TARGET: contextvars.ContextVar[Target] = contextvars.ContextVar("target", default=DEFAULT)
+_DIFFERENTIATED: contextvars.ContextVar[bool] = contextvars.ContextVar("differentiated", default=False)
 
 
 @contextlib.contextmanager
@@ -42,6 +43,24 @@ def compiled_for(target: Any) -> Iterator[None]:
         yield
     finally:
         _TARGET.reset(token)
+
+
+@contextlib.contextmanager
+def differentiated() -> Iterator[None]:
+    """What is traced inside is for derivatives: networks keep little for them, and kernels are those that have any.
+
+    To be entered where `compiled_for` is.
+    """
+    token = _DIFFERENTIATED.set(True)
+    try:
+        yield
+    finally:
+        _DIFFERENTIATED.reset(token)
+
+
+def is_differentiated() -> bool:
+    """Whether derivatives are taken of what is traced."""
+    return _DIFFERENTIATED.get()
 
 
 def mesh() -> Mesh | None:

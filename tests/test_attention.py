@@ -1,5 +1,7 @@
 """Attention against a formula written out, whole and in blocks of queries."""
 
+import contextlib
+import functools
 import types
 
 import jax
@@ -75,6 +77,33 @@ def test_nothing_to_see_at_all_gives_zeros():
     q, k, v = arrays()
     out = attention(*map(jnp.asarray, (q, k, v)), key_mask=np.zeros((BATCH, KEYS), bool))
     np.testing.assert_array_equal(out, 0)
+
+
+@pytest.mark.parametrize("lengths", [None, (11, 1, 6)])
+def test_derivatives_of_odd_lengths_are_those_of_the_even_ones_that_cudnn_takes(monkeypatch, lengths):
+    """XLA stands for cuDNN, and is given what cuDNN would get; blocks of queries change nothing either."""
+    q, k, v = arrays()
+    lengths = lengths and np.array(lengths)
+    taken, attend = [], jax.nn.dot_product_attention
+
+    def fused(q, k, v, *, implementation, **options):
+        taken.append((implementation, q.shape[1], k.shape[1]))
+        return attend(q, k, v, implementation="xla", **options)
+
+    def gradients(*, differentiated=True):
+        def total(q, k, v):
+            with target.differentiated() if differentiated else contextlib.nullcontext():
+                return jnp.sin(attention(q, k, v, key_lengths=lengths)).sum()
+
+        return jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
+
+    expected = gradients(differentiated=False)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    monkeypatch.setattr(module, "SCORE_BYTES", 4 * BATCH * HEADS * KEYS * 5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), gradients(), expected)
+    monkeypatch.setattr(module, "_fits_cudnn", lambda q: True)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), gradients(), expected)
+    assert taken[-1] == ("cudnn", 14, 12)
 
 
 def test_long_sequences_never_hold_all_scores():

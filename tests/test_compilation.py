@@ -214,16 +214,22 @@ LONG = [("v6e", (4, 16384, 1, 512)), *((d, s) for d in ("v5e", "v5p", "v6e", "tp
         [(4, 16384, 1, 512), (2, 4096, 24, 128), (2, 4096, 24, 256)])]  # fmt: skip
 
 
-@pytest.mark.parametrize(("device", "shape"), [LONG[0], *(pytest.param(*c, marks=pytest.mark.compilers) for c in LONG)])
-def test_attention_of_full_size_fits_the_vector_memory(device, shape):
-    """Of the autoencoders' middle at 1024 x 1024, and of transformers."""
+MORE = [pytest.param(*c, d, marks=pytest.mark.compilers) for c in LONG for d in (False, True)]
+
+
+@pytest.mark.parametrize(("device", "shape", "derivative"), [(*LONG[0], False), *MORE])
+def test_attention_of_full_size_fits_the_vector_memory(device, shape, derivative):
+    """Of the autoencoders' middle at 1024 x 1024, and of transformers; and its derivatives."""
     chip = topologies.target_mesh(device, "data=1")
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(chip, P()))
 
     @jax.jit
     def attend(q, k, v):
         with partition.compiled_for(chip):
-            return attention.attention(q, k, v)
+            if not derivative:
+                return attention.attention(q, k, v)
+            with partition.differentiated():
+                return jax.vjp(attention.attention, q, k, v)[1](jnp.ones((*q.shape[:2], shape[2] * shape[3]), q.dtype))
 
     with topologies.no_flags():
         program = attend.lower(x, x, x).compile()
@@ -338,6 +344,15 @@ def test_every_family_and_scorer_compiles(source, scorer, model, device, monkeyp
         assert bool(program.collectives) == (model > 1), name
         assert ATTENTION[device] in program.attention, name
         assert (program.seconds is None) == (device == "h100"), name
+
+
+@pytest.mark.compilers
+def test_gradients_compile(monkeypatch):
+    publish(monkeypatch, TURBO, "clip")
+    settings = SMALL | {"searcher": "gradient,climbers=2"}
+    found = ses_jax.plan(TURBO, device="v6e", mesh="data=1,model=1", compile=True, **settings).compiled
+    assert (found.fits, found.chunk) == (True, 2)
+    assert not any(program.refusal for program in found.programs.values())
 
 
 def test_the_script_makes_what_is_left(monkeypatch, tmp_path, capsys):

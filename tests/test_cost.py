@@ -72,6 +72,18 @@ def test_counted_by_hand(tmp_path, guidance, branches):
         assert saved["cost"] == result.cost.as_json() == dataclasses.asdict(result.cost)
 
 
+def test_a_gradient_counts_as_three_evaluations():
+    """And its FLOPs as they are: all of it twice forwards and, with respect to pixels and noise, once backwards."""
+    run = {"model": pipeline(), "searcher": "gradient,climbers=2", "guidance": 3.0, **SETTINGS}
+    result = ses_jax.search("a", reward=REWARD, **run | {"budget": None, "nfe": 100})
+    search, finals = result.cost.search, result.cost.finals
+    assert (search.images, search.nfe, finals.images, finals.nfe) == (5, 5 * 3 * 2 * 3, 2, 2 * 5 * 2)
+    assert search.flops == 5 * 3 * (3 * 2 * STEP + DECODE + SCORE)
+    assert finals.flops == 2 * (5 * 2 * STEP + DECODE + SCORE)
+    with pytest.raises(ValueError, match="nfe=17 is less than the 18 network evaluations of one candidate"):
+        ses_jax.search("a", reward=REWARD, **run | {"budget": None, "nfe": 17})
+
+
 def test_as_many_evaluations_as_really_run():
     rows = []
     run = {"model": pipeline(lambda x: rows.append(x.size)), "reward": REWARD, "guidance": 3.0, **SETTINGS}

@@ -353,7 +353,7 @@ def test_saved_folder(search, tmp_path):
         ({"guidance": float("nan")}, "guidance=nan is not a number"),
         ({"standardize": "no"}, "standardize='no' is not true or false"),
         ({"prompts_at_once": 0}, "prompts_at_once=0 must be at least 1"),
-        ({"population": 1}, "population=1 must be at least 2"),
+        ({"population": 1}, "elites=5 must be at least 1 and less than population=1"),
         ({"elites": 10}, "elites=10 must be at least 1 and less than population=10"),
         ({"elites": 0}, "elites=0"),
         ({"preview_steps": 0}, "preview_steps=0"),

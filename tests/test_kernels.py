@@ -14,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jaxprs import equations
 
 from ses_jax.models import blip, clip, score_head, splash
-from ses_jax.models.target import compiled_for
+from ses_jax.models.target import compiled_for, differentiated
 from ses_jax.pipelines.registry import abstract_pipeline
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
@@ -152,3 +152,43 @@ def test_long_sequences_run_in_the_splash_kernel_on_tpus(source, monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 def test_rewards(device, dtype):
     check(of_rewards(dtype), device, dtype)
+
+
+# A family for each device; all others need the same kernels.
+GRADIENTS = [("Tongyi-MAI/Z-Image", "gpu"), ("black-forest-labs/FLUX.1-dev", "tpu")]
+MORE = [
+    pytest.param(s, d, marks=pytest.mark.compilers) for s in MODELS for d in ("gpu", "tpu") if (s, d) not in GRADIENTS
+]
+
+
+@pytest.mark.parametrize(("source", "device"), [*GRADIENTS, *MORE])
+def test_gradients_of_networks(source, device, monkeypatch):
+    """With respect to latents; the kernels have derivatives, and TPUs' are those of the splash kernel."""
+    monkeypatch.setattr(splash, "SHORTEST", 256)
+    programs = of_pipeline(source, jnp.bfloat16)
+    check_gradient("velocity", programs["velocity"], 1, device)
+    check_gradient("decode", programs["decode"], 1, device)
+
+
+@pytest.mark.parametrize("name", ["CLIP H score", "ImageReward"])
+def test_gradients_of_rewards(name):
+    """With respect to pixels; where tokens are masked, cuDNN has derivatives for even lengths only."""
+    check_gradient(name, of_rewards(jnp.bfloat16)[name], 1, "gpu")
+
+
+def check_gradient(name, program, place, device):
+    target, platform = DEVICES[device]
+    function, arguments, fits = program
+
+    def gradient(*arguments):
+        def total(x):
+            return function(*arguments[:place], x, *arguments[place + 1 :]).astype(jnp.float32).sum()
+
+        with compiled_for(target), differentiated():
+            return jax.grad(total)(arguments[place])
+
+    traced = jax.jit(gradient).trace(*arguments)
+    kernel = "dot_product_attention_bwd" if device == "gpu" else "pallas_call"
+    fused = [equation for equation in equations(traced.jaxpr) if kernel in equation.primitive.name]
+    assert bool(fused) == (fits or device == "tpu"), name
+    traced.lower(lowering_platforms=(platform,))

@@ -216,3 +216,19 @@ def test_overview(work):
 def test_every_published_model_is_known():
     assert TURBO in tables.published()
     assert "demo" not in tables.published()
+
+
+def test_a_searcher_that_needs_gradients_takes_more():
+    """Of arithmetic about four times as much, and of memory for what a block of the network keeps, not for all.
+
+    Weights in eight bits have no derivatives of their own, and are in nobody's way.
+    """
+    settings = {"budget": 4, "height": 512, "width": 512, "chunk": 1, "quantize": "int8"}
+    plain, climbing = (
+        ses_jax.plan("Tongyi-MAI/Z-Image-Turbo", searcher=name, **settings) for name in ("ses", "gradient")
+    )
+    assert 3 < climbing.candidate_flops / plain.candidate_flops < 4.2
+    assert climbing.candidate_seconds > 3 * plain.candidate_seconds
+    assert plain.search_bytes < climbing.search_bytes < plain.search_bytes + 4e9
+    assert "steps and their gradient" in str(climbing)
+    assert "gradient" not in str(plain)

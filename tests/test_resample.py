@@ -85,3 +85,21 @@ def test_resize_and_crop_equals_the_slow_clip_processor(source):
 def test_quantize_gives_the_values_of_an_8_bit_file():
     images = jnp.array([-0.2, 0.0, 0.5, 0.4999 / 255, 0.5001 / 255, 1.0, 7.0]).reshape(1, 1, 7, 1)
     np.testing.assert_array_equal(resample.quantize(images).ravel(), [0, 0, 128, 0, 1, 255, 255])
+
+
+def test_derivatives_are_those_of_what_is_rounded():
+    """Rounding and Pillow's integers are passed by; what is cut off has none."""
+    images = np.random.default_rng(0).uniform(0.2, 0.8, (1, 12, 10, 3)).astype(np.float32)
+    images[0, 0, 0] = (-0.5, 0.5, 1.5)
+    slope = np.random.default_rng(1).standard_normal((1, 6, 5, 3)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(images, rounded):
+        small = lambda x: resample.resize(resample.quantize(x), (6, 5), rounded=rounded)  # noqa: E731
+        return jax.grad(lambda x: jnp.sum(small(x) * slope))(images)
+
+    rows, columns = resample.coefficients(12, 6), resample.coefficients(10, 5)
+    expected = 255 * np.einsum("hH,bhwc,wW->bHWc", rows, slope, columns)
+    expected[0, 0, 0, [0, 2]] = 0
+    for rounded in (True, False):
+        np.testing.assert_allclose(gradient(images, rounded), expected, atol=1e-3)

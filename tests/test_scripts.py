@@ -23,7 +23,7 @@ SCRIPTS = {
     "benchmarks/quantized.py": ["--kinds", "int8", "--prompts", "2", "--budget", "1", "--at-once", "2"],
     "benchmarks/reward_share.py": ["--population", "2", "--repeats", "1", "--preview-steps", "1"],
     "benchmarks/searchers.py": [
-        *("--searchers", "zero-order", "--budgets", "2", "--prompts", "2", "--at-once", "2"),
+        *("--searchers", "zero-order", "--nfe", "40", "--prompts", "2", "--at-once", "2"),
     ],
     "benchmarks/sizes.py": ["--searches", "4", "--sizes", "2", "--model", "toy", "--growth", "1"],
     "benchmarks/search_vs_torch.py": ["--budget", "2", "--repeats", "1", "--threads", "1"],

@@ -38,8 +38,8 @@ class Climber:
         return elites.best(state, points, scores)
 
 
-SEARCHERS = ["zero-order,anneal=30", "ses,explore=12,renormalise=channel", Climber()]
-NAMES = ["zero-order", "ses-explore", "own"]
+SEARCHERS = ["zero-order,anneal=30", "ses,explore=12,renormalise=channel", Climber(), "gradient,climbers=4"]
+NAMES = ["zero-order", "ses-explore", "own", "gradient"]
 
 
 def scores(result):
@@ -139,7 +139,9 @@ def test_no_finite_score_yet_is_no_reason_to_stop():
 
 
 def test_a_bad_searcher_is_refused_before_a_model_is_looked_for(tmp_path, capsys):
-    with pytest.raises(ValueError, match="searcher='sea' is unknown; known: ses, best-of-n, zero-order, evosax"):
+    with pytest.raises(
+        ValueError, match="searcher='sea' is unknown; known: ses, best-of-n, zero-order, gradient, evosax"
+    ):
         ses_jax.search("a", model="no/such/model", searcher="sea")
     arguments = ["search", "a", "--model", "no/such/model", "--searcher", "ses,depth=3", "--out", str(tmp_path)]
     assert cli.main(arguments) == 2

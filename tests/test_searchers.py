@@ -211,7 +211,7 @@ def test_spaces_split_and_merge(kind, name, key):
 
 
 def test_searchers_by_name():
-    for spec in ("ses", "best-of-n", "zero-order", "ses,renormalise=whole", "ses, explore = 20"):
+    for spec in ("ses", "best-of-n", "zero-order", "gradient,step=1", "ses,renormalise=whole", "ses, explore = 20"):
         searcher = registry.load(spec)
         assert isinstance(searcher, Searcher)
         assert registry.load(registry.describe(searcher)) == registry.load(searcher) == searcher
@@ -258,7 +258,7 @@ class Elsewhere(Own):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("sea", "'sea' is unknown; known: ses, best-of-n, zero-order, evosax, or an object"),
+        ("sea", "'sea' is unknown; known: ses, best-of-n, zero-order, gradient, evosax, or an object"),
         ({"explore": 3}, "is unknown; known: ses"),
         ("ses,explor=3", "unknown option 'explor'; ses takes renormalise, explore, space"),
         ("ses,explore", "'explore' is no option such as explore=20"),
@@ -272,7 +272,10 @@ class Elsewhere(Own):
         ("zero-order,mutation=x", "mutation='x' must be"),
         ("zero-order,parents=0", "parents=0 must be a whole number, at least 1"),
         ("best-of-n,space=bands", "space='bands' must be one of whole, low"),
-        (3, "3 is neither one of ses, best-of-n, zero-order, evosax nor an object with space, init, ask, tell"),
+        (
+            3,
+            "3 is neither one of ses, best-of-n, zero-order, gradient, evosax nor an object with space, init, ask",
+        ),
         (Own, "nor an object with"),
         (Unhashable(), "must be hashable"),
         (Elsewhere(), "has space 'pixels'; known: low, whole"),

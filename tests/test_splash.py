@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from ses_jax.models import splash
+from ses_jax.models import splash, target
 
 BLOCKS = splash.Blocks(queries=256, keys=256, compute=128)
 
@@ -53,6 +53,24 @@ def test_a_mesh_changes_nothing(data, model, heads):
 def test_rows_that_do_not_divide_are_on_every_device():
     q, k, v = arrays(3, 128, 2)
     np.testing.assert_allclose(kernel(q, k, v, [128] * 3, mesh_of(4, 2)), plain(q, k, v, [128] * 3), atol=4e-6)
+
+
+def test_derivatives_are_those_of_plain_attention():
+    """Of rows of different lengths, which a mesh splits."""
+    mesh = mesh_of(2, 2)
+    q, k, v = arrays(2, 300, 2)
+    lengths = jnp.array([300, 140])
+
+    def total(run):
+        return lambda q, k, v: jnp.sum(jnp.sin(run(q, k, v, lengths)))
+
+    def differentiated(*args):
+        with target.differentiated():
+            return splash.attention(*args, blocks=BLOCKS, mesh=mesh, interpret=True)
+
+    found = jax.jit(jax.grad(total(differentiated), (0, 1, 2)))(q, k, v)
+    for one, other in zip(found, jax.jit(jax.grad(total(plain), (0, 1, 2)))(q, k, v), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_wide_heads():

@@ -24,7 +24,7 @@ from ses_jax.batch.prompts import Row, Source, read_rows
 from ses_jax.batch.run_folder import Outcome, Run
 from ses_jax.engine import kept, lock, models, output
 from ses_jax.engine import resume as saved_search
-from ses_jax.engine.config import BUDGET, Placement, RunConfig, SearchConfig, check_looks
+from ses_jax.engine.config import BUDGET, Placement, RunConfig, SearchConfig, check_reward
 from ses_jax.engine.runner import Found, identity_of, search_prompts
 from ses_jax.engine.settings import gather, takes
 from ses_jax.engine.stopping import Stop, noticed
@@ -110,7 +110,7 @@ def _go_on(run: Run, settings: tuple[Any, ...], described: Mapping[str, Any], me
     if any(row.error is None for row in pending):
         mesh = partition.parse_mesh(place.mesh, jax.local_devices())
         pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **(place.load or {})})
-        check_looks(config.resolve(pipeline), reward)
+        check_reward(config.resolve(pipeline), reward)
         word = partition.unused(pipeline.mesh, jax.local_devices())
         if how.progress and me.process_id == 0 and word:
             LOG.warning(word)
@@ -182,7 +182,7 @@ def _resolved(work: _Work, overrides: Mapping[str, Any]) -> tuple[SearchConfig |
         # A row's own budget, in either form, stands in the place of the run's.
         own = dict.fromkeys(("budget", "nfe")) if overrides.keys() & {"budget", "nfe"} else {}
         config = dataclasses.replace(work.config, **(own | overrides)).resolve(work.pipeline)
-        check_looks(config, work.reward)
+        check_reward(config, work.reward)
         return config, None
     except ValueError as error:
         return None, str(error)

@@ -10,6 +10,7 @@ cases        which prompts, with which seeds
 tasks        a search made ready: prompts encoded, noise split, weights placed
 generation   the compiled part
 looks        cheaper looks at candidates, before the full previews of the best
+gradients    full previews with the gradients of their scores
 previews     few-step images of candidates, and their scores
 program      what a compiled generation is given and gives
 denoising    rows of noise to images, on meshes and in chunks

@@ -27,7 +27,7 @@ from ses_jax.pipelines.base import Guidance, Pipeline
 from ses_jax.pipelines.guidance import forwards
 from ses_jax.rewards.reward import Reward
 from ses_jax.searchers import wavelet
-from ses_jax.searchers.searcher import Searcher
+from ses_jax.searchers.searcher import Searcher, needs_gradient, own_population
 
 SEEDS = 2**64
 BUDGET = 50
@@ -83,8 +83,8 @@ class SearchConfig(RenderConfig):
     nfe: int | None = setting(
         None,
         WHOLE,
-        "instead of budget, the most network evaluations that previews may take; a step is one of them, and two with "
-        "classifier-free guidance",
+        "instead of budget, the most network evaluations that previews may take; a step is one of them, two with "
+        "classifier-free guidance, and three times as many where its gradient is taken",
         at_least=1,
     )
     fidelity: str | Fidelity = setting(
@@ -96,10 +96,10 @@ class SearchConfig(RenderConfig):
     searcher: str | Mapping[str, Any] | Searcher = setting(
         "ses",
         SEARCHER,
-        "what proposes candidates: ses, best-of-n, zero-order or evosax, with options as in ses,explore=20, or an "
-        "object of your own",
+        "what proposes candidates: ses, best-of-n, zero-order, gradient or evosax, with options as in ses,explore=20, "
+        "or an object of your own",
     )
-    population: int = setting(10, WHOLE, "candidates per generation", at_least=2)
+    population: int = setting(10, WHOLE, "candidates per generation", at_least=1)
     elites: int = setting(5, WHOLE, "how many of the best candidates shape the next generation", at_least=1)
     wavelet: str = setting("db1", TEXT, "name in PyWavelets of the transform that splits off the low band")
     level: int | None = setting(None, WHOLE, "how deep the searched low band lies", at_least=1)
@@ -112,10 +112,15 @@ class SearchConfig(RenderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.elites >= self.population:
+        if own_population(self.searcher) is None and self.elites >= self.population:
             raise ValueError(f"elites={self.elites} must be at least 1 and less than population={self.population}")
         if self.budget is not None and self.nfe is not None:
             raise ValueError(f"budget={self.budget} and nfe={self.nfe} exclude each other; give one of them")
+        if needs_gradient(self.searcher) and self.fidelity.looks:
+            raise ValueError(
+                f"fidelity={str(self.fidelity)!r}: this searcher takes the gradients of full previews; "
+                'use fidelity="full", or another searcher'
+            )
 
     def resolve(self, pipeline: Pipeline, tokens: Any = None) -> "SearchConfig":
         """This config with the model's defaults filled in, checked against the model; nfe becomes a budget.
@@ -141,7 +146,8 @@ class SearchConfig(RenderConfig):
         """This config with the model's defaults filled in."""
         filled = super().with_defaults(pipeline)
         preview_steps = self.preview_steps or min(pipeline.defaults.preview_steps, filled.steps)
-        return dataclasses.replace(filled, preview_steps=preview_steps)
+        population = own_population(self.searcher) or self.population
+        return dataclasses.replace(filled, preview_steps=preview_steps, population=population)
 
 
 def _budget(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> int:
@@ -157,7 +163,7 @@ def _budget(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> int:
 
     def taken(budget):
         steps = config.fidelity.evaluations(budget, config.population, config.preview_steps, half)
-        return forwards(tokens) * steps
+        return forwards(tokens) * evaluations.of_searcher(config.searcher) * steps
 
     if config.nfe < taken(1):
         each = f"{float(taken(1)):g}"
@@ -237,10 +243,15 @@ class RunConfig(Settings):
     image_format: str = setting("png", PICTURE, "of saved images: png, jpeg or webp")
 
 
-def check_looks(config: SearchConfig, reward: Reward) -> None:
-    """Raises ValueError for looks of a reward that is not compiled into the search."""
-    if config.fidelity.looks and reward.on_host:
-        names = ", ".join(part.name for part in reward.parts if part.on_host)
+def check_reward(config: SearchConfig, reward: Reward) -> None:
+    """Raises ValueError for looks or gradients of a reward that is not compiled into the search."""
+    names = ", ".join(part.name for part in reward.parts if part.on_host)
+    if names and needs_gradient(config.searcher):
+        raise ValueError(
+            f"searcher={config.as_json()['searcher']!r} needs the gradients of rewards that JAX can trace, and {names} "
+            "is not; leave it out, or choose another searcher"
+        )
+    if names and config.fidelity.looks:
         raise ValueError(
             f"fidelity={str(config.fidelity)!r} needs rewards that JAX can trace, and {names} is not; "
             'use fidelity="full"'

@@ -1,11 +1,13 @@
 """What a search took: network evaluations, FLOPs, seconds.
 
 A network evaluation (NFE) is one forward of the network for one image at full size. A step is one, and two with
-classifier-free guidance; at half the height and width it counts by its share of the FLOPs. Counted are the candidates
-that were scored or looked at, each for itself: what a batch is filled up with costs time and is no part of the account.
+classifier-free guidance; at half the height and width it counts by its share of the FLOPs, and with its gradient as
+three. Counted are the candidates that were scored or looked at, each for itself: what a batch is filled up with costs
+time and is no part of the account.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading import partition
 from ses_jax.loading.programs import compiled
 from ses_jax.pipelines.guidance import forwards
+from ses_jax.rewards.reward import DeviceScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,34 +105,65 @@ def search_stages(config: SearchConfig, candidates: int) -> list[Stage]:
 
 
 def rates(program: Program, params: Any, inputs: Inputs) -> Rates:
-    """What images of a search take."""
+    """What images of a search take, without gradients."""
     return Rates(rate(program, params, inputs), rate(program, params, inputs, part=2) if program.half else None)
 
 
-def rate(program: Program, params: Any, inputs: Inputs, *, part: int = 1) -> Rate:
+def candidate_rates(program: Program, params: Any, inputs: Inputs) -> Rates:
+    """What candidates of a search take, with gradients where the searcher needs them."""
+    if program.needs_gradient:
+        return Rates(rate(program, params, inputs, gradient=True), None)
+    return rates(program, params, inputs)
+
+
+def rate(program: Program, params: Any, inputs: Inputs, *, part: int = 1, gradient: bool = False) -> Rate:
     """What an image of a search takes, read from its functions; nothing is compiled or run.
 
     Args:
       program, params, inputs: of the search.
       part: 2 is half the height and width.
+      gradient: whether its gradient is taken too.
     """
     condition, text = evaluations.one((inputs.condition, inputs.text))
     channels, height, width = program.problem.space.shape
     shape = channels, height // part, width // part
     params, latents = evaluations.shapes(params), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    step = evaluations.step_flops(program.model.velocity, params[0], shape, condition)
+    velocity, finish = program.model.velocity, functools.partial(finished, program.model.decode, program.score)
+    if gradient:
+        velocity = functools.partial(evaluations.with_gradient, velocity)
+        finish = functools.partial(finished_with_gradient, program.model.decode, program.score, program.weights)
+    step = evaluations.step_flops(velocity, params[0], shape, condition)
     try:
-        finish = flops.count_jaxpr(_finish.jaxpr(program.model.decode, program.score, params, latents, text))
+        last = flops.count_jaxpr(_finish.jaxpr(finish, params, latents, text))
     except Exception:  # of a user's function too
-        finish = None
-    return Rate(forwards(condition), step, finish)
+        last = None
+    return Rate(forwards(condition) * (evaluations.GRADIENT if gradient else 1), step, last)
 
 
-@compiled(static=2)
-def _finish(decode: Any, score: Any, params: Any, latents: Any, text: Any) -> Any:
+def finished(decode: Any, score: Any, params: Any, latents: Any, text: Any) -> Any:
+    """What comes after the steps: images and, where there are any, scores of the parts on the device."""
+    images = decode(params[0], latents)
+    return images if score is None else score(params[1], images, text)
+
+
+def finished_with_gradient(
+    decode: Any, score: DeviceScores, weights: Sequence[float], params: Any, latents: Any, text: Any
+) -> Any:
+    """The same, and the gradient of the parts that drive the search."""
+    chosen, parts = score.driving(weights)
+
+    def driving(latents):
+        return chosen(parts(params[1]), decode(params[0], latents), parts(text))
+
+    with partition.differentiated():
+        scores, pull = jax.vjp(driving, latents)
+        return finished(decode, score, params, latents, text), pull(scores)
+
+
+@compiled(static=1)
+def _finish(finish: Any, params: Any, latents: Any, text: Any) -> Any:
     with partition.compiled_for_none():
-        images = decode(params[0], latents)
-        return images if score is None else score(params[1], images, text)
+        return finish(params, latents, text)
 
 
 def _number(count: Fraction) -> int | float:

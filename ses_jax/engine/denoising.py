@@ -34,6 +34,20 @@ class Rows(NamedTuple):
     owner: Array
 
 
+class Paths(NamedTuple):
+    """Denoised rows, to be followed back.
+
+    Attributes:
+      latents: `[r, steps + 1, C, h, w]`, from noise to image.
+      owner: `[r]`, which prompt each row belongs to.
+      slopes: `[r, parts]`, derivatives with respect to each component of the row.
+    """
+
+    latents: Array
+    owner: Array
+    slopes: Array
+
+
 def images(
     model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows, finish: Callable[[Array, Array], Any]
 ) -> Any:
@@ -60,8 +74,57 @@ def predicted(
     return _sampled(model, chunk, (params, prompts[1]), rows, sample)
 
 
+def followed(
+    model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows, finish: Callable[[Array, Array], Any]
+) -> tuple[Array, Any]:
+    """As `images`, with all latents on the way, `[r, steps + 1, C, h, w]`."""
+
+    def sample(velocity, part):
+        path = jnp.moveaxis(sampler.follow(velocity, part.noise, prompts[0]), 0, 1)
+        path = partition.constrain(model.mesh, path, partition.DATA)
+        return path, _decoded(model, params, Rows(path[:, -1], part.owner), finish)
+
+    return _sampled(model, chunk, (params, prompts[1]), rows, sample)
+
+
+def pulled_back(
+    model: Model,
+    chunk: int,
+    params: Any,
+    prompts: tuple[Array, Any],
+    paths: Paths,
+    score: Callable[[Array, Array], Any],
+) -> Array:
+    """Derivatives with respect to the rows' noise, `[r, C, h, w]`.
+
+    Args:
+      score: `(images, owner) -> [n, parts]`, whose derivatives the paths have.
+    """
+
+    def sample(velocity, part):
+        part = part._replace(latents=jnp.moveaxis(part.latents, 1, 0))
+        with partition.differentiated():
+            last = _pulled_back_images(model, params, part._replace(latents=part.latents[-1]), score)
+            return sampler.pull_back(velocity, part.latents, prompts[0], last)
+
+    return _sampled(model, chunk, (params, prompts[1]), paths, sample)
+
+
+def _pulled_back_images(model: Model, params: Any, last: Paths, score: Callable[[Array, Array], Any]) -> Array:
+    """Derivatives with respect to denoised latents."""
+
+    def run(part):
+        def scores(latents):
+            with partition.compiled_for(model.mesh):
+                return score(model.decode(params, latents), part.owner)
+
+        return jax.vjp(scores, part.latents)[1](part.slopes)[0]
+
+    return _on_all_devices(model, last, run)
+
+
 def _sampled(
-    model: Model, chunk: int, given: tuple[Any, Any], rows: Rows, sample: Callable[[Callable, Rows], Any]
+    model: Model, chunk: int, given: tuple[Any, Any], rows: Rows | Paths, sample: Callable[[Callable, Any], Any]
 ) -> Any:
     """`sample(velocity, part)` of all rows, `chunk` rows at a time; `given` are params and conditions.
 
@@ -69,7 +132,7 @@ def _sampled(
     """
     params, condition = given
 
-    def run(part: Rows) -> Any:
+    def run(part: Rows | Paths) -> Any:
         part = partition.constrain(model.mesh, part, partition.DATA)
         texts = partition.constrain(model.mesh, owned(condition, part.owner), partition.DATA)
 
@@ -88,24 +151,29 @@ def _sampled(
 
 
 def _decoded(model: Model, params: Any, rows: Rows, finish: Callable[[Array, Array], Any]) -> Any:
-    """`finish(images, owner)` of denoised rows.
-
-    On a mesh they are spread over all devices, which the small networks have no other use for.
-    """
+    """`finish(images, owner)` of denoised rows."""
 
     def run(part: Rows) -> Any:
-        latents, owner = partition.constrain(model.mesh, part, *partition.AXES)
         with partition.compiled_for(model.mesh):
-            images = model.decode(params, latents)
-        return partition.constrain(model.mesh, finish(images, owner))
+            images = model.decode(params, part.noise)
+        return finish(images, part.owner)
+
+    return _on_all_devices(model, rows, run)
+
+
+def _on_all_devices(model: Model, rows: Any, run: Callable[[Any], Any]) -> Any:
+    """`run(part)` of rows that, on a mesh, are spread over all devices, which small networks have no other use for."""
+
+    def spread(part):
+        return partition.constrain(model.mesh, run(partition.constrain(model.mesh, part, *partition.AXES)))
 
     devices, count = partition.size(model.mesh, *partition.AXES), len(rows.owner)
     chunk = devices * memory.even_part(-(-count // devices), model.decoded)
-    out = in_chunks(run, _fill(rows, chunk), chunk)
+    out = in_chunks(spread, _fill(rows, chunk), chunk)
     return jax.tree.map(lambda x: x[:count], out)
 
 
-def _fill(rows: Rows, multiple: int) -> Rows:
+def _fill(rows: Any, multiple: int) -> Any:
     """The rows, with copies of the first one behind them, so that their number is a multiple."""
     surplus = -len(rows.owner) % multiple
     return jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[:1], surplus, axis=0)]), rows)

@@ -10,10 +10,14 @@ import jax.numpy as jnp
 from ses_jax.engine import flops
 from ses_jax.loading import partition
 from ses_jax.loading.programs import compiled
+from ses_jax.pipelines import sampler
 from ses_jax.pipelines.base import Pipeline
+from ses_jax.searchers.searcher import Searcher, needs_gradient
 
 # Of the tokens; where FLOPs cannot be counted.
 QUARTER = Fraction(1, 4)
+# What a step with its gradient counts for, in steps without.
+GRADIENT = 3
 
 
 def one(tree: Any) -> Any:
@@ -41,6 +45,18 @@ def step_flops(velocity: Callable[..., Any], params: Any, shape: tuple[int, ...]
         return flops.count_jaxpr(_step.jaxpr(velocity, shapes(params), latents, sigma, one(condition)))
     except Exception:  # of a user's function, such as a loop of unknown length: no reason to lose a search
         return None
+
+
+def of_searcher(searcher: Searcher) -> int:
+    """What a step of a searcher's candidates counts for, in steps without gradients."""
+    return GRADIENT if needs_gradient(searcher) else 1
+
+
+def with_gradient(velocity: Callable[..., Any], params: Any, latents: Any, sigma: Any, condition: Any) -> Any:
+    """What a step with its gradient computes: a velocity, and later derivatives through it."""
+    out = velocity(params, latents, sigma, condition)
+    with partition.differentiated():
+        return out, sampler.velocity_slope(lambda x, at: velocity(params, x, at, condition), latents, sigma, out)
 
 
 def half_share(whole: int | None, half: int | None) -> Fraction:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ses_jax.engine import denoising, looks, previews
+from ses_jax.engine import denoising, gradients, looks, previews
 from ses_jax.engine.denoising import Model, Rows
 from ses_jax.engine.program import Archive, Inputs, Program, Scored, State
 from ses_jax.loading import partition
@@ -54,14 +54,16 @@ def generation_step(
       generation: int scalar, from 0.
     """
     points = propose(program, inputs, generation, state)
-    seen = None
-    if program.fidelity.looks:
+    seen = slopes = None
+    if program.needs_gradient:
+        components, shown, slopes = gradients.previewed(program, params, inputs, (generation, state.archive), points)
+    elif program.fidelity.looks:
         components, seen, shown = looks.previewed(program, params, inputs, generation, points)
     else:
         finish = functools.partial(previews.scored, program, params, inputs)
         found = previews.preview(program, params[0], inputs, points, finish)
         components, shown = jax.tree.map(lambda x: x.reshape(-1, program.evaluated, *x.shape[1:]), found)
-    new, scored = tell(program, inputs, generation, state, points, components)
+    new, scored = tell(program, inputs, generation, state, points, components, slopes)
     noise = previews.noise_of(program, inputs, points) if program.shown and program.shown.noise else None
     more = partition.constrain(program.model.mesh, {"looks": seen, "previews": shown, "noise": noise})
     return new, scored._replace(**more)
@@ -102,34 +104,50 @@ def propose(program: Program, inputs: Inputs, generation: Array, state: State) -
 
 
 def tell(
-    program: Program, inputs: Inputs, generation: Array, state: State, points: Any, components: Array
+    program: Program,
+    inputs: Inputs,
+    generation: Array,
+    state: State,
+    points: Any,
+    components: Array,
+    slopes: Any = None,
 ) -> tuple[State, Scored]:
-    """The new state, from components `[P, n, parts]`; candidates beyond the budget are hidden from it."""
-    index = generation * program.problem.population + jnp.arange(components.shape[1])
-    components = jnp.where((index < inputs.budget)[:, None], components, jnp.nan)
+    """The new state, from components `[P, n, parts]`; candidates beyond the budget are hidden from it.
+
+    `slopes` are the gradients of the scores with respect to the points, for a searcher that needs them.
+    """
+    components = previews.within_budget(program, inputs, generation, components)
     lows = program.problem.space.low(points)
     low_rms = jnp.sqrt(jnp.mean(jnp.square(lows), axis=range(2, lows.ndim)))
-    told = jax.vmap(functools.partial(_tell, program, generation))(state, points, components)
+    told = jax.vmap(functools.partial(_tell, program, generation))(state, points, components, slopes)
     return partition.constrain(program.model.mesh, (told, Scored(components, low_rms)))
 
 
-def _tell(program: Program, generation: Array, state: State, points: Any, components: Array) -> State:
+def _tell(program: Program, generation: Array, state: State, points: Any, components: Array, slopes: Any) -> State:
     """One prompt's new state."""
     if state.archive is None:
         scores = mixture.plain_sum(components, program.weights)
-        return State(*_told(program, (state.searcher, state.best), points, scores), None)
-    rows = generation * len(components) + jnp.arange(len(components))
-    archive = jax.tree.map(lambda old, new: old.at[rows].set(new), state.archive, Archive(points, components))
+        return State(*_told(program, (state.searcher, state.best), points, scores, slopes), None)
+    archive = gradients.archived(state.archive, generation, Archive(points, components))
     scores = mixture.standardized_sum(archive.components, program.weights, archive.components)
     # New candidates move everybody's scores. Elites are the best of all so far, so telling all at once is the same.
-    return State(*_told(program, _fresh(program), archive.points, scores), archive)
+    searcher, best = _fresh(program)
+    if slopes is None:
+        return State(*_told(program, (searcher, best), archive.points, scores), archive)
+    # Gradients are those of the scores as they were; what was learnt from them stays.
+    now = mixture.standardized_sum(components, program.weights, archive.components)
+    searcher, _ = _told(program, (state.searcher, best), points, now, slopes)
+    return State(searcher, elites.best(best, archive.points, elites.finite(scores)), archive)
 
 
-def _told(program: Program, states: tuple[Any, Elites], points: Any, scores: Array) -> tuple[Any, Elites]:
+def _told(
+    program: Program, states: tuple[Any, Elites], points: Any, scores: Array, slopes: Any = None
+) -> tuple[Any, Elites]:
     """The searcher's state and the best so far, after scored points."""
     scores = elites.finite(scores)
     searcher, best = states
-    return program.searcher.tell(program.problem, searcher, points, scores), elites.best(best, points, scores)
+    seen = (points, scores) if slopes is None else (points, scores, slopes)
+    return program.searcher.tell(program.problem, searcher, *seen), elites.best(best, points, scores)
 
 
 @compiled(static=2)

@@ -49,6 +49,14 @@ def rows_of(noise: Float[Array, "p n c h w"]) -> Rows:
     return Rows(noise.reshape(-1, *noise.shape[2:]), owner)
 
 
+def within_budget(
+    program: Program, inputs: Inputs, generation: Array, components: Float[Array, "p n parts"]
+) -> Float[Array, "p n parts"]:
+    """Components of a generation's candidates, NaN of those beyond the budget."""
+    index = generation * program.problem.population + jnp.arange(components.shape[1])
+    return jnp.where((index < inputs.budget)[:, None], components, jnp.nan)
+
+
 def components(program: Program, params: Any, inputs: Inputs, images: Array, owner: Array) -> Float[Array, "n parts"]:
     """The device parts' scores; no columns if there are none."""
     if program.score is None:

@@ -8,7 +8,7 @@ from jaxtyping import Array
 from ses_jax.engine.denoising import Model
 from ses_jax.engine.fidelity import FULL, Fidelity
 from ses_jax.searchers.elites import Elites
-from ses_jax.searchers.searcher import Problem, Searcher
+from ses_jax.searchers.searcher import Problem, Searcher, needs_gradient
 
 
 class Shown(NamedTuple):
@@ -54,6 +54,11 @@ class Program(NamedTuple):
     fidelity: Fidelity = FULL
     half: Model | None = None
     shown: Shown | None = None
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the searcher learns from gradients too."""
+        return needs_gradient(self.searcher)
 
 
 class Inputs(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from ses_jax.engine import ahead, cost, generation, kept, memory, records, resume, watching
+from ses_jax.engine import ahead, cost, evaluations, generation, kept, memory, records, resume, watching
 from ses_jax.engine.base import Base
 from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.cost import Cost
@@ -194,7 +194,7 @@ def settings_of(
 def _work(config: SearchConfig, prompts: Sequence[str]) -> Work:
     """What there is to do, for people."""
     title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
-    candidates = min(config.population, config.budget) * config.preview_steps
+    candidates = min(config.population, config.budget) * config.preview_steps * evaluations.of_searcher(config.searcher)
     return Work(title, config.budget * len(prompts), generation_count(config), FINALS * config.steps / candidates)
 
 
@@ -400,9 +400,10 @@ def _timings(times: Sequence[float], images: int) -> dict[str, float]:
 
 def _cost(task: Task, scored: int, timings: dict[str, float]) -> Cost:
     """Of each prompt, which has its part of the batch's seconds."""
-    rates, count = cost.rates(task.program, task.params, task.inputs), len(task.prompts)
+    given, count = (task.program, task.params, task.inputs), len(task.prompts)
+    rates = cost.rates(*given)
     return Cost(
-        search=rates.spent(cost.search_stages(task.config, scored), timings["search"] / count),
+        search=cost.candidate_rates(*given).spent(cost.search_stages(task.config, scored), timings["search"] / count),
         finals=rates.spent([Stage(False, task.config.steps, FINALS)], timings["render"] / count),
     )
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from ses_jax.engine import base, kept, lock, runner, tasks
 from ses_jax.engine.base import Base
 from ses_jax.engine.cases import Case, cases, prompt_list, several
-from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_looks, check_size
+from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_reward, check_size
 from ses_jax.engine.denoising import Rows
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
 from ses_jax.engine.output import Output, claim
@@ -94,7 +94,7 @@ def search(
     output = claim(out, listed=listed, resume=run.resume, overwrite=overwrite)
     pipeline, reward = load_models(run.model, run.reward, report, {"mesh": place.mesh, **(place.load or {})})
     config = config.resolve(pipeline)
-    check_looks(config, reward)
+    check_reward(config, reward)
     start_from = given and given.fit(pipeline, (config.height, config.width), len(asked))
     at_once = 1 if reward.one_prompt_at_a_time or on_generation or seeds else run.prompts_at_once
     asked = tuple(one._replace(config=dataclasses.replace(config, seed=one.config.seed)) for one in asked)

@@ -174,6 +174,11 @@ def compiled_for(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     return target.compiled_for(mesh)
 
 
+def differentiated() -> contextlib.AbstractContextManager[None]:
+    """Inside a compiled function: derivatives are taken of what is traced in it."""
+    return target.differentiated()
+
+
 def compiled_for_none() -> contextlib.AbstractContextManager[None]:
     """Inside a compiled function that is only traced, and read: no device's own kernels, whatever devices there are."""
     return target.compiled_for(types.SimpleNamespace(platform="cpu", device_kind="cpu"))

@@ -60,3 +60,58 @@ def predict(
     sigmas, latents = jnp.asarray(sigmas, jnp.float32), jnp.asarray(latents, jnp.float32)
     both, _ = jax.lax.scan(step, (latents, latents), (sigmas[:-1], jnp.diff(sigmas)))
     return both
+
+
+def follow(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    noise: Float[Array | np.ndarray, "batch *shape"],
+    sigmas: Float[Array | np.ndarray, " steps_plus_1"],
+) -> Float[Array, "steps_plus_1 batch *shape"]:
+    """`denoise` with all latents on the way, `[steps + 1, B, ...]` from noise to image."""
+
+    def step(latents, at):
+        sigma, delta = at
+        v = velocity(latents, jnp.broadcast_to(sigma, latents.shape[:1]))
+        return latents + delta * v.astype(jnp.float32), latents
+
+    sigmas, noise = jnp.asarray(sigmas, jnp.float32), jnp.asarray(noise, jnp.float32)
+    last, before = jax.lax.scan(step, noise, (sigmas[:-1], jnp.diff(sigmas)))
+    return jnp.concatenate([before, last[None]])
+
+
+def pull_back(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    path: Float[Array, "steps_plus_1 batch *shape"],
+    sigmas: Float[Array | np.ndarray, " steps_plus_1"],
+    slope: Float[Array, "batch *shape"],
+) -> Float[Array, "batch *shape"]:
+    """The derivative of `denoise`, backwards: each step's velocity is computed once more, and no other step is kept.
+
+    Args:
+      velocity: as for `denoise`.
+      path: what `follow` gives.
+      sigmas: of the path.
+      slope: `[B, ...]`, derivatives of something with respect to the last latents.
+
+    Returns:
+      `[B, ...]` float32, its derivatives with respect to the noise.
+    """
+
+    def step(slope, at):
+        latents, sigma, delta = at
+        return slope + velocity_slope(velocity, latents, sigma, delta * slope), None
+
+    sigmas = jnp.asarray(sigmas, jnp.float32)
+    slope, _ = jax.lax.scan(step, slope.astype(jnp.float32), (path[:-1], sigmas[:-1], jnp.diff(sigmas)), reverse=True)
+    return slope
+
+
+def velocity_slope(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    latents: Float[Array, "batch *shape"],
+    sigma: Float[Array, "..."],
+    slope: Float[Array, "batch *shape"],
+) -> Float[Array, "batch *shape"]:
+    """Derivatives with respect to latents, from those with respect to their velocity at a sigma of all, or `[B]`."""
+    v, pull = jax.vjp(lambda x: velocity(x, jnp.broadcast_to(sigma, x.shape[:1])), latents)
+    return pull(slope.astype(v.dtype))[0]

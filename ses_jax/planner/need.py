@@ -5,13 +5,14 @@ of arithmetic, at a stated share of the device's peak, and of reading the weight
 is not in it. On a mesh the temporaries count as if no network were split, which errs on the safe side.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from ses_jax.engine import memory
+from ses_jax.engine import evaluations, memory
 from ses_jax.loading import partition
 from ses_jax.pipelines.registry import FAMILIES
 from ses_jax.planner import devices as machines
@@ -79,9 +80,9 @@ def need_of(work: Work, machine: Machine, chunk: int) -> Need:
     """Weights and temporaries."""
     weights = lying(work, machine)
     # Denoised along the data axis, decoded and scored on all devices.
-    step = work.step(_rows(chunk, machine.axes[partition.DATA]))
+    step = work.step(_rows(chunk, machine.axes[partition.DATA]), gradient=work.gradient)
     most = memory.decoded_at_once(work.config.height, work.config.width)
-    finish = work.finish(memory.even_part(_rows(chunk, device_count(machine)), most))
+    finish = work.finish(memory.even_part(_rows(chunk, device_count(machine)), most), gradient=work.gradient)
     return Need(
         encode=weights.encode + work.encode.temporary_bytes,
         search=weights.search + max(step.temporary_bytes, finish.temporary_bytes),
@@ -106,7 +107,8 @@ def candidates_seconds(work: Work, machine: Machine, chunk: int) -> float:
     for stage in config.fidelity.stages(min(config.population, config.budget), config.preview_steps):
         chunks, rest = divmod(stage.images, chunk)
         counts = [chunk] * chunks + [rest] * (rest > 0)
-        generation += sum(_render_seconds(work, machine, n, stage.steps, part_of(stage)) for n in counts)
+        seconds = functools.partial(_render_seconds, work, machine, gradient=work.gradient)
+        generation += sum(seconds(n, stage.steps, part_of(stage)) for n in counts)
     return math.ceil(config.budget / config.population) * generation
 
 
@@ -116,13 +118,17 @@ def other_seconds(work: Work, machine: Machine) -> float:
     return encode + _render_seconds(work, machine, 2, work.config.steps)
 
 
-def _render_seconds(work: Work, machine: Machine, count: int, steps: int, part: int = 1) -> float:
+def _render_seconds(
+    work: Work, machine: Machine, count: int, steps: int, part: int = 1, *, gradient: bool = False
+) -> float:
     """From noise to scores for candidates that are made at once."""
     rate = machine.device.flops * machine.utilization
     axes = machine.axes
-    arithmetic = work.step(1, part).flops * _rows(count, axes[partition.DATA]) / (rate * axes[partition.MODEL])
+    step, finish = (phase(1, part, gradient=gradient).flops for phase in (work.step, work.finish))
+    arithmetic = step * _rows(count, axes[partition.DATA]) / (rate * axes[partition.MODEL])
     reading = sum(weights_of(work, machine, work.image_params).values()) / machine.device.bandwidth
-    return steps * max(arithmetic, reading) + work.finish(1, part).flops * _rows(count, device_count(machine)) / rate
+    reading *= evaluations.GRADIENT if gradient else 1
+    return steps * max(arithmetic, reading) + finish * _rows(count, device_count(machine)) / rate
 
 
 def _rows(count: int, devices: int) -> int:

@@ -37,7 +37,10 @@ from ses_jax.rewards.reward import Part, Reward
 LOG = logging.getLogger("ses_jax")
 REWARD = "reward"
 # The settings of a search that make it take more or less.
-PLANNED = ("height", "width", "population", "budget", "nfe", "preview_steps", "steps", "guidance", "fidelity", "chunk")
+PLANNED = (
+    *("height", "width", "population", "budget", "nfe", "preview_steps", "steps", "guidance"),
+    *("fidelity", "searcher", "chunk"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +167,7 @@ def plan_on(work: Work, machine: Machine) -> Plan:
     config = work.config
     settings = {name: getattr(config, name) for name in ("height", "width", "population", "budget")}
     settings |= {name: getattr(config, name) for name in ("preview_steps", "steps", "guidance")}
-    settings["fidelity"] = str(config.fidelity)
+    settings |= {"fidelity": str(config.fidelity), "gradient": work.gradient}
     search_seconds = candidates_seconds(work, machine, chunk)
     fits = need.fits(machine)
     return Plan(

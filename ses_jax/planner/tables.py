@@ -58,7 +58,7 @@ def lines(plan: Any) -> Iterator[tuple[str, str]]:
     yield "while searching", f"{_gib(plan.search_bytes)}, {plan.chunk} of {settings['population']} candidates at a time"
     yield "fits", "yes" if plan.fits else "no"
     looks = "" if settings["fidelity"] == "full" else f" after {settings['fidelity']}"
-    preview = f"{settings['preview_steps']} steps{looks}"
+    preview = f"{settings['preview_steps']} steps{' and their gradient' * settings['gradient']}{looks}"
     yield "a candidate", _cost(plan.candidate_flops, plan.candidate_seconds, preview)
     yield (
         "a search",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ses_jax.engine import flops
+from ses_jax.engine import cost, evaluations, flops
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.cost import search_stages
 from ses_jax.engine.fidelity import Stage
@@ -21,7 +21,9 @@ from ses_jax.pipelines.base import Pipeline
 from ses_jax.planner import footprint
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
+from ses_jax.rewards.reward import DeviceScores
 from ses_jax.rewards.scorers import Scorer
+from ses_jax.searchers.searcher import needs_gradient
 
 
 class Phase(NamedTuple):
@@ -60,6 +62,7 @@ class Work:
         self.tokens = pipeline.blank_tokens(1, tokens, guidance=config.guidance)
         self.scorer = scorer_of(pipeline)
         self.image_params = pipeline.image_params(pipeline.params)
+        self.gradient = needs_gradient(config.searcher)
         self._step, self._finish = functools.cache(self._trace_step), functools.cache(self._trace_finish)
 
     @functools.cached_property
@@ -71,25 +74,30 @@ class Work:
     def condition(self) -> Any:
         return jax.eval_shape(self.pipeline.encode, self.pipeline.text_params(self.pipeline.params), self.tokens)
 
-    def step(self, rows: int, part: int = 1) -> Phase:
+    def step(self, rows: int, part: int = 1, *, gradient: bool = False) -> Phase:
         """One denoising step of so many candidates; `part` 2 is half the height and width."""
-        return self._step(rows, part)
+        return self._step(rows, part, gradient)
 
-    def finish(self, rows: int, part: int = 1) -> Phase:
+    def finish(self, rows: int, part: int = 1, *, gradient: bool = False) -> Phase:
         """Images and scores of so many latents."""
-        return self._finish(rows, part)
+        return self._finish(rows, part, gradient)
 
-    def _trace_step(self, rows: int, part: int) -> Phase:
+    def _trace_step(self, rows: int, part: int, gradient: bool) -> Phase:
         condition = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self.condition)
         sigma = jax.ShapeDtypeStruct((rows,), jnp.float32)
-        return _phase(self.pipeline.velocity, self.image_params, self._latents(rows, part), sigma, condition)
+        velocity = self.pipeline.velocity
+        velocity = functools.partial(evaluations.with_gradient, velocity) if gradient else velocity
+        return _phase(velocity, self.image_params, self._latents(rows, part), sigma, condition)
 
-    def _trace_finish(self, rows: int, part: int) -> Phase:
+    def _trace_finish(self, rows: int, part: int, gradient: bool) -> Phase:
         scorer = self.scorer
         text = jax.eval_shape(scorer.embed_text, scorer.params, scorer.tokenize([""] * rows))
 
         def finish(params, reward, latents, text):
-            return scorer.score(reward, self.pipeline.decode(params, latents), text)
+            if not gradient:
+                return scorer.score(reward, self.pipeline.decode(params, latents), text)
+            scores, networks = DeviceScores((scorer.score,)), (params, (reward,))
+            return cost.finished_with_gradient(self.pipeline.decode, scores, (1.0,), networks, latents, (text,))
 
         return _phase(finish, self.image_params, scorer.params, self._latents(rows, part), text)
 
@@ -97,15 +105,16 @@ class Work:
         shape = self.pipeline.noise_shape(self.config.height // part, self.config.width // part)
         return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
 
-    def image_flops(self, steps: int, part: int = 1) -> int:
+    def image_flops(self, steps: int, part: int = 1, *, gradient: bool = False) -> int:
         """Of one image, from noise to score."""
-        return steps * self.step(1, part).flops + self.finish(1, part).flops
+        return steps * self.step(1, part, gradient=gradient).flops + self.finish(1, part, gradient=gradient).flops
 
     @functools.cached_property
     def candidates_flops(self) -> int:
         """Of all candidates, each with the looks that it gets."""
         stages = search_stages(self.config, self.config.budget)
-        return sum(stage.images * self.image_flops(stage.steps, part_of(stage)) for stage in stages)
+        image_flops = functools.partial(self.image_flops, gradient=self.gradient)
+        return sum(stage.images * image_flops(stage.steps, part_of(stage)) for stage in stages)
 
     def search_flops(self) -> int:
         """Of a whole search: encoding, all candidates, winner and base with all steps."""

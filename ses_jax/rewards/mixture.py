@@ -26,16 +26,26 @@ def standardized_sum(
         the population counts for nothing.
     """
     driving = np.flatnonzero(weights)
-    components, population = components[:, driving], population[:, driving]
+    offset, mean, scale = _moments(population[:, driving])
+    # Scores of a large common offset, such as 20 +- 0.1, keep their digits if it goes first.
+    return ((components[:, driving] - offset - mean) * scale) @ jnp.asarray(weights, jnp.float32)[driving]
+
+
+def standardized_slopes(weights: Sequence[float], population: Components) -> Float[Array, " driving"]:
+    """Derivatives of `standardized_sum` with respect to the components of weight, mean and deviation held."""
+    driving = np.flatnonzero(weights)
+    return _moments(population[:, driving])[2] * jnp.asarray(weights, jnp.float32)[driving]
+
+
+def _moments(population: Components) -> tuple[Array, Array, Array]:
+    """An offset, the mean beside it, and what the deviation divides by; `[parts]` each."""
     valid = jnp.isfinite(population).all(axis=1, keepdims=True)
     count = jnp.maximum(valid.sum(), 1)
-    # Scores of a large common offset, such as 20 +- 0.1, keep their digits if it goes first.
     offset = jnp.where(valid, population, 0).sum(axis=0) / count
-    components, population = components - offset, jnp.where(valid, population - offset, 0)
+    population = jnp.where(valid, population - offset, 0)
     mean = population.sum(axis=0) / count
     deviation = jnp.sqrt(jnp.where(valid, jnp.square(population - mean), 0).sum(axis=0) / count)
     # A deviation that is only rounding would blow rounding up to the size of a real difference.
     constant = deviation <= 1e-6 * jnp.abs(offset)
     # Times zero rather than zero: what is not finite stays so.
-    scale = jnp.where(constant, 0.0, 1.0 / jnp.where(constant, 1.0, deviation))
-    return ((components - mean) * scale) @ jnp.asarray(weights, jnp.float32)[driving]
+    return offset, mean, jnp.where(constant, 0.0, 1.0 / jnp.where(constant, 1.0, deviation))

@@ -1,5 +1,7 @@
 """Pillow's bicubic resize on the device, bit for bit: matrix products, rounded to 8 bits after each pass.
 
+Derivatives are those of what is rounded.
+
 Reference: `src/libImaging/Resample.c` of Pillow (8 bits per channel, a = -0.5). The vertical pass comes first where an
 image loses more than twice as many rows as columns, as in Pillow 13; otherwise the horizontal one does. Pillow sums
 integers: weights with 22 fractional bits times pixels. A matrix product sums floats, which are exact for integers of 24
@@ -7,6 +9,7 @@ bits, so the weights are taken in two halves.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,11 @@ BITS, HALF = 22, 11  # of the weights' fractions, and of their lower half
 
 def quantize(images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Images in [0, 1] to the values 0 .. 255 that an 8-bit file would hold, still as float32."""
-    return jnp.round(jnp.clip(images.astype(jnp.float32), 0.0, 1.0) * 255.0)
+
+    def scaled(images):
+        return jnp.clip(images.astype(jnp.float32), 0.0, 1.0) * 255.0
+
+    return _differentiated_as(scaled, lambda images: jnp.round(scaled(images)))(images)
 
 
 def resize(pixels: Float[Array, "b h w c"], size: tuple[int, int], *, rounded: bool = True) -> Float[Array, "b H W c"]:
@@ -81,8 +88,19 @@ def _integer_pass(product: str, pixels: jax.Array, weights: np.ndarray) -> jax.A
     fixed = np.trunc(weights * 2**BITS + np.copysign(0.5, weights)).astype(np.int64)
     upper = (fixed + 2 ** (HALF - 1)) >> HALF
     halves = (upper, fixed - (upper << HALF))
-    high, low = (_float_pass(product, pixels, half).astype(jnp.int32) for half in halves)
-    return jnp.clip(((high << HALF) + low + (1 << (BITS - 1))) >> BITS, 0, 255).astype(jnp.float32)
+
+    def exact(pixels):
+        high, low = (_float_pass(product, pixels, half).astype(jnp.int32) for half in halves)
+        return jnp.clip(((high << HALF) + low + (1 << (BITS - 1))) >> BITS, 0, 255).astype(jnp.float32)
+
+    return _differentiated_as(lambda pixels: jnp.clip(_float_pass(product, pixels, weights), 0, 255), exact)(pixels)
+
+
+def _differentiated_as(smooth: Callable[[Array], Array], exact: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """`exact` with the derivative of `smooth`."""
+    function = jax.custom_jvp(exact)
+    function.defjvp(lambda primals, tangents: (exact(*primals), jax.jvp(smooth, primals, tangents)[1]))
+    return function
 
 
 def _margin(surplus: int, half_to_even: bool) -> int:

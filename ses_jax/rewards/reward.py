@@ -218,6 +218,12 @@ class DeviceScores:
         columns = [score(p, images, t) for score, p, t in zip(self.scores, params, texts, strict=True)]
         return jnp.stack([column.astype(jnp.float32) for column in columns], axis=1)
 
+    def driving(self, weights: Sequence[float]) -> tuple["DeviceScores", Callable[[Sequence[Any]], tuple[Any, ...]]]:
+        """The parts whose weight is not 0, and what takes out of all parts' params or texts those of theirs."""
+        places = tuple(int(place) for place in np.flatnonzero(weights))
+        chosen = DeviceScores(tuple(self.scores[place] for place in places))
+        return chosen, lambda of_all: tuple(of_all[place] for place in places)
+
 
 @dataclasses.dataclass(frozen=True)
 class TracedFunction:

@@ -52,6 +52,17 @@ def share(value: Any) -> float:
     return float(value)
 
 
+def number(at_least: float, below: float) -> Callable[[Any], float]:
+    """A number."""
+
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not at_least <= value < below:
+            raise ValueError(f"must be at least {at_least:g} and less than {below:g}")
+        return float(value)
+
+    return check
+
+
 def one_of(*known: str | None) -> Callable[[Any], str | None]:
     """One of some words."""
 

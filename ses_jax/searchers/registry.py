@@ -6,11 +6,18 @@ from typing import Any
 
 from ses_jax.searchers.best_of_n import BestOfN
 from ses_jax.searchers.evosax import Evosax
+from ses_jax.searchers.gradient import Gradient
 from ses_jax.searchers.searcher import Searcher
 from ses_jax.searchers.ses import Ses
 from ses_jax.searchers.zero_order import ZeroOrder
 
-SEARCHERS: dict[str, type] = {"ses": Ses, "best-of-n": BestOfN, "zero-order": ZeroOrder, "evosax": Evosax}
+SEARCHERS: dict[str, type] = {
+    "ses": Ses,
+    "best-of-n": BestOfN,
+    "zero-order": ZeroOrder,
+    "gradient": Gradient,
+    "evosax": Evosax,
+}
 WORDS = {"none": None, "true": True, "false": False}
 SPACES = ("low", "whole")
 

@@ -36,6 +36,9 @@ class Searcher(Protocol):
 
     Attributes:
       space: "low", the low band, or "whole", the whole noise.
+      needs_gradient: optional; where it is True, `tell` takes a last argument: the gradients of the scores, of the form
+        of the points. Each evaluation then counts as three, and every reward must be one that JAX can trace.
+      population: optional; how many points a generation has, whatever the setting says.
     """
 
     space: str
@@ -50,5 +53,15 @@ class Searcher(Protocol):
         """The next state, from points and their scores, -inf where there is none; higher is better.
 
         In a standardised mixture every generation changes all scores, and a fresh state is told all candidates so far
-        at once; `n` is then more than the population.
+        at once; `n` is then more than the population. One that needs gradients goes on from its state all the same.
         """
+
+
+def needs_gradient(searcher: Searcher) -> bool:
+    """Whether a searcher learns from gradients too."""
+    return bool(getattr(searcher, "needs_gradient", False))
+
+
+def own_population(searcher: Searcher) -> int | None:
+    """How many points a generation of the searcher has; None where the setting says it."""
+    return getattr(searcher, "population", None)
