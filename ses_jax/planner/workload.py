@@ -22,7 +22,6 @@ from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
 from ses_jax.rewards.reward import DeviceScores
 from ses_jax.rewards.scorers import Scorer
-from ses_jax.searchers.searcher import needs_gradient
 
 
 class Phase(NamedTuple):
@@ -54,7 +53,7 @@ class Work:
         self.tokens = pipeline.blank_tokens(1, tokens, guidance=config.guidance)
         self.scorer = clip_scorer(quantized.dtype_of(pipeline.params), quantized.kind_of(pipeline.params))
         self.image_params = pipeline.image_params(pipeline.params)
-        self.gradient = needs_gradient(config.searcher)
+        self.gradient = config.needs_gradient
         self._step, self._finish = functools.cache(self._trace_step), functools.cache(self._trace_finish)
 
     @functools.cached_property
