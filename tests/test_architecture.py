@@ -85,9 +85,9 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         [
             "registry",
             "evosax",
+            "gradient",
             "ses",
             "zero_order",
-            "gradient",
             "best_of_n",
             "searcher",
             "space",

@@ -116,11 +116,16 @@ class SearchConfig(RenderConfig):
             raise ValueError(f"elites={self.elites} must be at least 1 and less than population={self.population}")
         if self.budget is not None and self.nfe is not None:
             raise ValueError(f"budget={self.budget} and nfe={self.nfe} exclude each other; give one of them")
-        if needs_gradient(self.searcher) and self.fidelity.looks:
+        if self.needs_gradient and self.fidelity.looks:
             raise ValueError(
                 f"fidelity={str(self.fidelity)!r}: this searcher takes the gradients of full previews; "
                 'use fidelity="full", or another searcher'
             )
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether the searcher learns from gradients too."""
+        return needs_gradient(self.searcher)
 
     def resolve(self, pipeline: Pipeline, tokens: Any = None) -> "SearchConfig":
         """This config with the model's defaults filled in, checked against the model; nfe becomes a budget.
@@ -246,7 +251,7 @@ class RunConfig(Settings):
 def check_reward(config: SearchConfig, reward: Reward) -> None:
     """Raises ValueError for looks or gradients of a reward that is not compiled into the search."""
     names = ", ".join(part.name for part in reward.parts if part.on_host)
-    if names and needs_gradient(config.searcher):
+    if names and config.needs_gradient:
         raise ValueError(
             f"searcher={config.as_json()['searcher']!r} needs the gradients of rewards that JAX can trace, and {names} "
             "is not; leave it out, or choose another searcher"

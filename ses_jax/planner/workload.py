@@ -23,7 +23,6 @@ from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
 from ses_jax.rewards.reward import DeviceScores
 from ses_jax.rewards.scorers import Scorer
-from ses_jax.searchers.searcher import needs_gradient
 
 
 class Phase(NamedTuple):
@@ -62,7 +61,7 @@ class Work:
         self.tokens = pipeline.blank_tokens(1, tokens, guidance=config.guidance)
         self.scorer = scorer_of(pipeline)
         self.image_params = pipeline.image_params(pipeline.params)
-        self.gradient = needs_gradient(config.searcher)
+        self.gradient = config.needs_gradient
         self._step, self._finish = functools.cache(self._trace_step), functools.cache(self._trace_finish)
 
     @functools.cached_property
