@@ -26,7 +26,7 @@ from ses_jax import cli
 from ses_jax.convert import decoder_lm, engine
 from ses_jax.convert.engine import ConversionError
 from ses_jax.convert.names import vocabulary
-from ses_jax.engine import models, resume, runner
+from ses_jax.engine import identity, models, resume
 from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import network, rows
 from ses_jax.loading.lora_files import open_adapters, pairs
@@ -401,7 +401,7 @@ def test_loaded_pipelines_are_kept_apart(pipelines, tmp_path):
 def test_results_and_saved_searches_know_the_adapters(tmp_path):
     plain = toy.pipeline()
     pipeline = dataclasses.replace(plain, changes={"lora": [["a.safetensors", 0.5]]})
-    identities = [runner._identity(p, toy.brightness(), SearchConfig(), ["x"], [0]) for p in (pipeline, plain)]
+    identities = [identity.identity_of(p, toy.brightness(), SearchConfig(), ["x"], [0]) for p in (pipeline, plain)]
     resume.begin(tmp_path / "saved", identities[0])
     resume.begin(tmp_path / "saved", identities[0])
     with pytest.raises(ValueError, match=r"other settings \(lora \[\['a.safetensors', 0.5\]\] -> None\)"):

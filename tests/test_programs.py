@@ -12,7 +12,7 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax.engine import ahead, models, runner, tasks
+from ses_jax.engine import ahead, finals, models, tasks
 from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import partition, programs
 from ses_jax.loading.programs import comparable, compiled
@@ -146,14 +146,14 @@ def test_final_renders_are_compiled_beside_the_search(axes, compilations):
     config = SearchConfig(budget=4, population=4, elites=2, steps=5).resolve(pipeline)
     task = tasks.prepare(pipeline, toy.brightness(), config, ["a"], [0])
     noise = np.asarray(task.noise)
-    runner._finals(task._replace(config=dataclasses.replace(config, steps=7)), pipeline, noise)  # what is small, once
+    finals.finals(task._replace(config=dataclasses.replace(config, steps=7)), pipeline, noise)  # what is small, once
     before = compilations()
     waited_for = ahead.compile_render(task)
     assert (waited_for is None) == (axes == "data=2")  # cores, whose programs wait for each other
     if waited_for:
         waited_for.result()
         assert compilations() == before + 1
-    runner._finals(task, pipeline, noise)
+    finals.finals(task, pipeline, noise)
     assert compilations() == before + 1
 
 

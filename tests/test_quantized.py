@@ -23,7 +23,7 @@ from ses_jax.convert import blip as blip_tables
 from ses_jax.convert import engine, matching
 from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.convert.table import Table, linear
-from ses_jax.engine import models, resume, runner
+from ses_jax.engine import identity, models, resume
 from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import hub, partition, rows
 from ses_jax.models import blip, clip, layers, quantized
@@ -343,7 +343,7 @@ def test_a_search_with_an_adapter(tmp_path, eight):
 
 def test_searches_tell_weights_apart(tmp_path, exact, eight):
     reward = toy.brightness()
-    identities = [runner._identity(p, reward, SearchConfig(budget=3), ["a"], [0]) for p in (exact, eight)]
+    identities = [identity.identity_of(p, reward, SearchConfig(budget=3), ["a"], [0]) for p in (exact, eight)]
     resume.begin(tmp_path, identities[0])
     with pytest.raises(ValueError, match="quantize None -> 'int8'"):
         resume.begin(tmp_path, identities[1])

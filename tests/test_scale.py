@@ -13,7 +13,7 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax.engine import generation, memory, output, runner, tasks
+from ses_jax.engine import generation, generations, memory, output, tasks
 from ses_jax.loading import checkpoint, partition
 from ses_jax.rewards import reward as rewards
 
@@ -109,7 +109,7 @@ def test_text_encoders_and_the_other_networks_are_never_on_the_device_together(f
         return run
 
     monkeypatch.setattr(generation, "encode", watched("text", generation.encode))
-    monkeypatch.setattr(runner, "_step", watched("image", runner._step))
+    monkeypatch.setattr(generations, "_step", watched("image", generations._step))
     found = ses_jax.search(PROMPTS[:2], model=pipeline, **settings)
     assert_same(found, expected)
     tokens = pipeline.tokenize(PROMPTS[:2], guidance=pipeline.defaults.guidance)

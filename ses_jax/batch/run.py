@@ -25,7 +25,9 @@ from ses_jax.batch.run_folder import Outcome, Run
 from ses_jax.engine import kept, lock, models, output
 from ses_jax.engine import resume as saved_search
 from ses_jax.engine.config import BUDGET, Placement, RunConfig, SearchConfig, check_reward
-from ses_jax.engine.runner import Found, identity_of, search_prompts
+from ses_jax.engine.finals import Found
+from ses_jax.engine.identity import identity_of
+from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.settings import gather, takes
 from ses_jax.engine.stopping import Stop, noticed
 from ses_jax.engine.watching import Watch

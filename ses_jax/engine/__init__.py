@@ -3,7 +3,10 @@
 search       `search`, `generate`: the public calls
 output       the folder that a search is saved to
 models       the pipeline and the reward of a search, loaded and kept for the next one
-runner       generations, final renders, results of one or more prompts at once
+runner       searches for one or more prompts at once
+finals       what they found, and its images
+generations  compiled steps until the budget is spent
+identity     what a search is, for its result and for whoever continues it
 ahead        programs compiled while others run
 outline      a search as shapes, and its programs lowered
 cases        which prompts, with which seeds

@@ -1,4 +1,4 @@
-"""Runs a search for one or more prompts at once: generations, final renders, results."""
+"""Searches for one or more prompts at once: generations, final renders, results."""
 
 import contextlib
 import math
@@ -7,87 +7,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
-from PIL import Image
 
-from ses_jax.engine import ahead, cost, evaluations, generation, kept, memory, records, resume, watching
+from ses_jax.engine import ahead, cost, evaluations, finals, generations, records, resume
 from ses_jax.engine.base import Base
-from ses_jax.engine.config import RenderConfig, SearchConfig
+from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.cost import Cost
-from ses_jax.engine.denoising import Rows
 from ses_jax.engine.fidelity import Stage
+from ses_jax.engine.finals import Finals, Found
+from ses_jax.engine.generations import Outcome
+from ses_jax.engine.identity import identity_of, settings_of
 from ses_jax.engine.kept import Kept
-from ses_jax.engine.program import Scored, State
-from ses_jax.engine.progress import Report, Step, Work, progress_bar, seconds_left
+from ses_jax.engine.progress import Work, progress_bar
 from ses_jax.engine.result import SearchResult, to_image
 from ses_jax.engine.stopping import Stop
-from ses_jax.engine.tasks import FINALS, Task, generation_count, initial_state, model_of, prepare
-from ses_jax.engine.watching import NOTHING, Shot, Sight, Watch
+from ses_jax.engine.tasks import FINALS, Task, generation_count, prepare
+from ses_jax.engine.watching import NOTHING, Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards import host
-from ses_jax.rewards import reward as rewards
 from ses_jax.rewards.reward import Reward
-
-# Seconds between two looks at whether a program has run; signals are noticed in between.
-POLL = 0.002
-
-
-class Outcome(NamedTuple):
-    """What all generations came to.
-
-    Attributes:
-      state: the last one.
-      scored: what was, `[P, candidates, ...]`.
-      interrupted: whether there is more to score.
-      at_once: whether even the final renders are not wanted any more.
-      films: each prompt's.
-      last: how many whole generations there are, and the state after them.
-    """
-
-    state: State
-    scored: Scored
-    interrupted: bool
-    at_once: bool
-    films: list[list[Shot]]
-    last: tuple[int, State]
-
-
-class Found(NamedTuple):
-    """What a search has found before its images are rendered.
-
-    Attributes:
-      noise: the winners', `[P, C, h, w]`.
-      histories: of the prompts.
-      previews: of the winners, small; None for one that the film has not.
-      interrupted: whether there is more to score.
-      kept: what a larger budget goes on from, if anything.
-    """
-
-    noise: np.ndarray
-    histories: list[list[records.Row]]
-    previews: list[Image.Image | None]
-    interrupted: bool
-    kept: Kept | None
 
 
 def _drop(found: Found) -> None:
     """Keeps nothing."""
-
-
-class Finals(NamedTuple):
-    """Winner and base of every prompt, rendered with all steps.
-
-    Attributes:
-      images: `[P, 2, H, W, 3]`.
-      components: `[P, 2, parts]`.
-    """
-
-    images: np.ndarray
-    components: np.ndarray
 
 
 class Account(NamedTuple):
@@ -155,16 +98,16 @@ def search_prompts(
     work, compiled = _work(config, prompts), ahead.compile_render(task)
     with progress_bar(work, enabled=progress) as report, host.noting() as notes:
         saved = state_folder if resume_from_state else None
-        task, outcome = _generations(task, (saved, begun), (work, report, watch), Stop() if stop is None else stop)
+        task, outcome = generations.run(task, (saved, begun), (work, report, watch), Stop() if stop is None else stop)
         times.append(time.perf_counter())
-        found = _found(task, outcome)
+        found = finals.find(task, outcome)
         with _left(None if resume_from_state else state_folder, identity, (task, outcome), stop):
             keep(found)
             if outcome.at_once:
                 raise KeyboardInterrupt
             if compiled:
                 compiled.result()
-            finals = _finals(task, pipeline, found.noise)
+            rendered = finals.finals(task, pipeline, found.noise)
     times.append(time.perf_counter())
 
     histories = found.histories
@@ -173,22 +116,7 @@ def search_prompts(
     described = (settings_of(pipeline, reward, config, *one) for one in zip(indices, given, strict=True))
     settings = [facts | {"chunk": task.program.chunk} for facts in described]
     accounts = [Account(*facts, spent, timings, tuple(notes)) for facts in zip(histories, settings, strict=True)]
-    return [_result(task, i, outcome, (found, finals), account) for i, account in enumerate(accounts)]
-
-
-def settings_of(
-    pipeline: Pipeline, reward: Reward, config: SearchConfig, index: int, base: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """What the result of a prompt says of the settings it was searched with, as plain JSON values."""
-    facts = {
-        "family": pipeline.family,
-        "model": pipeline.source or str(pipeline.folder),
-        "load": dict(pipeline.options),
-        "reward": reward.name,
-        "rewards": {part.name: part.weight for part in reward.parts},
-        "sigmas": [float(sigma) for sigma in pipeline.sigmas(config.steps, config.height, config.width)],
-    }
-    return config.as_json() | facts | dict(pipeline.changes) | {"prompt_index": int(index), "base_noise": base}
+    return [_result(task, i, outcome, (found, rendered), account) for i, account in enumerate(accounts)]
 
 
 def _work(config: SearchConfig, prompts: Sequence[str]) -> Work:
@@ -196,120 +124,6 @@ def _work(config: SearchConfig, prompts: Sequence[str]) -> Work:
     title = prompts[0] + (f" and {len(prompts) - 1} more" if len(prompts) > 1 else "")
     candidates = min(config.population, config.budget) * config.preview_steps * evaluations.of_searcher(config.searcher)
     return Work(title, config.budget * len(prompts), generation_count(config), FINALS * config.steps / candidates)
-
-
-def _generations(
-    task: Task, saved: tuple[Path | None, Kept | None], seen: tuple[Work, Report, Watch], stop: Stop
-) -> tuple[Task, Outcome]:
-    """Runs generations until the budget is spent, or until it is to stop, `saved` being what `kept.begin` takes.
-
-    Returns:
-      The task, with the chunk that was found to fit, and the outcome.
-    """
-    mesh, (work, report, watch), folder = task.program.model.mesh, seen, saved[0]
-    first, state, parts, films = kept.begin(*saved, initial_state(task))
-    state = partition.replicate(mesh, state)
-    sight, times, last = watching.recalled(task.program, films, parts), [time.perf_counter()], (0, state)
-    interrupted = at_once = False
-    for index in range(first, generation_count(task.config)):
-        last = index, state
-        interrupted = bool(parts) and partition.any_process(mesh, bool(stop) or sight.stop)
-        if interrupted:
-            break
-        try:
-            task, state, scored = _roomy_step(task, np.int32(index), state)
-        except KeyboardInterrupt:
-            if not parts:
-                raise
-            interrupted, at_once = True, bool(stop)
-            break
-        sight = _looked(task, watch, sight, index, (parts, scored))
-        parts.append(watching.numbers(scored))
-        if partition.leads(mesh):
-            resume.save_films(folder, sight.films)
-            resume.save(folder, index + 1, state, parts)
-        times.append(time.perf_counter())
-        report(_step_of(task, work, state, range(first, index + 1), times))
-    scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1)[:, : task.config.budget], *parts)
-    done = first + len(times) - 1
-    last = (done, state) if done * task.config.population <= task.config.budget else last
-    return task, Outcome(state, scored, interrupted, at_once, sight.films, last)
-
-
-def _looked(task: Task, watch: Watch, sight: Sight, index: int, scored: tuple[Sequence[Scored], Scored]) -> Sight:
-    """What was seen after generation `index`, `scored` being the generations before it and it."""
-    if not partition.leads(task.program.model.mesh):
-        watch = watch._replace(folders=None)
-    return watching.look(watch, sight, watching.generation(task.program, index, scored, task.config.budget))
-
-
-def _step_of(task: Task, work: Work, state: State, done: range, times: Sequence[float]) -> Step:
-    """The progress after generations `done`, that began at all but the last of `times`."""
-    prompts, population = len(task.prompts), task.config.population
-    scored = min(done.stop * population, task.config.budget)
-    rate = prompts * (scored - done.start * population) / (times[-1] - times[0])
-    left = seconds_left(np.diff(times).tolist(), work.generations - done.start, work.finals)
-    best = float(np.max(np.asarray(state.best.scores)))
-    return Step(done.stop - 1, prompts * scored, best, rate, left, rough=len(done) == 1)
-
-
-def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State, Scored]:
-    """One generation, with fewer candidates at a time where they prove too many; draws and state stay the same."""
-    while True:
-        try:
-            new, scored = _step(task, index, state)
-            return task, new, jax.device_get(_waited_for(scored))
-        except jax.errors.JaxRuntimeError as error:
-            if not memory.is_exhausted(error) or task.program.chunk == 1:
-                raise
-            task = task._replace(program=task.program._replace(chunk=memory.half(task.program.chunk)))
-
-
-def _waited_for(tree: Any) -> Any:
-    """Arrays, once they are there; unlike in JAX's own waiting, signals are noticed meanwhile."""
-    while not all(leaf.is_ready() for leaf in jax.tree.leaves(tree)):
-        time.sleep(POLL)
-    return tree
-
-
-def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
-    """One generation, as one compiled program, or as two with the parts on the host between them."""
-    if not task.reward.on_host:
-        return generation.generation_step(task.program, task.params, task.inputs, index, state)
-    program, shown = task.program, task.program.shown
-    points, images, device = generation.candidates(program, task.params, task.inputs, index, state)
-    count = task.program.evaluated
-    texts = [prompt for prompt in task.prompts for _ in range(count)]
-    components = rewards.host_components(task.reward, np.asarray(device), images, texts)
-    components = jnp.asarray(components).reshape(len(task.prompts), count, -1)
-    new, scored = generation.update(program, task.inputs, index, state, points, components)
-    if shown is None:
-        return new, scored
-    pixels = generation.pixels(shown.side, images)
-    noise = generation.noise_of(program, task.inputs, points) if shown.noise else None
-    return new, scored._replace(previews=pixels.reshape(len(task.prompts), count, *pixels.shape[1:]), noise=noise)
-
-
-def _history(task: Task, scored: Scored, prompt: int) -> list[records.Row]:
-    """The rows of one prompt; raises ValueError if there is no finite score."""
-    one = jax.tree.map(lambda x: x[prompt], scored)
-    components, names = one.components, [part.name for part in task.reward.parts]
-    rows = records.history(names, one, records.total(task.program, components, components), task.config.population)
-    if rows[-1]["best"] is None:
-        raise ValueError(
-            f"reward {task.reward.name!r} gave no finite score in {len(rows)} candidates; check the reward"
-        )
-    return rows
-
-
-def _found(task: Task, outcome: Outcome) -> Found:
-    """The winners' noise and the histories; raises ValueError where a prompt has no finite score."""
-    histories = [_history(task, outcome.scored, i) for i in range(len(task.prompts))]
-    winners = generation.winners(task.program.problem.space, outcome.state.best, task.inputs.rest)
-    best = [records.winner(history)["index"] for history in histories]
-    previews = [watching.preview(film, index) for film, index in zip(outcome.films, best, strict=True)]
-    state = kept.make(outcome.last, task.config.population, outcome.scored, outcome.films)
-    return Found(np.asarray(winners), histories, previews, outcome.interrupted, state)
 
 
 @contextlib.contextmanager
@@ -333,64 +147,8 @@ def _leave(folder: Path | None, identity: Mapping[str, Any], task: Task, outcome
     resume.clear(folder)
     resume.begin(folder, identity)
     resume.save_films(folder, outcome.films)
-    generations = math.ceil(outcome.scored.components.shape[1] / task.config.population)
-    resume.save(folder, generations, outcome.state, [outcome.scored])
-
-
-def _finals(task: Task, pipeline: Pipeline, winners: Float[np.ndarray, "p c h w"]) -> Finals:
-    """Renders and scores the winners and the bases."""
-    program, inputs, prompts = task.program, task.inputs, task.prompts
-    noise = jnp.stack([jnp.asarray(winners), task.noise], axis=1).reshape(-1, *winners.shape[1:])
-    owner = jnp.repeat(jnp.arange(len(prompts)), 2)
-    images = render(pipeline, task.params[0], Rows(noise, owner), inputs.condition, (task.config, program.chunk))
-    device = np.asarray(generation.score(program, task.params, inputs, images, np.asarray(owner)))
-    texts = [prompt for prompt in prompts for _ in range(2)]
-    components = rewards.host_components(task.reward, device, images, texts)
-    return Finals(*(np.asarray(x).reshape(len(prompts), 2, *x.shape[1:]) for x in (images, components)))
-
-
-def render(
-    pipeline: Pipeline, params: Any, rows: Rows, condition: Any, how: tuple[RenderConfig, int]
-) -> Float[Array, "r H W 3"]:
-    """Images of rows with all steps, `how` being the config and how many rows to take at a time."""
-    config, chunk = how
-    model = model_of(pipeline, config)
-    sigmas = jnp.asarray(pipeline.sigmas(config.steps, config.height, config.width))
-    arrays = partition.replicate(pipeline.mesh, ((sigmas, condition), rows))
-    while True:
-        try:
-            return jax.block_until_ready(_waited_for(generation.render(model, chunk, params, *arrays)))
-        except jax.errors.JaxRuntimeError as error:
-            if not memory.is_exhausted(error) or chunk == 1:
-                raise
-            chunk = memory.half(min(chunk, len(rows.owner)))
-
-
-def identity_of(
-    pipeline: Pipeline,
-    reward: Reward,
-    config: SearchConfig,
-    prompts: Sequence[str],
-    indices: Sequence[int],
-    base: Base | None = None,
-) -> dict[str, Any]:
-    """What a saved search must agree in with the one that continues it, as plain JSON values."""
-    noises = {} if base is None else {"base_noise": [one["sha256"] for one in base.as_json()]}
-    return _identity(pipeline, reward, config, prompts, indices) | noises
-
-
-def _identity(
-    pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], indices: Sequence[int]
-) -> dict[str, Any]:
-    """What a saved search must agree in with the one that continues it; how much fits at a time may change."""
-    return {name: value for name, value in config.as_json().items() if name != "chunk"} | {
-        **pipeline.changes,
-        "load": dict(pipeline.options),
-        "model": str(pipeline.folder),
-        "reward": reward.name,
-        "prompts": list(prompts),
-        "indices": [int(index) for index in indices],
-    }
+    count = math.ceil(outcome.scored.components.shape[1] / task.config.population)
+    resume.save(folder, count, outcome.state, [outcome.scored])
 
 
 def _timings(times: Sequence[float], images: int) -> dict[str, float]:
@@ -410,11 +168,11 @@ def _cost(task: Task, scored: int, timings: dict[str, float]) -> Cost:
 
 def _result(task: Task, i: int, outcome: Outcome, rendered: tuple[Found, Finals], account: Account) -> SearchResult:
     """The result of prompt `i`."""
-    (found, finals), history = rendered, account.history
+    (found, made), history = rendered, account.history
     names = [part.name for part in task.reward.parts]
     population = outcome.scored.components[i]
-    final_score, baseline_final = records.total(task.program, finals.components[i], population).tolist()
-    image, baseline_image = (to_image(pixels) for pixels in finals.images[i])
+    final_score, baseline_final = records.total(task.program, made.components[i], population).tolist()
+    image, baseline_image = (to_image(pixels) for pixels in made.images[i])
     return SearchResult(
         prompt=task.prompts[i],
         image=image,
@@ -424,7 +182,7 @@ def _result(task: Task, i: int, outcome: Outcome, rendered: tuple[Found, Finals]
         baseline_image=baseline_image,
         baseline_score=math.nan if history[0]["score"] is None else history[0]["score"],
         baseline_final_score=baseline_final,
-        components=records.part_scores(names, history, finals.components[i]),
+        components=records.part_scores(names, history, made.components[i]),
         **account._asdict(),
         interrupted=outcome.interrupted,
         film=outcome.films[i],

@@ -18,16 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.engine import base, kept, lock, runner, tasks
+from ses_jax.engine import base, finals, kept, lock, tasks
 from ses_jax.engine.base import Base
 from ses_jax.engine.cases import Case, cases, prompt_list, several
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_reward, check_size
 from ses_jax.engine.denoising import Rows
+from ses_jax.engine.finals import Found
+from ses_jax.engine.identity import identity_of, settings_of
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
 from ses_jax.engine.output import Output, claim
 from ses_jax.engine.placement import check_path
 from ses_jax.engine.result import SearchResult
-from ses_jax.engine.runner import Found, identity_of, search_prompts, settings_of
+from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.saved import read_noise
 from ses_jax.engine.settings import fields, gather, read, shown, takes
 from ses_jax.engine.stopping import TERMINATED, Stop, noticed
@@ -265,7 +267,7 @@ def generate(
     condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
     rows = Rows(jnp.asarray(noise), jnp.arange(len(prompts)))
     params = image_params(pipeline)
-    return runner.render(pipeline, params, rows, condition, (config, config.chunk or len(prompts)))
+    return finals.render(pipeline, params, rows, condition, (config, config.chunk or len(prompts)))
 
 
 def _noise(noise: Any) -> Array | np.ndarray | None:

@@ -4,11 +4,17 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
+
+import jax
 
 # Handlers that are replaced; a program's own are left alone.
 DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 TERMINATED = 128 + signal.SIGTERM
+# Seconds between two looks at whether a program has run; signals are noticed in between.
+POLL = 0.002
 MESSAGE = b"\nses-jax: %s: stopping after the generation at hand; once more stops at once\n"
 
 
@@ -65,3 +71,10 @@ def noticed() -> Iterator[Stop]:
         yield stop
     finally:
         restore()
+
+
+def waited_for(tree: Any) -> Any:
+    """Arrays, once they are there; unlike in JAX's own waiting, signals are noticed meanwhile."""
+    while not all(leaf.is_ready() for leaf in jax.tree.leaves(tree)):
+        time.sleep(POLL)
+    return tree

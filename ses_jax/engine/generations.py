@@ -1,0 +1,125 @@
+"""Runs a search's generations, one compiled step after the other, until its budget is spent or it is to stop."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ses_jax.engine import generation, kept, memory, resume, watching
+from ses_jax.engine.kept import Kept
+from ses_jax.engine.program import Scored, State
+from ses_jax.engine.progress import Report, Step, Work, seconds_left
+from ses_jax.engine.stopping import Stop, waited_for
+from ses_jax.engine.tasks import Task, generation_count, initial_state
+from ses_jax.engine.watching import Shot, Sight, Watch
+from ses_jax.loading import partition
+from ses_jax.rewards import reward as rewards
+
+
+class Outcome(NamedTuple):
+    """What all generations came to.
+
+    Attributes:
+      state: the last one.
+      scored: what was, `[P, candidates, ...]`.
+      interrupted: whether there is more to score.
+      at_once: whether even the final renders are not wanted any more.
+      films: each prompt's.
+      last: how many whole generations there are, and the state after them.
+    """
+
+    state: State
+    scored: Scored
+    interrupted: bool
+    at_once: bool
+    films: list[list[Shot]]
+    last: tuple[int, State]
+
+
+def run(
+    task: Task, saved: tuple[Path | None, Kept | None], seen: tuple[Work, Report, Watch], stop: Stop
+) -> tuple[Task, Outcome]:
+    """Runs generations until the budget is spent, or until it is to stop, `saved` being what `kept.begin` takes.
+
+    Returns:
+      The task, with the chunk that was found to fit, and the outcome.
+    """
+    mesh, (work, report, watch), folder = task.program.model.mesh, seen, saved[0]
+    first, state, parts, films = kept.begin(*saved, initial_state(task))
+    state = partition.replicate(mesh, state)
+    sight, times, last = watching.recalled(task.program, films, parts), [time.perf_counter()], (0, state)
+    interrupted = at_once = False
+    for index in range(first, generation_count(task.config)):
+        last = index, state
+        interrupted = bool(parts) and partition.any_process(mesh, bool(stop) or sight.stop)
+        if interrupted:
+            break
+        try:
+            task, state, scored = _roomy_step(task, np.int32(index), state)
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+            interrupted, at_once = True, bool(stop)
+            break
+        sight = _looked(task, watch, sight, index, (parts, scored))
+        parts.append(watching.numbers(scored))
+        if partition.leads(mesh):
+            resume.save_films(folder, sight.films)
+            resume.save(folder, index + 1, state, parts)
+        times.append(time.perf_counter())
+        report(_step_of(task, work, state, range(first, index + 1), times))
+    scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1)[:, : task.config.budget], *parts)
+    done = first + len(times) - 1
+    last = (done, state) if done * task.config.population <= task.config.budget else last
+    return task, Outcome(state, scored, interrupted, at_once, sight.films, last)
+
+
+def _looked(task: Task, watch: Watch, sight: Sight, index: int, scored: tuple[Sequence[Scored], Scored]) -> Sight:
+    """What was seen after generation `index`, `scored` being the generations before it and it."""
+    if not partition.leads(task.program.model.mesh):
+        watch = watch._replace(folders=None)
+    return watching.look(watch, sight, watching.generation(task.program, index, scored, task.config.budget))
+
+
+def _step_of(task: Task, work: Work, state: State, done: range, times: Sequence[float]) -> Step:
+    """The progress after generations `done`, that began at all but the last of `times`."""
+    prompts, population = len(task.prompts), task.config.population
+    scored = min(done.stop * population, task.config.budget)
+    rate = prompts * (scored - done.start * population) / (times[-1] - times[0])
+    left = seconds_left(np.diff(times).tolist(), work.generations - done.start, work.finals)
+    best = float(np.max(np.asarray(state.best.scores)))
+    return Step(done.stop - 1, prompts * scored, best, rate, left, rough=len(done) == 1)
+
+
+def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State, Scored]:
+    """One generation, with fewer candidates at a time where they prove too many; draws and state stay the same."""
+    while True:
+        try:
+            new, scored = _step(task, index, state)
+            return task, new, jax.device_get(waited_for(scored))
+        except jax.errors.JaxRuntimeError as error:
+            if not memory.is_exhausted(error) or task.program.chunk == 1:
+                raise
+            task = task._replace(program=task.program._replace(chunk=memory.half(task.program.chunk)))
+
+
+def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
+    """One generation, as one compiled program, or as two with the parts on the host between them."""
+    if not task.reward.on_host:
+        return generation.generation_step(task.program, task.params, task.inputs, index, state)
+    program, shown = task.program, task.program.shown
+    points, images, device = generation.candidates(program, task.params, task.inputs, index, state)
+    count = task.program.evaluated
+    texts = [prompt for prompt in task.prompts for _ in range(count)]
+    components = rewards.host_components(task.reward, np.asarray(device), images, texts)
+    components = jnp.asarray(components).reshape(len(task.prompts), count, -1)
+    new, scored = generation.update(program, task.inputs, index, state, points, components)
+    if shown is None:
+        return new, scored
+    pixels = generation.pixels(shown.side, images)
+    noise = generation.noise_of(program, task.inputs, points) if shown.noise else None
+    return new, scored._replace(previews=pixels.reshape(len(task.prompts), count, *pixels.shape[1:]), noise=noise)
