@@ -120,7 +120,7 @@ def test_an_error_in_the_images_loses_no_search(tmp_path, whole):
     with pytest.raises(RuntimeError):
         search(PROMPTS[0], judge(4, failing)[0], out=tmp_path, overwrite=True)
     assert names(tmp_path) == RESULT | {"unfinished", ".search"}
-    assert names(tmp_path / "unfinished") == {"preview.png", "noise.npy", "history.jsonl"}
+    assert names(tmp_path / "unfinished") == {"preview.png", "noise.npy", "history.jsonl", "state.npz"}
     assert json.loads((tmp_path / "result.json").read_text())["prompt"] == PROMPTS[1]
     reward, calls = judge(-1, failing)
     result = search(PROMPTS[0], reward, out=tmp_path, resume=True)  # what was to replace it goes on

@@ -103,16 +103,21 @@ class Output(NamedTuple):
         """
         return kept.load([self.of(index) for index in indices], identities) if self.folder and self.resume else None
 
-    def keep(self, index: int, *found: Any) -> None:
+    def keep(self, index: int, *found: Any) -> Path:
         """Saves what a search found before its images are rendered, beside a result that it is to replace.
 
         Args:
           index: of the prompt.
           found: noise, history and preview of its winner, as `save_search` takes them.
+
+        Returns:
+          The folder that they are in; what else is in it when the result is saved stays with that.
         """
         folder = self.of(index)
         replaces = (folder / FILES[-1]).exists()
-        save_search(writable_folder(folder / UNFINISHED if replaces else folder), *found)
+        folder = writable_folder(folder / UNFINISHED if replaces else folder)
+        save_search(folder, *found)
+        return folder
 
     def clear_candidates(self, indices: Sequence[int]) -> None:
         """Removes the candidates of earlier searches of prompts, unless those may be gone on from."""
@@ -129,7 +134,10 @@ class Output(NamedTuple):
           how: as for `SearchResult.save`.
         """
         for result, index in zip(results, indices, strict=True):
-            shutil.rmtree(result.save(self.of(index), **how) / UNFINISHED, ignore_errors=True)
+            folder = result.save(self.of(index), **how)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(folder / UNFINISHED / kept.STATE, folder / kept.STATE)
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         if not results[0].interrupted:
             self.forget(indices[0])
 

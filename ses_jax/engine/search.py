@@ -188,8 +188,8 @@ def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResu
     def keep(found: Found) -> None:
         each = zip(chosen, found.noise, found.histories, found.previews, strict=True)
         for place, (i, *one) in enumerate(each if work.saves else ()):
-            work.output.keep(i, *one)
-            kept.save(work.output.of(i), work.identity_of(i), found.kept and found.kept.of(place))
+            folder = work.output.keep(i, *one)
+            kept.save(folder, work.identity_of(i), found.kept and found.kept.of(place))
 
     results = search_prompts(
         work.pipeline,
