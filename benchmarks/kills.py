@@ -165,7 +165,7 @@ def check(out: Path, known: Mapping[str, int]) -> dict[str, int]:
 
 def _check_whole(path: Path) -> None:
     """Raises AssertionError for a file that is not whole; a journal may end within a line."""
-    readers = {".png": _pixels, ".npy": lambda path: np.load(path, allow_pickle=False)}
+    readers = {".png": _pixels, ".npy": lambda path: np.load(path, allow_pickle=False), ".npz": _arrays}
     readers |= {".json": lambda path: json.loads(path.read_text()), ".html": _page}
     readers |= {".jsonl": lambda path: lines(path, cut=path.name.startswith("results-"))}
     try:
@@ -173,6 +173,11 @@ def _check_whole(path: Path) -> None:
             readers[path.suffix](path)
     except Exception as error:
         raise AssertionError(f"{path.relative_to(path.parents[1])} is torn: {error}") from error
+
+
+def _arrays(path: Path) -> None:
+    with np.load(path, allow_pickle=False) as arrays:
+        dict(arrays)
 
 
 def _page(path: Path) -> None:
