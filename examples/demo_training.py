@@ -13,6 +13,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from ses_jax.models.layers import GroupNorm
+from ses_jax.models.quantized import Dense
 
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 Probe = Callable[[Any], dict[str, float]]
@@ -135,13 +136,23 @@ def _quicker(call, args, kwargs, context):
     module = context.module
     if context.method_name != "__call__":
         return call(*args, **kwargs)
-    if isinstance(module, nn.Dense):  # on `[B * L, D]`: with one batch axis
+    if isinstance(module, nn.Dense | Dense):  # on `[B * L, D]`: with one batch axis
         (x,) = args
         return call(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+    if isinstance(module, nn.Conv) and not module.use_bias and module.strides == module.kernel_size:
+        return _patches(args[0], module.get_variable("params", "kernel"))
     if isinstance(module, GroupNorm):
         scale, bias = (module.get_variable("params", name) for name in ("scale", "bias"))
         return _group_norm(args[0], scale, bias, module.groups, module.eps)
     return call(*args, **kwargs)
+
+
+def _patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution without a bias whose windows do not overlap, as one product."""
+    height, width, channels, features = kernel.shape
+    batch, rows, columns = len(x), x.shape[1] // height, x.shape[2] // width
+    cells = x.reshape(batch, rows, height, columns, width, channels).transpose(0, 1, 3, 2, 4, 5)
+    return (cells.reshape(batch * rows * columns, -1) @ kernel.reshape(-1, features)).reshape(batch, rows, columns, -1)
 
 
 def _group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, epsilon: float) -> jax.Array:

@@ -23,7 +23,7 @@ from demo_losses import clip_loss, decoder_loss, dit_loss, init_dit, vae_loss
 from ses_jax.models import autoencoder_kl, clip
 
 Stage = Literal["tokenizer", "vae", "decoder", "clip", "dit", "held-out-clip", "export"]
-STEPS: dict[str, int] = {"vae": 4500, "decoder": 1000, "clip": 2000, "dit": 7000, "held-out-clip": 2000}
+STEPS: dict[str, int] = {"vae": 4500, "decoder": 1000, "clip": 1400, "dit": 5000, "held-out-clip": 1400}
 SETTINGS = {"steps": 20, "preview_steps": 10, "guidance": 1.0, "level": 2, "reward": "clip"}
 HELD_OUT_SEED = 1000  # added to the seed of the CLIP that only measures
 

@@ -5,7 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
+import jaxprs
 import numpy as np
 import pytest
 
@@ -16,6 +18,8 @@ import measure_demo2
 import train_demo2
 from demo2 import batches
 from demo2.sizes import DEMO, TINY
+
+from ses_jax.models import layers, quantized
 
 STAGES = ("vae", "decoder", "clip", "dit", "held-out-clip")
 
@@ -97,6 +101,30 @@ def test_prompts_fit(straight):
     _, lengths = demo_models.tokenize_prompts(prompt_tokenizer, texts, length=100)
     assert lengths.max() <= demo_models.PROMPT_LENGTH
     assert max(len(ids) for ids in clip_tokenizer(texts)["input_ids"]) <= demo_models.PROMPT_LENGTH
+
+
+class Layers(nn.Module):
+    """One of each kind that training runs in another form."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (2, 2), (2, 2), padding="VALID", use_bias=False)(x)
+        x = layers.GroupNorm(4)(x).reshape(len(x), -1, 8)
+        return nn.Dense(3)(quantized.Dense(5)(x))
+
+
+def test_layers_in_quicker_forms_are_the_same(key):
+    x = jax.random.normal(key, (2, 4, 6, 3))
+    params = Layers().init(key, x)
+
+    def quick(params, x):
+        with nn.intercept_methods(demo_training._quicker):
+            return Layers().apply(params, x)
+
+    np.testing.assert_allclose(quick(params, x), Layers().apply(params, x), atol=1e-5)
+    traced = jax.make_jaxpr(quick)(params, x).jaxpr
+    assert not jaxprs.convolutions(traced)
+    assert sum(product.invars[0].aval.ndim == 2 for product in jaxprs.products(traced)) == 3
 
 
 def test_shares_of_buckets_add_up_and_sides_fit_the_networks():
