@@ -201,7 +201,7 @@ def damage(rng: random.Random, path: Path) -> None:
             path.write_text(
                 json.dumps(damaged_json(rng, json.loads(data.split(b"\n")[0] if path.suffix == ".jsonl" else data)))
             )
-        except ValueError:
+        except (ValueError, RecursionError):  # damaged before
             path.write_bytes(damaged_bytes(rng, data))
     else:
         path.write_bytes(damaged_bytes(rng, data))

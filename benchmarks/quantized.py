@@ -41,7 +41,7 @@ class Arguments:
     """
 
     kinds: tuple[str, ...] = ("int8", "fp8")
-    prompts: int = 40
+    prompts: int = 50
     budget: int = 10
     at_once: int = 10
     out: Path = common.RESULTS

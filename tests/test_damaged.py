@@ -236,6 +236,7 @@ def test_configs_of_another_kind_are_named(tmp_path, name, entries, message):
         ("scheduler/scheduler_config.json", {"shift": float("nan")}, "noise levels that are not finite"),
         ("ses_jax.json", {"steps": "x"}, r"(?s)make no pipeline.*steps|ses_jax\.json: steps"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": {"a": 1}}, "the tokenizer in .* cannot be read"),
+        ("tokenizer/tokenizer_config.json", {"padding_side": "[" * 9999}, "the tokenizer in .* cannot be read.{,205}$"),
     ],
 )
 def test_a_checkpoints_small_files_are_named(tmp_path, name, content, message):

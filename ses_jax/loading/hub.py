@@ -195,7 +195,8 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer(["a"])  # settings of another kind show when they are used
         return tokenizer
     except Exception as error:  # the library raises anything from OSError to KeyError for damaged files
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        reason = " ".join(str(error).split())[:200]  # it may have all of a file in it
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {reason}") from error
 
 
 def _auto_tokenizer() -> Any:
