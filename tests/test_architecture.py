@@ -42,6 +42,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "runner",
             "finals",
             "generations",
+            "hosted",
             "identity",
             "ahead",
             "outline",

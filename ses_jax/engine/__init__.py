@@ -6,6 +6,7 @@ models       the pipeline and the reward of a search, loaded and kept for the ne
 runner       searches for one or more prompts at once
 finals       what they found, and its images
 generations  compiled steps until the budget is spent
+hosted       a generation whose reward has parts on the host
 identity     what a search is, for its result and for whoever continues it
 ahead        programs compiled while others run
 outline      a search as shapes, and its programs lowered

@@ -249,17 +249,12 @@ class RunConfig(Settings):
 
 
 def check_reward(config: SearchConfig, reward: Reward) -> None:
-    """Raises ValueError for looks or gradients of a reward that is not compiled into the search."""
+    """Raises ValueError for gradients of a reward that is not compiled into the search."""
     names = ", ".join(part.name for part in reward.parts if part.on_host)
     if names and config.needs_gradient:
         raise ValueError(
             f"searcher={config.as_json()['searcher']!r} needs the gradients of rewards that JAX can trace, and {names} "
             "is not; leave it out, or choose another searcher"
-        )
-    if names and config.fidelity.looks:
-        raise ValueError(
-            f"fidelity={str(config.fidelity)!r} needs rewards that JAX can trace, and {names} is not; "
-            'use fidelity="full"'
         )
 
 

@@ -80,11 +80,8 @@ def candidates(
       `[P * n, device parts]`.
     """
     points = propose(program, inputs, generation, state)
-
-    def images_and_components(images, owner):
-        return images, previews.components(program, params, inputs, images, owner)
-
-    return points, *previews.preview(program, params[0], inputs, points, images_and_components)
+    finish = functools.partial(previews.with_images, program, params, inputs)
+    return points, *previews.preview(program, params[0], inputs, points, finish)
 
 
 pixels = compiled(static=1)(lambda side, images: previews.pixels(images, side))

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ses_jax.engine import generation, kept, memory, resume, watching
+from ses_jax.engine import generation, hosted, kept, memory, resume, watching
 from ses_jax.engine.kept import Kept
 from ses_jax.engine.program import Scored, State
 from ses_jax.engine.progress import Report, Step, Work, seconds_left
@@ -17,7 +16,6 @@ from ses_jax.engine.stopping import Stop, waited_for
 from ses_jax.engine.tasks import Task, generation_count, initial_state
 from ses_jax.engine.watching import Shot, Sight, Watch
 from ses_jax.loading import partition
-from ses_jax.rewards import reward as rewards
 
 
 class Outcome(NamedTuple):
@@ -108,18 +106,7 @@ def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State,
 
 
 def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
-    """One generation, as one compiled program, or as two with the parts on the host between them."""
-    if not task.reward.on_host:
-        return generation.generation_step(task.program, task.params, task.inputs, index, state)
-    program, shown = task.program, task.program.shown
-    points, images, device = generation.candidates(program, task.params, task.inputs, index, state)
-    count = task.program.evaluated
-    texts = [prompt for prompt in task.prompts for _ in range(count)]
-    components = rewards.host_components(task.reward, np.asarray(device), images, texts)
-    components = jnp.asarray(components).reshape(len(task.prompts), count, -1)
-    new, scored = generation.update(program, task.inputs, index, state, points, components)
-    if shown is None:
-        return new, scored
-    pixels = generation.pixels(shown.side, images)
-    noise = generation.noise_of(program, task.inputs, points) if shown.noise else None
-    return new, scored._replace(previews=pixels.reshape(len(task.prompts), count, *pixels.shape[1:]), noise=noise)
+    """One generation, as one compiled program, or as several with the parts on the host between them."""
+    if task.reward.on_host:
+        return hosted.step(task, index, state)
+    return generation.generation_step(task.program, task.params, task.inputs, index, state)

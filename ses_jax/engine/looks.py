@@ -5,6 +5,7 @@ the candidates beyond it come last, and count nowhere.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading import partition
 from ses_jax.rewards import mixture
 from ses_jax.searchers import elites, wavelet
+
+Finish = Callable[[Array, Array], Any]
 
 
 class Field(NamedTuple):
@@ -59,68 +62,80 @@ def previewed(
 
     What a look says is -inf where it is not finite.
     """
-    count = program.evaluated
-    field = _everyone(program, inputs, generation, noise_of(program, inputs, points))
+    field = everyone(program, inputs, generation, points)
+    score = functools.partial(components, program, params, inputs)
     looks, taken = [], 0
     for place, look in enumerate(program.fidelity.looks):
-        field, seen = _look(program, params, inputs, (place, taken), field)
-        totals = field.hide(jax.vmap(elites.finite)(_totals(program, field.hide(seen, jnp.nan))), jnp.nan)
-        looks.append(field.in_place(totals, count))
-        field = _best(program.model.mesh, look, generation, field, totals)
-        taken = look.steps if look.kind == EARLY else taken
-    found, shown = _finish(program, params, inputs, taken, field)
-    shown = None if shown is None else field.shown(shown, count)
-    return field.in_place(found, count), jnp.stack(looks, axis=-1), shown
+        field, seen = taken_look(program, params[0], inputs, (place, taken), field, score)
+        said, field = best(program, place, generation, field, seen)
+        looks.append(said)
+        taken = steps_after(look, taken)
+    finish = functools.partial(scored, program, params, inputs)
+    found, shown = finished(program, params[0], inputs, taken, field, finish)
+    shown = None if shown is None else field.shown(shown, program.evaluated)
+    return field.in_place(found, program.evaluated), jnp.stack(looks, axis=-1), shown
 
 
-def _everyone(program: Program, inputs: Inputs, generation: Array, noise: Array) -> Field:
+def everyone(program: Program, inputs: Inputs, generation: Array, points: Any) -> Field:
     """A whole generation."""
+    noise = noise_of(program, inputs, points)
     index = jnp.broadcast_to(jnp.arange(noise.shape[1]), noise.shape[:2])
     counted = jnp.clip(inputs.budget - generation * program.problem.population, 0, noise.shape[1])
     return Field(index, noise, noise, counted)
 
 
-def _look(
-    program: Program, params: Any, inputs: Inputs, at: tuple[int, int], field: Field
-) -> tuple[Field, Float[Array, "p m parts"]]:
-    """The field after a look, and the components that it gives; `at` is its place, and how many steps were taken."""
+def taken_look(
+    program: Program, params: Any, inputs: Inputs, at: tuple[int, int], field: Field, finish: Finish
+) -> tuple[Field, Any]:
+    """The field after a look, and `finish(images, owner)` of what it shows, `[P, m, ...]`.
+
+    `at` is the look's place, and how many steps of the preview were taken before it.
+    """
     place, taken = at
     look = program.fidelity.looks[place]
     if look.kind == EARLY:
-        return _early(program, params, inputs, (taken, look.steps), field)
+        return _early(program, params, inputs, (taken, look.steps), field, finish)
     model = program.half if look.kind == HALF else program.model
     noise = wavelet.half(field.noise) if look.kind == HALF else field.noise
-    score = functools.partial(components, program, params, inputs)
     prompts = inputs.looks[place], inputs.condition
-    found = denoising.images(model, program.chunk, params[0], prompts, rows_of(noise), score)
-    return field, _by_prompt(field, found)
+    return field, _by_prompt(field, denoising.images(model, program.chunk, params, prompts, rows_of(noise), finish))
 
 
 def _early(
-    program: Program, params: Any, inputs: Inputs, steps: tuple[int, int], field: Field
-) -> tuple[Field, Float[Array, "p m parts"]]:
-    """The preview from one step to another, and the components of what it is predicted to be."""
-    score = functools.partial(components, program, params, inputs)
+    program: Program, params: Any, inputs: Inputs, steps: tuple[int, int], field: Field, finish: Finish
+) -> tuple[Field, Any]:
+    """The preview from one step to another, and what it is predicted to be."""
     prompts = inputs.sigmas[steps[0] : steps[1] + 1], inputs.condition
     rows = rows_of(field.latents)
-    latents, found = denoising.predicted(program.model, program.chunk, params[0], prompts, rows, score)
+    latents, found = denoising.predicted(program.model, program.chunk, params, prompts, rows, finish)
     latents = partition.constrain(program.model.mesh, latents)
     return field._replace(latents=_by_prompt(field, latents)), _by_prompt(field, found)
 
 
-def _finish(
-    program: Program, params: Any, inputs: Inputs, taken: int, field: Field
-) -> tuple[Float[Array, "p m parts"], UInt8[Array, "p m h w 3"] | None]:
-    """Components of full previews, after the steps that were taken, and what is shown of them."""
-    score = functools.partial(scored, program, params, inputs)
+def steps_after(look: Look, taken: int) -> int:
+    """How many steps of the preview are taken after a look."""
+    return look.steps if look.kind == EARLY else taken
+
+
+def finished(program: Program, params: Any, inputs: Inputs, taken: int, field: Field, finish: Finish) -> Any:
+    """`finish(images, owner)` of full previews, `[P, m, ...]`, after the steps that were taken."""
     prompts = inputs.sigmas[taken:], inputs.condition
-    found = denoising.images(program.model, program.chunk, params[0], prompts, rows_of(field.latents), score)
-    return jax.tree.map(functools.partial(_by_prompt, field), found)
+    found = denoising.images(program.model, program.chunk, params, prompts, rows_of(field.latents), finish)
+    return _by_prompt(field, found)
 
 
-def _by_prompt(field: Field, values: Array) -> Array:
+def _by_prompt(field: Field, tree: Any) -> Any:
     """Rows as `[P, m, ...]`."""
-    return values.reshape(*field.index.shape, *values.shape[1:])
+    return jax.tree.map(lambda x: x.reshape(*field.index.shape, *x.shape[1:]), tree)
+
+
+def best(
+    program: Program, place: int, generation: Array, field: Field, seen: Float[Array, "p m parts"]
+) -> tuple[Float[Array, "p n"], Field]:
+    """What a look's components add up to, by candidate, and the field of those that go on."""
+    totals = field.hide(jax.vmap(elites.finite)(_totals(program, field.hide(seen, jnp.nan))), jnp.nan)
+    look = program.fidelity.looks[place]
+    return field.in_place(totals, program.evaluated), _best(program.model.mesh, look, generation, field, totals)
 
 
 def _totals(program: Program, seen: Float[Array, "p m parts"]) -> Float[Array, "p m"]:

@@ -25,6 +25,11 @@ def scored(program: Program, params: Any, inputs: Inputs, images: Array, owner: 
     return components(program, params, inputs, images, owner), shown
 
 
+def with_images(program: Program, params: Any, inputs: Inputs, images: Array, owner: Array) -> tuple[Array, Array]:
+    """Images, for the reward's parts on the host, and what the others say of them."""
+    return images, components(program, params, inputs, images, owner)
+
+
 def pixels(images: Float[Array, "n H W 3"], side: int | None) -> UInt8[Array, "n h w 3"]:
     """Images of 8 bits, whose longer side has at most `side` pixels, unless they are much longer than wide.
 
