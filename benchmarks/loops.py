@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import common
-import numpy as np
 import soak
 import tyro
+from soak import on_host, warm
 
 import ses_jax
 
@@ -44,16 +44,6 @@ class Arguments:
     growth: float = 50e6
     maps: int = 200
     out: Path = common.RESULTS
-
-
-def warm(images: Any, prompts: Any) -> Any:
-    """A reward of the user's own that JAX can trace."""
-    return images[..., 0].mean(axis=(1, 2)) - images[..., 2].mean(axis=(1, 2))
-
-
-def on_host(images: Any, prompts: Any) -> Any:
-    """One that runs on the host."""
-    return np.asarray(images)[..., 0].mean(axis=(1, 2))
 
 
 def own_clip(pipeline: Any) -> Any:

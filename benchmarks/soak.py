@@ -2,7 +2,7 @@
 
 `python benchmarks/soak.py` searches demo prompts with a small budget, as a batch run that grows from part to part, so
 that each part also goes on with a folder that is already there. Prints memory at the start and at the end, compilations
-and throughput.
+and throughput. `--form` does the same with a reward on the host, with a mixture and a report, or on a mesh.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import common
 import jax
@@ -26,12 +26,15 @@ import ses_jax
 SLACK = 24e6
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
+Form = Literal["plain", "host", "mixed", "mesh"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Searches many demo prompts in one process.
 
     Attributes:
+      form: the demo's own reward; a function on the host; a mixture of both kinds, with a report; two devices.
       prompts: how many.
       budget: candidates a prompt.
       parts: how often memory and compilations are looked at.
@@ -40,6 +43,7 @@ class Arguments:
       out: folder for the numbers; None is the benchmarks' own.
     """
 
+    form: Form = "plain"
     prompts: int = 1000
     budget: int = 4
     parts: int = 10
@@ -50,15 +54,16 @@ class Arguments:
 
 def main(args: Arguments) -> dict[str, Any]:
     """Runs the soak; raises AssertionError if memory grew or something was compiled again."""
-    pipeline = ses_jax.load_pipeline("demo")
-    reward = ses_jax.load_reward("clip", source=pipeline.folder / "clip")
+    if args.form == "mesh" and jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_num_cpu_devices", 2)
+    pipeline = ses_jax.load_pipeline("demo", mesh="data=2,model=1" if args.form == "mesh" else None)
     prompts = demo_prompts(args.prompts + args.warm_up)
     lengths = {str(jax.tree.map(np.shape, pipeline.tokenize([p], guidance=2.0))): p for p in prompts}
     first = [*lengths.values(), *prompts[: args.warm_up]]
     prompts = first + prompts[args.warm_up :]
     compilations = count_compilations()
     settings = {"budget": args.budget, "population": max(2, args.budget // 2), "elites": 1, "progress": False}
-    settings |= {"model": pipeline, "reward": reward, "preview_steps": 2, "steps": 2}
+    settings |= {"model": pipeline, "preview_steps": 2, "steps": 2, **rewards(args.form, pipeline)}
     marks = []
     with tempfile.TemporaryDirectory() as folder:
         for done in [len(first), *(len(first) + args.prompts * (i + 1) // args.parts for i in range(args.parts))]:
@@ -68,9 +73,30 @@ def main(args: Arguments) -> dict[str, Any]:
             print(*(f"{name} {value:.4g}" for name, value in marks[-1].items()), sep="  ", flush=True)
             assert summary["finished"] == done, summary
     result = report(args, marks)
-    print(common.save("soak", result, *([args.out] if args.out else [])))
+    print(
+        common.save("soak" if args.form == "plain" else f"soak_{args.form}", result, *([args.out] if args.out else []))
+    )
     check(args, result)
     return result
+
+
+def rewards(form: Form, pipeline: Any) -> dict[str, Any]:
+    """What drives a search, and what is reported beside it."""
+    if form == "host":
+        return {"reward": on_host}
+    if form == "mixed":
+        return {"reward": {"clip": 1.0, warm: 0.3}, "report": [on_host]}
+    return {"reward": ses_jax.load_reward("clip", source=pipeline.folder / "clip")}
+
+
+def warm(images: Any, prompts: Any) -> Any:
+    """A reward of the user's own that JAX can trace."""
+    return images[..., 0].mean(axis=(1, 2)) - images[..., 2].mean(axis=(1, 2))
+
+
+def on_host(images: Any, prompts: Any) -> Any:
+    """One that runs on the host."""
+    return np.asarray(images)[..., 0].mean(axis=(1, 2))
 
 
 def report(args: Arguments, marks: list[dict[str, float]]) -> dict[str, Any]:
