@@ -9,7 +9,6 @@ import functools
 import logging
 import os
 import sys
-import traceback
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ses_jax.rewards.host import origin
-from ses_jax.shell import words
+from ses_jax.shell import errors, words
 from ses_jax.shell.commands import doctor, export, show, studio
 from ses_jax.shell.dry_run import print_dry_run
 from ses_jax.shell.options import PlanOptions, Quantize, RenderOptions, SearchOptions, arguments
@@ -309,7 +308,9 @@ def main(args: list[str] | None = None) -> int:
     Returns:
       The exit status: 2 for bad input, which is one line on stderr; 1 for an error of a reward, with its traceback.
     """
-    args = sys.argv[1:] if args is None else args
+    if args is None:
+        args = sys.argv[1:]
+        errors.only_once()
     if args == ["--version"]:
         import ses_jax
 
@@ -328,20 +329,8 @@ def main(args: list[str] | None = None) -> int:
     except Exception as error:
         if origin(error) is None and not isinstance(error, ValueError | OSError):
             raise
-        return _told(error, verbose)
+        return errors.tell(error, verbose)
     return status or 0
-
-
-def _told(error: Exception, verbose: bool) -> int:
-    """Says on stderr what went wrong; of what users' own code raised, also where."""
-    where = origin(error)
-    text = " ".join(str(error).split())
-    if verbose or where is not None:
-        traceback.print_exception(error)
-    if where is not None:
-        text = f"{where}: {type(error).__name__}: {text}"
-    print(f"ses-jax: {text}", file=sys.stderr)
-    return 2 if where is None else 1
 
 
 def _keep_compiled_programs() -> None:

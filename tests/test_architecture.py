@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS: dict[str, tuple[set[str], list[str]]] = {
     "ses_jax.shell": (
         {f"ses_jax.{room}" for room in ("studio", "batch", "planner", "engine", "exports", "rewards")},
-        ["commands", "options", "doctor", "dry_run", "words"],
+        ["commands", "options", "doctor", "dry_run", "words", "errors"],
     ),
     "ses_jax.studio": ({"ses_jax.engine"}, ["page", "sessions"]),
     "ses_jax.batch": (
