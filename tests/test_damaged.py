@@ -141,6 +141,30 @@ def test_a_damaged_state_is_begun_anew(tmp_path, caplog, name, text):
     assert resume.load(folder, STATE)[0] == 1
 
 
+def test_what_is_said_of_settings_of_any_length_is_short(tmp_path, run):
+    """Of a search under way, a finished one and a run; of many settings, and of one with a long name or value."""
+    long = "[" * 100_000
+    for place, saved in enumerate(({long: 1}, {"prompt": long}, {str(i): i for i in range(10_000)})):
+        resume.begin(tmp_path / str(place), saved)
+        with pytest.raises(ValueError, match=r"an unfinished search with other settings .*\.\.\.") as caught:
+            resume.begin(tmp_path / str(place), {"seed": 1})
+        assert len(str(caught.value)) < 3000
+    changed = json.loads((run.folder / "00000" / "result.json").read_text())
+    changed["config"]["wavelet"] = long
+    (run.folder / "00000" / "result.json").write_text(json.dumps(changed))
+    settings = json.loads((run.folder / "run.json").read_text())
+    settings["settings"]["wavelet"] = long
+    (run.folder / "run.json").write_text(json.dumps(settings))
+    again = {"model": PIPELINE, "reward": REWARD, "resume": True, **SETTINGS}
+    for call in (
+        lambda: ses_jax.search(PROMPTS[0], out=run.folder / "00000", **again),
+        lambda: run.check({"wavelet": "db1"}),
+    ):
+        with pytest.raises(ValueError, match=r"wavelet.*\.\.\.") as caught:
+            call()
+        assert len(str(caught.value)) < 3000
+
+
 def test_the_state_of_another_search_is_begun_anew(tmp_path, caplog):
     resume.begin(tmp_path / "state", {})
     resume.save(tmp_path / "state", 2, STATE, [SCORED])

@@ -22,7 +22,7 @@ import numpy as np
 
 from ses_jax.batch.prompts import Row
 from ses_jax.engine.config import BUDGET
-from ses_jax.engine.files import naming, writable_folder, write
+from ses_jax.engine.files import brief, naming, writable_folder, write
 from ses_jax.engine.result import SearchResult
 from ses_jax.engine.saved import SCORES, picture, read_json, read_summary
 from ses_jax.report import gallery
@@ -66,8 +66,9 @@ class Run:
         for name, value in _plain(settings).items():
             if saved.get(name, value) != value and not (name == "budget" and self._grows(saved)):
                 larger = " go on with a larger budget and resume=True (--resume)," if name == "budget" else ""
+                before, now = brief(repr(saved[name])), brief(repr(value))
                 raise ValueError(
-                    f"{self.folder} was started with {name}={saved[name]!r}, now {name}={value!r}; "
+                    f"{self.folder} was started with {name}={before}, now {name}={now}; "
                     f"continue with the same setting,{larger} or choose another folder"
                 )
         self._check_rows()

@@ -91,3 +91,8 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """A `.npy` file, whatever the ending of the path."""
     with path.open("wb") as file:
         np.save(file, array)
+
+
+def brief(text: str, longest: int = 200) -> str:
+    """For an error: what a damaged file says may be of any length."""
+    return text if len(text) <= longest else f"{text[:longest]}..."

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ses_jax.engine import kept, repeat
 from ses_jax.engine import resume as saved_search
-from ses_jax.engine.files import writable_folder
+from ses_jax.engine.files import brief, writable_folder
 from ses_jax.engine.kept import Kept
 from ses_jax.engine.placement import check_path
 from ses_jax.engine.result import FILES, SearchResult, save_search
@@ -88,7 +88,7 @@ class Output(NamedTuple):
         if differing == ["budget"]:
             return _of_larger(self.of(index), had["budget"], wanted["budget"])
         if differing:
-            changes = ", ".join(f"{name} {had[name]!r} -> {wanted[name]!r}" for name in differing)
+            changes = ", ".join(f"{name} {brief(repr(had[name]))} -> {brief(repr(wanted[name]))}" for name in differing)
             raise ValueError(
                 f"{self.of(index)} holds a finished search with other settings ({changes}); choose another folder, or "
                 "overwrite it with overwrite=True (--overwrite)"

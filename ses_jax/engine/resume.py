@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ses_jax.engine.files import write
+from ses_jax.engine.files import brief, write
 from ses_jax.engine.program import Scored, State
 from ses_jax.engine.saved import read_json
 from ses_jax.engine.watching import Shot
@@ -51,7 +51,8 @@ def differing(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, free: Sequ
     """In what two searches differ, in words; empty if in nothing but what is `free`."""
     wanted = json.loads(json.dumps(wanted))
     names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-    return ", ".join(f"{name} {saved.get(name)!r} -> {wanted.get(name)!r}" for name in names if name not in free)
+    sides = ((name, repr(saved.get(name)), repr(wanted.get(name))) for name in names if name not in free)
+    return brief(", ".join(f"{brief(name)} {brief(before)} -> {brief(now)}" for name, before, now in sides), 2000)
 
 
 def _drop_partial(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
