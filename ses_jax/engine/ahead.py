@@ -17,12 +17,12 @@ LOG = logging.getLogger("ses_jax")
 def compile_render(task: Task) -> Future[None] | None:
     """Starts to compile the final renders in a thread; to be waited for before they are called.
 
-    None where that could do harm: devices that are this host's cores, where a program's parts wait for each other, and
-    several processes, which have to compile the same programs in the same order.
+    None where there is nothing to gain, or harm: devices that are this host's cores, which are busy, and where the
+    thread's compiler keeps memory; and several processes, which have to compile the same programs in the same order.
     """
     mesh = task.program.model.mesh
-    on_cores = mesh is not None and mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-    if on_cores or jax.process_count() > 1:
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if device.platform == "cpu" or jax.process_count() > 1:
         return None
     pool = ThreadPoolExecutor(1, "ses_jax-compile")
     compiled = pool.submit(_compile, task)
