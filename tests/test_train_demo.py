@@ -1,85 +1,133 @@
-"""The demo's training, at toy sizes: every stage takes what the one before it leaves, down to the checkpoint.
+"""`train_demo` at toy sizes: every stage runs, and an interrupted one continues to the very same weights."""
 
-The loop and the losses are those of `train_demo2`, whose tests run them.
-"""
-
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from unittest import mock
 
+import flax.linen as nn
 import jax
+import jaxprs
 import numpy as np
 import pytest
 
-from ses_jax.loading import folder
-from ses_jax.pipelines.registry import FAMILIES
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import demo_models
-import demo_training
-import scenes
+import measure_demo
 import train_demo
+from demo import batches, tokenizers, training
+from demo.sizes import DEMO, TINY
 
-STAGES = ("vae", "decoder", "clip", "dit")
+from ses_jax.models import layers, quantized
 
-
-def traced(optimizer, loss, average_decay):
-    """Steps that look at what they are given and leave the weights as they are."""
-
-    def update(state, batch, key, scale):
-        value, _ = jax.eval_shape(loss, state.params, batch, key)
-        assert value.shape == ()
-        return state._replace(step=state.step + 1), {"loss": scale}
-
-    return update
+STAGES = ("vae", "decoder", "clip", "dit", "held-out-clip")
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> train_demo.Arguments:
     """All stages without a stop."""
     args = train_demo.Arguments(work=tmp_path_factory.mktemp("straight"), steps=2, sizes="tiny")
-    with mock.patch.object(demo_training, "_updater", traced):
-        train_demo.main(args)
+    train_demo.main(args)
     return args
 
 
+def test_an_interrupted_training_continues_to_the_same_weights(straight, tmp_path):
+    for minutes in (0.0, float("inf")):  # the first run stops after one step
+        train_demo.main(dataclasses.replace(straight, work=tmp_path, stage="vae", minutes=minutes))
+        steps, found = training.load(tmp_path / "vae")
+        assert steps == (1 if minutes == 0 else 2)
+    jax.tree.map(np.testing.assert_array_equal, found, training.load(straight.work / "vae")[1])
+
+
+def test_batches_are_of_all_buckets_and_follow_from_the_step(straight):
+    tokenizer, _ = tokenizers.load_tokenizers(train_demo.tokenizers(straight))
+    sizes = dataclasses.replace(TINY, buckets=tuple(dataclasses.replace(b, share=0.5) for b in TINY.buckets))
+    statistics = json.loads((straight.work / "latents.json").read_text())
+    first, second = (batches.pool_batches(straight.work / "pool", sizes, statistics, tokenizer, 0) for _ in range(2))
+    shapes = set()
+    for step in range(12):
+        batch = first(step)
+        jax.tree.map(np.testing.assert_array_equal, batch, second(step))
+        shapes.add(batch["latents"].shape[2:])
+    assert len(shapes) == len(sizes.buckets)
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses_are_logged(straight, stage):
-    rows = [json.loads(line) for line in (straight.work / stage / "losses.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 2
-    assert np.isfinite(rows[-1]["loss"])
+def test_losses_and_evaluations_are_logged(straight, stage):
+    for file in ("losses", "probes"):
+        rows = [json.loads(line) for line in (straight.work / stage / f"{file}.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == 2
+        assert np.isfinite(list(rows[-1].values())).all()
+    assert len(rows[-1]) > 2
 
 
-def test_the_export_is_a_checkpoint_that_loads(straight):
-    out = straight.work / "export"
-    parts = folder.components(out, FAMILIES)
-    assert set(parts) == {"transformer", "vae", "text_encoder", "clip"}
-    for name, part in parts.items():
-        config, _ = folder.network.load(out / name, part)[1:3]
-        assert config == part.from_json(json.loads((out / name / "config.json").read_text()))
+def test_a_pool_continues_where_it_stopped(straight, tmp_path):
+    tokenizer, _ = tokenizers.load_tokenizers(train_demo.tokenizers(straight))
+    whole = straight.work / "pool"
+    names = sorted(path.name for path in whole.iterdir())
+    assert len(names) == sum(-(-b.pool // TINY.shard) for b in TINY.buckets)
+    for name in names[1:]:
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    batches.make_pool(tmp_path, TINY, train_demo.load_vae(straight), tokenizer, straight.seed)
+    for name in names:
+        found, wanted = np.load(tmp_path / name), np.load(whole / name)
+        for key in wanted.files:
+            np.testing.assert_array_equal(found[key], wanted[key])
 
 
-def test_a_stage_without_its_predecessor_says_so(tmp_path):
-    demo_models.train_tokenizers(tmp_path, ["a red circle on a white background"])
-    args = train_demo.Arguments(work=tmp_path, stage="dit", sizes="tiny")
-    with pytest.raises(FileNotFoundError, match="train this stage first"):
-        train_demo.main(args)
+def test_both_clips_saw_other_data_from_other_weights(straight):
+    first, second = (np.load(straight.work / f"{name}-pool" / "families-000.npz") for name in ("clip", "held-out-clip"))
+    assert not np.array_equal(first["tokens"], second["tokens"])
+    kernels = [training.load(straight.work / name)[1] for name in ("clip", "held-out-clip")]
+    assert any(not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, kernels), strict=True))
 
 
-def test_prompts_fit_and_any_text_can_be_encoded(straight):
-    prompt_tokenizer, clip_tokenizer = demo_models.load_tokenizers(straight.work)
-    rng = np.random.default_rng(0)
-    captions = [scenes.caption(rng, scenes.sample(rng)) for _ in range(500)]
-    _, lengths = demo_models.tokenize_prompts(prompt_tokenizer, captions, length=100)
-    assert lengths.max() <= demo_models.PROMPT_LENGTH
-    assert (np.array([len(ids) for ids in clip_tokenizer(captions)["input_ids"]]) <= demo_models.PROMPT_LENGTH).all()
-    text = "ein blauer würfel 🟦 über 三角"
-    for tokenizer in (prompt_tokenizer, clip_tokenizer):
-        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text
+def test_the_export_is_a_checkpoint_that_can_be_measured(straight, tmp_path):
+    out = tmp_path / "facts.json"
+    options = {"model": str(straight.work / "export"), "sizes": "tiny", "out": out}
+    measure_demo.main(measure_demo.Arguments(**options, prompts=2, searched=1, noises=3, steps=1))
+    facts = json.loads(out.read_text())
+    assert set(facts) == {"reconstructions", "clip pairs", "held_out_clip pairs", "accuracy", "best_of"}
+    assert set(facts["best_of"]) == {"one noise", "best of 3"}
+    shares = [share for kind in facts.values() for share in jax.tree.leaves(kind)]
+    assert len(shares) == 1 + 2 + 2 + 2 * 6 + 2
+    assert all(0 <= share <= 1 for share in shares)
 
 
-def test_the_end_token_of_clip_is_the_largest_id(straight):
-    _, tokenizer = demo_models.load_tokenizers(straight.work)
-    assert tokenizer.eos_token_id == len(tokenizer) - 1
-    assert tokenizer("a red circle")["input_ids"][-1] == tokenizer.eos_token_id
+def test_prompts_fit(straight):
+    prompt_tokenizer, clip_tokenizer = tokenizers.load_tokenizers(train_demo.tokenizers(straight))
+    texts = batches.caption_sample(1000, seed=1)
+    _, lengths = tokenizers.tokenize_prompts(prompt_tokenizer, texts, length=100)
+    assert lengths.max() <= tokenizers.PROMPT_LENGTH
+    assert max(len(ids) for ids in clip_tokenizer(texts)["input_ids"]) <= tokenizers.PROMPT_LENGTH
+
+
+class Layers(nn.Module):
+    """One of each kind that training runs in another form."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (2, 2), (2, 2), padding="VALID", use_bias=False)(x)
+        x = layers.GroupNorm(4)(x).reshape(len(x), -1, 8)
+        return nn.Dense(3)(quantized.Dense(5)(x))
+
+
+def test_layers_in_quicker_forms_are_the_same(key):
+    x = jax.random.normal(key, (2, 4, 6, 3))
+    params = Layers().init(key, x)
+
+    def quick(params, x):
+        with nn.intercept_methods(training._quicker):
+            return Layers().apply(params, x)
+
+    np.testing.assert_allclose(quick(params, x), Layers().apply(params, x), atol=1e-5)
+    traced = jax.make_jaxpr(quick)(params, x).jaxpr
+    assert not jaxprs.convolutions(traced)
+    assert sum(product.invars[0].aval.ndim == 2 for product in jaxprs.products(traced)) == 3
+
+
+def test_shares_of_buckets_add_up_and_sides_fit_the_networks():
+    for sizes in (DEMO, TINY):
+        for buckets in (sizes.pictures, sizes.buckets):
+            assert sum(b.share for b in buckets) == pytest.approx(1)
+        side = sizes.vae.downscale * sizes.dit.patch_size
+        assert all(b.height % side == b.width % side == 0 for b in sizes.buckets)

@@ -1,4 +1,4 @@
-"""Evaluations during the second demo's trainings, on fixed scenes.
+"""Evaluations during the demo's trainings, on fixed scenes.
 
 Each function here returns a probe, `probe(params) -> {name: share}`, that compiles its programs only once.
 """
@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from demo_export import SHIFT
-from demo_models import CLIP_MEAN, CLIP_STD, tokenize_clip, tokenize_prompts
 
-from demo2 import batches, captions, drawing, judge, scenes
-from demo2.sizes import Sizes
+from demo import batches, captions, drawing, judge, scenes
+from demo.export import SHIFT
+from demo.losses import CLIP_MEAN, CLIP_STD
+from demo.sizes import Sizes
+from demo.tokenizers import tokenize_clip, tokenize_prompts
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
 
 STEPS = 12  # of denoising

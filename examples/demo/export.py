@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from demo_models import CLIP_LENGTH, CLIP_MEAN, CLIP_STD, load_tokenizers
 
+from demo.losses import CLIP_MEAN, CLIP_STD
+from demo.tokenizers import CLIP_LENGTH, load_tokenizers
 from ses_jax.convert import autoencoder_kl, clip, decoder_lm, z_image
 from ses_jax.loading import network
 

@@ -1,9 +1,8 @@
-"""Architectures, batches and amounts of data of the second demo."""
+"""Architectures, batches and amounts of data of the demo."""
 
 import dataclasses
 
-from demo_models import CLIP_LENGTH, VOCABULARY
-
+from demo.tokenizers import CLIP_LENGTH, VOCABULARY
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
 
 

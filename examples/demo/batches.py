@@ -1,4 +1,4 @@
-"""Batches and pools for the second demo's trainings; all are functions of the seed and the step or the shard."""
+"""Batches and pools for the demo's trainings; all are functions of the seed and the step or the shard."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from demo_losses import FAMILY
-from demo_models import PROMPT_LENGTH, tokenize_clip, tokenize_prompts
 from PIL import Image
 
-from demo2 import captions, drawing, scenes
-from demo2.sizes import Bucket, Sizes
+from demo import captions, drawing, scenes
+from demo.losses import FAMILY
+from demo.sizes import Bucket, Sizes
+from demo.tokenizers import PROMPT_LENGTH, tokenize_clip, tokenize_prompts
 from ses_jax.models import autoencoder_kl
 
 CAPTIONS = 3  # of a scene in the pool

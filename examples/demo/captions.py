@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from demo2.scenes import Group, Scene
+from demo.scenes import Group, Scene
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 SYNONYMS = {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from demo2.drawing import (
+from demo.drawing import (
     AREAS,
     INK,
     OUTLINE,
@@ -20,7 +20,7 @@ from demo2.drawing import (
     signed_distance,
     unit,
 )
-from demo2.scenes import BACKGROUNDS, COLORS, DIRECTIONS, Group, Scene
+from demo.scenes import BACKGROUNDS, COLORS, DIRECTIONS, Group, Scene
 
 PALETTE = np.array([*COLORS.values(), *BACKGROUNDS.values(), INK], np.float32)
 NAMES = (*COLORS, *BACKGROUNDS, "ink")

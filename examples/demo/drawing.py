@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from demo2.scenes import BACKGROUNDS, COLORS, DIRECTIONS, MOST_ROOMY, Group, Scene
+from demo.scenes import BACKGROUNDS, COLORS, DIRECTIONS, MOST_ROOMY, Group, Scene
 
 SIDE = 64.0  # units
 MARGIN = 1.5

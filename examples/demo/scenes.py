@@ -1,7 +1,7 @@
 """Scenes of one to four objects in three tiers of difficulty, and the siblings that differ from a scene in one thing.
 
 A scene says what a caption says and what the judge checks; where its objects lie is drawn afresh for every picture
-(`demo2.drawing`).
+(`demo.drawing`).
 """
 
 import dataclasses

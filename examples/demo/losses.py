@@ -1,13 +1,15 @@
-"""Losses of the demos' networks; each returns the loss and facts to log."""
+"""Losses of the demo's networks; each returns the loss and facts to log."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from demo_models import CLIP_MEAN, CLIP_STD
+import numpy as np
 
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
 
+CLIP_MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
+CLIP_STD = np.float32([0.26862954, 0.26130258, 0.27577711])
 FAMILY = 4  # a scene and its siblings, next to each other in a batch of CLIP
 
 

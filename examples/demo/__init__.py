@@ -1,0 +1,1 @@
+"""The demo: scenes with headroom for a search, their judge, and the training of its networks."""

@@ -1,1 +1,0 @@
-"""The second demo: scenes with headroom for a search, their judge, and the training of its networks."""
