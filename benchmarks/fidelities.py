@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -21,7 +21,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import common
-import scenes
+from demo import captions
 
 import ses_jax
 from ses_jax.engine import evaluations, fidelity
@@ -40,6 +40,7 @@ class Arguments:
       looks: in the order in which they are taken; early ones by rising steps.
       preview_steps: of a full preview; None is the model's own.
       kept: the share that goes on, for how often the best candidate is among them.
+      tier: of the prompts' difficulty; None is all in turn.
       prompt_seed: of the evaluation prompts.
       seed: of the noise.
       model: the checkpoint.
@@ -51,6 +52,7 @@ class Arguments:
     looks: tuple[str, ...] = ("half", "half4", "steps2", "steps4", "early2", "early4", "early6")
     preview_steps: int | None = None
     kept: float = 0.3
+    tier: Literal["easy", "medium", "hard"] | None = None
     prompt_seed: int = 2024
     seed: int = 0
     model: str = "demo"
@@ -65,7 +67,7 @@ def main(args: Arguments) -> None:
     config = ses_jax.SearchConfig(searcher="best-of-n", fidelity=plan, seed=args.seed, **settings).resolve(pipeline)
     arguments = {name: value for name, value in dataclasses.asdict(args).items() if name not in ("out", "prompts")}
     rows = begun(args.out / f"{NAME}.json", arguments)
-    for index, (_, prompt) in enumerate(scenes.evaluation_prompts(args.prompts, seed=args.prompt_seed)):
+    for index, (_, prompt) in enumerate(captions.evaluation_prompts(args.prompts, args.tier, args.prompt_seed)):
         if index < len(rows):
             continue
         (result,) = search_prompts(pipeline, reward, config, [prompt], indices=[index])

@@ -20,7 +20,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import common
-import scenes
+from demo import captions, judge
 
 import ses_jax
 
@@ -48,7 +48,7 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    cases = scenes.evaluation_prompts(args.prompts, seed=7)
+    cases = captions.evaluation_prompts(args.prompts, seed=7)
     rows = done(args)
     exact = ses_jax.load_pipeline("demo")
     for kind in ("float32", *args.kinds):
@@ -79,8 +79,7 @@ def searched(pipeline: Any, cases: Sequence[Any], args: Arguments) -> dict[str, 
     settings = {"budget": args.budget, "prompts_at_once": args.at_once, "progress": False}
     results = ses_jax.search([prompt for _, prompt in cases], model=pipeline, **settings)
     correct = [
-        scenes.verify(np.asarray(result.image), scene).correct
-        for (scene, _), result in zip(cases, results, strict=True)
+        judge.verify(np.asarray(result.image), scene).correct for (scene, _), result in zip(cases, results, strict=True)
     ]
     columns = [result.score for result in results], [result.final_score for result in results], map(float, correct)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline.params["transformer"]))

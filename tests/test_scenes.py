@@ -161,3 +161,14 @@ def test_everything_follows_from_the_seed():
     assert scenes.evaluation_scenes(20, "hard") == scenes.evaluation_scenes(50, "hard")[:20]
     first, second = (pictures(sample_many(5, seed=3)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+def test_evaluation_prompts_take_tiers_in_turn_and_stay_the_same():
+    cases = captions.evaluation_prompts(5, seed=3)
+    assert cases == captions.evaluation_prompts(5, seed=3)
+    assert cases[:2] != captions.evaluation_prompts(2, seed=4)
+    for place, tier in enumerate(scenes.TIERS):
+        of_tier = scenes.evaluation_scenes(2, tier, seed=3)
+        assert [scene for scene, _ in cases[place::3]] == of_tier[: len(cases[place::3])]
+    assert [scene for scene, _ in captions.evaluation_prompts(2, "hard", seed=3)] == of_tier
+    assert all(scene.background in prompt for scene, prompt in cases)

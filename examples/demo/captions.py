@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from demo import scenes
 from demo.scenes import Group, Scene
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -39,6 +40,15 @@ def caption(rng: np.random.Generator, scene: Scene) -> str:
         content = f" {relation} ".join(nouns)
     templates = SHORT_TEMPLATES if len(nouns) > 2 else TEMPLATES
     return str(rng.choice(templates)).format(content=content, background=scene.background)
+
+
+def evaluation_prompts(count: int, tier: str | None = None, seed: int = 2024) -> list[tuple[Scene, str]]:
+    """Scenes of a tier, or of each in turn, without held-out combinations, and their captions; fixed by the seed."""
+    tiers = scenes.TIERS if tier is None else (tier,)
+    columns = [scenes.evaluation_scenes(-(-count // len(tiers)), name, seed=seed) for name in tiers]
+    wanted = [scene for row in zip(*columns, strict=True) for scene in row][:count]
+    rng = np.random.default_rng(seed)
+    return [(scene, caption(rng, scene)) for scene in wanted]
 
 
 def noun(rng: np.random.Generator, group: Group) -> str:

@@ -55,7 +55,7 @@ VERIFIED = (
     "not run with the published weights"
 )
 PUBLISHED = (
-    base.Published("demo", "64 x 64 px, trained by examples/train_demo.py, shipped in the package", "run for real"),
+    base.Published("demo", "128 x 128 px, trained by examples/train_demo.py, shipped in the package", "run for real"),
     base.Published(
         "Tongyi-MAI/Z-Image-Turbo", "6.2 B parameters, 8 steps, guidance 0", VERIFIED, CONFIGS, {"shift": 3.0}
     ),
