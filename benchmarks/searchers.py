@@ -1,72 +1,89 @@
-"""Searchers side by side on the demo: the same prompts, the same base noise, as many network evaluations.
+"""Methods side by side on the demo: the same prompts, the same base noise, as many network evaluations.
 
-`python benchmarks/searchers.py` prints a table and writes `searchers.json`. For each searcher: the reward of the best
-preview at each budget of evaluations, and what the judge of `examples/scenes.py`, which reads pixels and drives
-nothing, says of the final image; both also as the mean paired difference to one of the searchers, with its standard
-error. Searchers and seeds that the file has already are not run again.
+`python benchmarks/searchers.py` prints tables and writes, under `benchmarks/results/` unless `--out` says otherwise:
+
+    searchers.json   of each method, seed and prompt, at each budget of network evaluations: the reward of the best
+                     preview, and of the final image what a CLIP says that was trained apart and what the judge of
+                     `examples/demo/judge.py` says, which reads pixels; both drive nothing
+    searchers.png    their means over the budget
+
+A method is a searcher, or a searcher and looks, such as "best-of-n+half:0.3". Methods and seeds that the file has
+already are not run again.
 """
 
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import common
-import scenes
+from demo import captions, judge
 
 import ses_jax
+from ses_jax.engine.files import write
 
-Rows = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # by searcher and seed, one row a prompt
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Rows = Mapping[str, Mapping[str, Sequence[Mapping[str, Sequence[float]]]]]  # by method and seed, one a prompt
+HELD_OUT = "held-out reward"
+COLUMNS = ("reward", "final reward", HELD_OUT, "all correct", "checks correct", "low band")
+SHOWN = ("reward", HELD_OUT, "all correct", "low band")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Compares searchers on the demo checkpoint.
+    """Compares methods on the demo checkpoint.
 
     Attributes:
-      searchers: as `search` takes them.
+      methods: searchers as `search` takes them; after a "+" the fidelity.
       against: the one that the others' differences are to.
-      nfe: budgets in network evaluations, by which the rewards are read; images are those of the largest.
+      nfe: budgets in network evaluations, rising.
       prompts: how many evaluation prompts.
+      tier: of their difficulty; None is all in turn.
       prompt_seed: of the prompts; 2024 are those that the demo's defaults were chosen on.
       seeds: of the noise.
       at_once: prompts in a batch.
       out: folder for the results.
     """
 
-    searchers: tuple[str, ...] = ("best-of-n", "ses", "ses,explore=20", "zero-order", "gradient")
+    methods: tuple[str, ...] = ("best-of-n", "ses", "ses,explore=20", "zero-order", "gradient", "best-of-n+half:0.3")
     against: str = "best-of-n"
-    nfe: tuple[int, ...] = (240, 420, 600, 1020)
-    prompts: int = 40
+    nfe: tuple[int, ...] = (100, 250, 500, 1500)
+    prompts: int = 100
+    tier: Literal["easy", "medium", "hard"] | None = "hard"
     prompt_seed: int = 7
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = (0, 1, 2)
     at_once: int = 10
     out: Path = common.RESULTS
 
 
 def main(args: Arguments) -> None:
-    cases = scenes.evaluation_prompts(args.prompts, seed=args.prompt_seed)
+    cases = captions.evaluation_prompts(args.prompts, args.tier, args.prompt_seed)
     pipeline = ses_jax.load_pipeline("demo")
     rows = done(args)
-    for searcher in dict.fromkeys((args.against, *args.searchers)):
-        for seed in args.seeds:
-            if str(seed) not in rows.setdefault(searcher, {}):
-                rows[searcher][str(seed)] = searched(pipeline, cases, searcher, seed, args)
+    for seed in args.seeds:
+        for method in dict.fromkeys((args.against, *args.methods)):
+            if str(seed) not in rows.setdefault(method, {}):
+                rows[method][str(seed)] = searched(pipeline, cases, method, seed, args)
                 common.save("searchers", {"arguments": arguments(args), "rows": rows}, args.out)
-    for line in table(rows, args):
-        print(line)
+    figure = plot(rows, args)
+    write(args.out / "searchers.png", lambda path: figure.savefig(path, format="png", dpi=130))
+    print("\n".join(line for place in range(len(args.nfe)) for line in table(rows, place, args)))
 
 
 def arguments(args: Arguments) -> dict[str, Any]:
     """What rows of one file have in common."""
-    return {name: getattr(args, name) for name in ("prompts", "prompt_seed")} | {"nfe": list(args.nfe)}
+    return {name: getattr(args, name) for name in ("prompts", "tier", "prompt_seed")} | {"nfe": list(args.nfe)}
 
 
 def done(args: Arguments) -> dict[str, dict[str, Any]]:
@@ -76,51 +93,82 @@ def done(args: Arguments) -> dict[str, dict[str, Any]]:
     return saved["rows"] if saved.get("arguments") == arguments(args) else {}
 
 
-def searched(pipeline: Any, cases: Sequence[Any], searcher: str, seed: int, args: Arguments) -> list[dict[str, Any]]:
-    """What each prompt's search came to."""
-    settings = {"nfe": max(args.nfe), "seed": seed, "prompts_at_once": args.at_once, "progress": False}
-    results = ses_jax.search([prompt for _, prompt in cases], model=pipeline, searcher=searcher, **settings)
-    rows = []
-    for (scene, _), result in zip(cases, results, strict=True):
-        verdict = scenes.verify(np.asarray(result.image), scene)
-        each = result.cost.search.nfe / len(result.history)
-        rows.append(
-            {
-                "rewards": [result.history[int(nfe // each) - 1]["best"] for nfe in args.nfe],
-                "final reward": result.final_score,
-                "all correct": float(verdict.correct),
-                "checks correct": verdict.fraction,
-                "nfe": result.cost.search.nfe,
-            }
-        )
+def searched(pipeline: Any, cases: Sequence[Any], method: str, seed: int, args: Arguments) -> list[dict[str, Any]]:
+    """What each prompt's search came to, by budget: each budget goes on from the one before."""
+    searcher, _, fidelity = method.partition("+")
+    held_out = ses_jax.load_reward("clip", source=pipeline.folder / "held_out_clip")
+    settings = {"searcher": searcher, "fidelity": fidelity or "full", "seed": seed, "report": [held_out]}
+    rows = [{name: [] for name in (*COLUMNS, "nfe")} for _ in cases]
+    with tempfile.TemporaryDirectory() as folder:
+        for nfe in args.nfe:
+            options = {"nfe": nfe, "prompts_at_once": args.at_once, "out": folder, "resume": True, "progress": False}
+            results = ses_jax.search([prompt for _, prompt in cases], model=pipeline, **settings, **options)
+            for row, (scene, _), result in zip(rows, cases, results, strict=True):
+                for name, value in measures(scene, result).items():
+                    row[name].append(value)
     return rows
 
 
-def table(rows: Rows, args: Arguments) -> list[str]:
-    """Markdown: means, and paired differences."""
-    head = [f"reward at {nfe} NFE" for nfe in args.nfe] + ["final reward", "all correct", "checks correct"]
-    lines = [f"| searcher | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    base = values(rows[args.against], args)
-    for searcher in rows:
-        found = values(rows[searcher], args)
+def measures(scene: Any, result: ses_jax.SearchResult) -> dict[str, float]:
+    """Of one search."""
+    verdict = judge.verify(np.asarray(result.image), scene)
+    *_, held_out = result.components.values()
+    best = max(result.history, key=lambda row: -np.inf if row["score"] is None else row["score"])
+    return {
+        "reward": result.score,
+        "final reward": result.final_score,
+        HELD_OUT: held_out["final_score"],
+        "all correct": float(verdict.correct),
+        "checks correct": verdict.fraction,
+        "low band": best["low_rms"],
+        "nfe": result.cost.search.nfe,
+    }
+
+
+def table(rows: Rows, place: int, args: Arguments) -> list[str]:
+    """Markdown: means at one of the budgets, and paired differences."""
+    lines = [f"\n| at {args.nfe[place]} evaluations | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    base = values(rows[args.against], args)[..., place]
+    for method in rows:
+        found = values(rows[method], args)[..., place]
         cells = [f"{mean:.3f}" for mean in found.mean(axis=0)]
-        if searcher != args.against:
+        if method != args.against:
             cells = [f"{a} ({b})" for a, b in zip(cells, differences(found - base), strict=True)]
-        lines.append(f"| `{searcher}` | {' | '.join(cells)} |")
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return lines
 
 
 def values(by_seed: Mapping[str, Sequence[Mapping[str, Any]]], args: Arguments) -> np.ndarray:
-    """`[seeds * prompts, columns]`."""
+    """`[seeds * prompts, columns, budgets]`."""
     rows = [row for seed in args.seeds for row in by_seed[str(seed)]]
-    names = ("final reward", "all correct", "checks correct")
-    return np.array([[*row["rewards"], *(row[name] for name in names)] for row in rows])
+    return np.array([[row[name] for name in COLUMNS] for row in rows])
 
 
 def differences(pairs: np.ndarray) -> list[str]:
     """Mean and standard error of each column."""
-    errors = pairs.std(axis=0, ddof=1) / len(pairs) ** 0.5
-    return [f"{mean:+.3f} ± {error:.3f}" for mean, error in zip(pairs.mean(axis=0), errors, strict=True)]
+    return [
+        f"{mean:+.3f} ± {error:.3f}" for mean, error in zip(pairs.mean(axis=0), standard_errors(pairs), strict=True)
+    ]
+
+
+def standard_errors(found: np.ndarray) -> np.ndarray:
+    """Of the mean over the first axis."""
+    return found.std(axis=0, ddof=1) / len(found) ** 0.5
+
+
+def plot(rows: Rows, args: Arguments) -> plt.Figure:
+    """Means of the columns over the budget, with standard errors."""
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(14, 3.6), constrained_layout=True)
+    for method, by_seed in rows.items():
+        found = values(by_seed, args)
+        means, errors = found.mean(axis=0), standard_errors(found)
+        for axis, name in zip(axes, SHOWN, strict=True):
+            place = COLUMNS.index(name)
+            axis.errorbar(args.nfe, means[place], errors[place], label=method, capsize=2, marker="o")
+            axis.set(xlabel="network evaluations", xscale="log", title=f"{name}, mean over prompts")
+            axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    return figure
 
 
 if __name__ == "__main__":

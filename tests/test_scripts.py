@@ -15,7 +15,7 @@ from ses_jax.planner import tables
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
-    "benchmarks/effect.py": ["--prompts", "1", "--budgets", "1", "--pictures", "1", "--picture-budgets", "0"],
+    "benchmarks/effect.py": ["--prompts", "1", "--budgets", "0"],
     "benchmarks/fidelities.py": [
         *("--prompts", "1", "--noises", "3", "--preview-steps", "2", "--looks", "half1", "early1"),
     ],
@@ -23,7 +23,7 @@ SCRIPTS = {
     "benchmarks/quantized.py": ["--kinds", "int8", "--prompts", "2", "--budget", "1", "--at-once", "2"],
     "benchmarks/reward_share.py": ["--population", "2", "--repeats", "1", "--preview-steps", "1"],
     "benchmarks/searchers.py": [
-        *("--searchers", "zero-order", "--nfe", "40", "--prompts", "2", "--at-once", "2"),
+        *("--methods", "zero-order", "--nfe", "40", "80", "--seeds", "0", "--prompts", "2", "--at-once", "2"),
     ],
     "benchmarks/sizes.py": ["--searches", "4", "--sizes", "2", "--model", "toy", "--growth", "1"],
     "benchmarks/search_vs_torch.py": ["--budget", "2", "--repeats", "1", "--threads", "1"],
