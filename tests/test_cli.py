@@ -23,7 +23,7 @@ def test_search_writes_the_result_folder(tmp_path, capsys):
     saved = json.loads((tmp_path / "result.json").read_text())
     assert saved["prompt"] == PROMPT
     assert saved["config"]["budget"] == 4
-    assert Image.open(tmp_path / "best.png").size == (64, 64)
+    assert Image.open(tmp_path / "best.png").size == (128, 128)
     printed = capsys.readouterr().out
     assert f"-> {saved['score']:.4f}" in printed
     assert str(tmp_path / "best.png") in printed
@@ -72,7 +72,7 @@ def test_like_repeats_a_search_and_options_stand_on_top(tmp_path, monkeypatch, c
 def test_generate_writes_one_image_a_prompt(tmp_path):
     assert cli.main(["generate", PROMPT, "a blue square", "--steps", "2", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"000.png", "001.png"}
-    assert Image.open(tmp_path / "000.png").size == (64, 64)
+    assert Image.open(tmp_path / "000.png").size == (128, 128)
 
 
 def test_models_lists_every_model_and_reward(capsys):
@@ -93,7 +93,7 @@ def test_models_lists_every_model_and_reward(capsys):
         (["search", "x", "--reward", "no_such_module:judge"], "reward 'no_such_module:judge': No module named"),
         (["search", "x", "--report", "nice"], "unknown reward 'nice'"),
         (["search", "x", "--height", "60"], "height=60 must be a multiple of 16"),
-        (["search", "x", "--level", "7"], "level=7 does not fit a latent of 8 x 8"),
+        (["search", "x", "--level", "7"], "level=7 does not fit a latent of 16 x 16"),
         (["search", "x", "--reward", "clip=1,clip=2"], "--reward clip=1,clip=2: a name is there twice"),
         (["search", "x", "--reward", "clip=0"], "every weight of the reward is 0"),
         (["search", "x", "--reward", "clip=nan"], "reward: the weight nan of 'clip' is not a number"),

@@ -35,7 +35,7 @@ def test_a_folder_as_shapes_is_what_would_be_loaded(configs):
     parts = FAMILIES[shapes.family].COMPONENTS
     assert sizes(shapes.params) == sizes({name: loaded(name, part) for name, part in parts.items()})
     assert sizes(scorer_of(shapes).params) == sizes(loaded("clip", clip.COMPONENT))
-    assert (shapes.defaults.height, shapes.defaults.level, shapes.defaults.steps) == (64, 1, 20)
+    assert (shapes.defaults.height, shapes.defaults.level, shapes.defaults.steps) == (128, 2, 20)
 
 
 def loaded(name, part):
@@ -46,7 +46,7 @@ def test_the_shell_plans_a_folder(configs, capsys):
     assert cli.main(["plan", str(configs), "--device", "4090", "--budget", "20", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["model"], plan["fits"], plan["chunk"]) == (str(configs), True, 10)
-    assert (plan["settings"]["height"], plan["settings"]["preview_steps"], plan["settings"]["budget"]) == (64, 10, 20)
+    assert (plan["settings"]["height"], plan["settings"]["preview_steps"], plan["settings"]["budget"]) == (128, 10, 20)
     demo = abstract_pipeline("demo")
     assert plan["weights"] == {
         name: sum(leaf.size * 2 for leaf in jax.tree.leaves(tree))
