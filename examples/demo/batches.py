@@ -1,7 +1,7 @@
 """Batches and pools for the demo's trainings; all are functions of the seed and the step or the shard."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,16 @@ def pool_batches(folder: Path, sizes: Sizes, statistics: dict[str, float], token
 # -------------------------------------------------------------------------------------------------------------- CLIP
 
 
-def family(rng: np.random.Generator, scene: scenes.Scene) -> list[scenes.Scene]:
-    """A scene and its siblings."""
-    return [scene, *(scenes.sibling(rng, scene) for _ in range(FAMILY - 1))]
+def family(
+    rng: np.random.Generator, scene: scenes.Scene, shares: Mapping[str, float] = scenes.EDITS
+) -> list[scenes.Scene]:
+    """A scene and its siblings, by the shares of their edits."""
+    return [scene, *(scenes.sibling(rng, scene, shares) for _ in range(FAMILY - 1))]
 
 
 def make_families(rng: np.random.Generator, tokenizer: Any, count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Scenes with their siblings: images uint8 `[count, FAMILY, side, side, 3]` and tokens `[count, FAMILY, L]`."""
-    members = [m for _ in range(count) for m in family(rng, random_scene(rng))]
+    members = [m for _ in range(count) for m in family(rng, random_scene(rng), scenes.TAUGHT_EDITS)]
     images = np.stack([_any_resolution(rng, m, side) for m in members])
     tokens = tokenize_clip(tokenizer, [captions.caption(rng, m) for m in members])
     return images.reshape(count, FAMILY, *images.shape[1:]), tokens.reshape(count, FAMILY, -1)
@@ -129,8 +131,8 @@ def make_rebuilt(folder: Path, sizes: Sizes, vae: Any, tokenizer: Any, seed: int
 
 
 def family_batches(folder: Path, sizes: Sizes, tokenizer: Any, seed: int) -> Callable:
-    """`batch_at(step)`: images uint8 `[B, S, S, 3]` and tokens of whole families, half drawn and half rebuilt."""
-    pool, drawn = _load(folder, "families"), sizes.families // 2
+    """`batch_at(step)`: images uint8 `[B, S, S, 3]` and tokens of whole families, most drawn, the others rebuilt."""
+    pool, drawn = _load(folder, "families"), sizes.families * 3 // 4
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng([seed, 5, step])

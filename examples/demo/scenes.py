@@ -5,7 +5,7 @@ A scene says what a caption says and what the judge checks; where its objects li
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -29,6 +29,29 @@ SIZES = ("small", "large")
 # Relation of a group to the next one: the axis they are laid out along (0 for x) and the side the first one is on.
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 TIERS = ("easy", "medium", "hard")
+EDITS = {
+    "color": 0.14,
+    "shape": 0.18,
+    "texture": 0.14,
+    "size": 0.08,
+    "count": 0.14,
+    "trade": 0.16,
+    "relation": 0.1,
+    "background": 0.03,
+    "drop": 0.03,
+}
+# More of those that are hard to learn.
+TAUGHT_EDITS = {
+    "color": 0.04,
+    "shape": 0.16,
+    "texture": 0.06,
+    "size": 0.08,
+    "count": 0.16,
+    "trade": 0.22,
+    "relation": 0.24,
+    "background": 0.02,
+    "drop": 0.02,
+}
 MOST_ROOMY = 2  # objects that may be large; more of them are drawn smaller, and no size is stated
 
 # Never drawn in training, although each colour, shape and texture is: about one combination in nine.
@@ -136,12 +159,25 @@ def plain(scene: Scene) -> Scene:
 # ---------------------------------------------------------------------------------------------------------- siblings
 
 
-def sibling(rng: np.random.Generator, scene: Scene) -> Scene:
-    """A scene whose pictures are wrong for the given one in a single thing; never with a held-out combination."""
-    edits = (_recolor, _reshape, _retexture, _resize, _recount, _trade, _turn, _repaint, _drop)
-    shares = np.array([0.14, 0.18, 0.14, 0.08, 0.14, 0.16, 0.1, 0.03, 0.03])
+def sibling(rng: np.random.Generator, scene: Scene, shares: Mapping[str, float] = EDITS) -> Scene:
+    """A scene whose pictures are wrong for the given one in a single thing; never with a held-out combination.
+
+    `shares` are those of the kinds of edits, `EDITS` or, for training, `TAUGHT_EDITS`.
+    """
+    edits = {
+        "color": _recolor,
+        "shape": _reshape,
+        "texture": _retexture,
+        "size": _resize,
+        "count": _recount,
+        "trade": _trade,
+        "relation": _turn,
+        "background": _repaint,
+        "drop": _drop,
+    }
     while True:
-        edited = edits[rng.choice(len(edits), p=shares / shares.sum())](rng, scene)
+        kind = rng.choice(list(shares), p=list(shares.values()))
+        edited = edits[kind](rng, scene)
         if edited is not None and not has_held_out(edited := plain(edited)) and _differs(edited, scene):
             return edited
 

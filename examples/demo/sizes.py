@@ -29,7 +29,7 @@ class Sizes:
       captions: that the tokenizers learn from.
       pictures: of the autoencoder's training.
       buckets: of the transformer's training.
-      families: scenes with siblings in a batch of CLIP, half drawn and half from the pool.
+      families: scenes with siblings in a batch of CLIP, three of four drawn and the others from the pool.
       rebuilt: families in that pool, as the autoencoder rebuilds them.
       shard: scenes or families in a file of a pool.
       probe: scenes or prompts of each kind that an evaluation judges.
@@ -74,8 +74,8 @@ DEMO = Sizes(
         Bucket(48, 64, 0.05, 32, 3000),
         Bucket(64, 48, 0.05, 32, 3000),
     ),
-    families=32,
-    rebuilt=1000,
+    families=16,
+    rebuilt=600,
     shard=250,
     probe=50,
 )
