@@ -1,5 +1,6 @@
 """Batches and pools for the demo's trainings; all are functions of the seed and the step or the shard."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from ses_jax.models import autoencoder_kl
 CAPTIONS = 3  # of a scene in the pool
 DROPPED = 0.1  # share of empty prompts, for guidance
 ENCODE_BATCH = 50
+TURNED = 0.6  # of CLIP's families that have a relation
 TIER_SHARES = (0.2, 0.3, 0.5)  # easy, medium, hard
 
 
@@ -105,9 +107,17 @@ def family(
     return [scene, *(scenes.sibling(rng, scene, shares) for _ in range(FAMILY - 1))]
 
 
+def taught_family(rng: np.random.Generator) -> list[scenes.Scene]:
+    """A scene and its siblings, or a scene in all its relations: what those are is learnt from nothing less."""
+    scene = random_scene(rng)
+    if scene.relation and rng.random() < TURNED:
+        return [dataclasses.replace(scene, relation=str(r)) for r in rng.permutation(list(scenes.DIRECTIONS))]
+    return family(rng, scene, scenes.TAUGHT_EDITS)
+
+
 def make_families(rng: np.random.Generator, tokenizer: Any, count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Scenes with their siblings: images uint8 `[count, FAMILY, side, side, 3]` and tokens `[count, FAMILY, L]`."""
-    members = [m for _ in range(count) for m in family(rng, random_scene(rng), scenes.TAUGHT_EDITS)]
+    members = [m for _ in range(count) for m in taught_family(rng)]
     images = np.stack([_any_resolution(rng, m, side) for m in members])
     tokens = tokenize_clip(tokenizer, [captions.caption(rng, m) for m in members])
     return images.reshape(count, FAMILY, *images.shape[1:]), tokens.reshape(count, FAMILY, -1)
