@@ -97,6 +97,27 @@ def test_resolutions_of_the_same_places_look_alike():
         assert np.abs(halved - small).mean() < 1.5
 
 
+@settings(max_examples=20)
+@given(seeds, tiers, st.sampled_from(RESOLUTIONS))
+def test_cells_are_covered_by_the_shapes_that_are_drawn_there(seed, tier, size):
+    rng, cell = np.random.default_rng(seed), 8
+    scene = scenes.sample(rng, tier)
+    places = drawing.layout(rng, scene, size[1] / size[0])
+    covered = drawing.covered(scene, places, *size, cell)
+    assert covered.shape == (size[0] // cell, size[1] // cell)
+    named = {0, *(1 + scenes.SHAPES.index(group.shape) for group in scene.groups)}
+    assert set(np.unique(covered)) == named
+    # Of a cell that no shape reaches, no pixel within the largest circle around its centre is painted.
+    image = drawing.draw(scene, places, *size)
+    painted = (image != scenes.BACKGROUNDS[scene.background]).any(-1)
+    inner = painted.reshape(size[0] // cell, cell, size[1] // cell, cell)[:, 2:6, :, 2:6].any((1, 3))
+    assert not (inner & (covered == 0)).any()
+    for group, members in zip(scene.groups, places, strict=True):
+        for place in members:
+            x, y = (int(v * drawing.unit(*size) / cell) for v in (place.x, place.y))
+            assert covered[y, x] == 1 + scenes.SHAPES.index(group.shape)
+
+
 @settings(max_examples=100)
 @given(seed=seeds, tier=tiers, aspect=st.sampled_from([0.75, 1.0, 4 / 3]))
 def test_objects_lie_inside_the_canvas_apart_and_of_their_stated_size(seed, tier, aspect):

@@ -14,7 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import measure_demo
 import train_demo
-from demo import batches, tokenizers, training
+from demo import batches, losses, tokenizers, training
 from demo.sizes import DEMO, TINY
 
 from ses_jax.models import layers, quantized
@@ -109,6 +109,25 @@ class Layers(nn.Module):
         x = nn.Conv(8, (2, 2), (2, 2), padding="VALID", use_bias=False)(x)
         x = layers.GroupNorm(4)(x).reshape(len(x), -1, 8)
         return nn.Dense(3)(quantized.Dense(5)(x))
+
+
+def test_the_head_is_asked_for_the_shape_of_each_cell(rng):
+    batch, rows, columns, width, classes = 2, 2, 3, 5, 7
+    features = rng.normal(size=(batch, rows * columns, width)).astype(np.float32)
+    head = {"hidden": rng.normal(size=(width, width)), "out": rng.normal(size=(width, 4 * classes))}
+    shapes = rng.integers(0, classes, (batch, 2 * rows, 2 * columns))
+    errors, right = [], []
+    for image, y, x in np.ndindex(shapes.shape):
+        token = features[image, y // 2 * columns + x // 2]
+        hidden = token / np.sqrt(np.mean(token**2)) @ head["hidden"]
+        logits = (hidden / (1 + np.exp(-hidden)) @ head["out"]).reshape(2, 2, classes)[y % 2, x % 2]
+        wanted = shapes[image, y, x]
+        errors.append(np.log(np.exp(logits).sum()) - logits[wanted])
+        if wanted:
+            right.append(1 + logits[1:].argmax() == wanted)
+    error, share = losses._shape_error(jax.tree.map(np.float32, head), 2, features, shapes)
+    np.testing.assert_allclose(error, np.mean(errors), rtol=1e-4)
+    np.testing.assert_allclose(share, np.mean(right), rtol=1e-5)
 
 
 def test_layers_in_quicker_forms_are_the_same(key):

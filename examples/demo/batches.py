@@ -58,13 +58,17 @@ def make_pool(folder: Path, sizes: Sizes, vae: Any, tokenizer: Any, seed: int) -
         for path, shard, count in _missing(folder, bucket.name, bucket.pool, sizes.shard):
             rng = np.random.default_rng([seed, 2, number, shard])
             batch = [random_scene(rng) for _ in range(count)]
-            images = np.stack([drawing.picture(rng, s, bucket.height, bucket.width) for s in batch])
+            size = bucket.height, bucket.width
+            layouts = [drawing.layout(rng, s, bucket.width / bucket.height) for s in batch]
+            images = np.stack([drawing.draw(s, places, *size) for s, places in zip(batch, layouts, strict=True)])
             latents = [encode(to_signed(part)) for part in _parts(images)]
+            cell = sizes.vae.downscale
             texts = [captions.caption(rng, s) for s in batch for _ in range(CAPTIONS)]
             ids, lengths = tokenize_prompts(tokenizer, texts)
             _save(
                 path,
                 latents=np.concatenate(latents).astype(np.float16),
+                shapes=np.stack([drawing.covered(s, p, *size, cell) for s, p in zip(batch, layouts, strict=True)]),
                 tokens=ids.astype(np.uint16).reshape(count, CAPTIONS, PROMPT_LENGTH),
                 lengths=lengths.astype(np.uint8).reshape(count, CAPTIONS),
             )
@@ -77,7 +81,10 @@ def latent_statistics(folder: Path, bucket: Bucket) -> dict[str, float]:
 
 
 def pool_batches(folder: Path, sizes: Sizes, statistics: dict[str, float], tokenizer: Any, seed: int) -> Callable:
-    """`batch_at(step)` over one bucket of the pool: scaled latents, tokens and lengths; some prompts are empty."""
+    """`batch_at(step)` over one bucket of the pool: scaled latents, the shapes in them, tokens and lengths.
+
+    Some prompts are empty.
+    """
     pools = [_load(folder, b.name) for b in sizes.buckets]
     empty_tokens, empty_length = tokenize_prompts(tokenizer, [""])
 
@@ -90,6 +97,7 @@ def pool_batches(folder: Path, sizes: Sizes, statistics: dict[str, float], token
         latents = pool["latents"][index].astype(np.float32) - statistics["shift_factor"]
         return {
             "latents": latents * statistics["scaling_factor"],
+            "shapes": pool["shapes"][index].astype(np.int32),
             "tokens": np.where(drop[:, None], empty_tokens, pool["tokens"][index, wording].astype(np.int32)),
             "lengths": np.where(drop, empty_length, pool["lengths"][index, wording].astype(np.int32)),
         }

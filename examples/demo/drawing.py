@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from demo.scenes import BACKGROUNDS, COLORS, DIRECTIONS, MOST_ROOMY, Group, Scene
+from demo.scenes import BACKGROUNDS, COLORS, DIRECTIONS, MOST_ROOMY, SHAPES, Group, Scene
 
 SIDE = 64.0  # units
 MARGIN = 1.5
@@ -140,6 +140,23 @@ def draw(scene: Scene, places: Places, height: int, width: int) -> np.ndarray:
             paint = np.float32(COLORS[group.color]) * (1 - ink) + np.float32(INK) * ink
             image[rows, columns] += alpha * (paint - image[rows, columns])
     return np.round(image).astype(np.uint8)
+
+
+def covered(scene: Scene, places: Places, height: int, width: int, cell: int) -> np.ndarray:
+    """The shape that reaches furthest into each square cell, uint8 `[height / cell, width / cell]`.
+
+    0 is none, and any other number one more than the shape's place in `SHAPES`.
+    """
+    scale = unit(height, width)
+    y, x = (np.mgrid[: height // cell, : width // cell] + 0.5) * cell / scale
+    nearest = np.full(x.shape, cell / 2 / scale)  # from a cell's centre to its border
+    found = np.zeros(x.shape, np.uint8)
+    for group, members in zip(scene.groups, places, strict=True):
+        for place in members:
+            distance = signed_distance(group.shape, x - place.x, y - place.y, place.radius)
+            nearer = distance < nearest
+            found[nearer], nearest = 1 + SHAPES.index(group.shape), np.where(nearer, distance, nearest)
+    return found
 
 
 def unit(height: int, width: int) -> float:

@@ -1,15 +1,21 @@
 """Losses of the demo's networks; each returns the loss and facts to log."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from demo.scenes import SHAPES
 from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
 
 CLIP_MEAN = np.float32([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = np.float32([0.26862954, 0.26130258, 0.27577711])
+SHAPE_WEIGHT = 0.5
 FAMILY = 4  # a scene and its siblings, next to each other in a batch of CLIP
 
 
@@ -73,12 +79,25 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def init_dit(key: jax.Array, sizes: Any):
-    text_key, dit_key = jax.random.split(key)
-    return {"text_encoder": decoder_lm.init(text_key, sizes.text), "transformer": z_image.init(dit_key, sizes.dit)}
+    """Params of text encoder and transformer, and of a head that only the training has."""
+    text_key, dit_key, hidden_key, out_key = jax.random.split(key, 4)
+    width, classes = sizes.dit.dim, sizes.dit.patch_size**2 * (1 + len(SHAPES))
+    return {
+        "text_encoder": decoder_lm.init(text_key, sizes.text),
+        "transformer": z_image.init(dit_key, sizes.dit),
+        "shapes": {
+            "hidden": jax.random.normal(hidden_key, (width, width)) / width**0.5,
+            "out": jax.random.normal(out_key, (width, classes)) / width,
+        },
+    }
 
 
 def dit_loss(params, sizes: Any, batch, key: jax.Array):
-    """Flow matching: the velocity from image to noise at a logit-normal noise level."""
+    """Flow matching: the velocity from image to noise at a logit-normal noise level; and what shape is where.
+
+    The squared error alone hardly tells a circle from a square, and without the head it takes the network thousands of
+    steps to do so. With it, what the words for shapes mean is learnt in hundreds.
+    """
     latents = batch["latents"]
     sigma_key, noise_key = jax.random.split(key)
     sigma = jax.nn.sigmoid(0.4 + 1.2 * jax.random.normal(sigma_key, (len(latents),)))
@@ -87,7 +106,36 @@ def dit_loss(params, sizes: Any, batch, key: jax.Array):
     features = decoder_lm.hidden_state(params["text_encoder"], sizes.text, batch["tokens"])
     refined = z_image.refine_caption(params["transformer"], sizes.dit, features, batch["lengths"])
     noisy = (1 - blend) * latents + blend * noise
-    predicted = z_image.velocity(params["transformer"], sizes.dit, noisy, sigma, refined)
+    with _last_features() as caught:
+        predicted = z_image.velocity(params["transformer"], sizes.dit, noisy, sigma, refined)
     errors = jnp.mean((predicted - (noise - latents)) ** 2, axis=(1, 2, 3))
+    shapes, right = _shape_error(params["shapes"], sizes.dit.patch_size, caught[0], batch["shapes"])
     high = jnp.sum(errors * (sigma > 0.8)) / jnp.maximum(1, jnp.sum(sigma > 0.8))
-    return jnp.mean(errors), {"high": high}
+    return jnp.mean(errors) + SHAPE_WEIGHT * shapes, {"flow": jnp.mean(errors), "high": high, "shapes": right}
+
+
+@contextlib.contextmanager
+def _last_features() -> Iterator[list[jax.Array]]:
+    """What the transformer's last layer is given in this block, `[B, tokens, dim]`."""
+    caught: list[jax.Array] = []
+
+    def catch(call, args, kwargs, context):
+        if isinstance(context.module, z_image.FinalLayer) and context.method_name == "__call__":
+            caught.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(catch):
+        yield caught
+
+
+def _shape_error(head, patch: int, features: jax.Array, shapes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy of the shape in each cell `[B, h, w]`, and how many of the cells with one are right."""
+    features = features * jax.lax.rsqrt(jnp.mean(features**2, axis=-1, keepdims=True) + 1e-6)
+    logits = jax.nn.silu(features @ head["hidden"]) @ head["out"]
+    logits = logits.reshape(*logits.shape[:2], patch**2, -1)
+    batch, height, width = shapes.shape
+    cells = shapes.reshape(batch, height // patch, patch, width // patch, patch).transpose(0, 1, 3, 2, 4)
+    cells = cells.reshape(logits.shape[:-1])
+    errors = optax.softmax_cross_entropy_with_integer_labels(logits, cells)
+    right = jnp.sum((logits[..., 1:].argmax(-1) + 1 == cells) & (cells > 0))
+    return jnp.mean(errors), right / jnp.maximum(1, jnp.sum(cells > 0))
