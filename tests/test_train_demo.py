@@ -111,7 +111,8 @@ class Layers(nn.Module):
         return nn.Dense(3)(quantized.Dense(5)(x))
 
 
-def test_the_head_is_asked_for_the_shape_of_each_cell(rng):
+def test_the_head_is_asked_for_the_shape_of_each_cell():
+    rng = np.random.default_rng(0)
     batch, rows, columns, width, classes = 2, 2, 3, 5, 7
     features = rng.normal(size=(batch, rows * columns, width)).astype(np.float32)
     head = {"hidden": rng.normal(size=(width, width)), "out": rng.normal(size=(width, 4 * classes))}
