@@ -124,14 +124,14 @@ def _medium(rng: np.random.Generator) -> Scene:
 
 
 def _hard(rng: np.random.Generator) -> Scene:
-    """Three objects in a row, three or four in groups, or two of stated sizes and textures."""
-    kind = rng.choice(["row", "groups", "detailed"], p=[0.35, 0.35, 0.3])
+    """Three objects in a row, three or four in groups, or two of stated sizes; most with a texture."""
+    kind = rng.choice(["row", "groups", "detailed"], p=[0.3, 0.4, 0.3])
     if kind == "row":
-        return _compose(rng, [1, 1, 1], textured=0.35, sized=0)
+        return _compose(rng, [1, 1, 1], textured=0.8, sized=0)
     if kind == "detailed":
         return _compose(rng, [1, 1], textured=1, sized=1)
     groupings = ([1, 2], [2, 1], [2, 2], [1, 3], [3, 1], [2, 1, 1], [1, 2, 1], [1, 1, 2])
-    return _compose(rng, groupings[rng.integers(len(groupings))], textured=0.35, sized=0)
+    return _compose(rng, groupings[rng.integers(len(groupings))], textured=0.8, sized=0)
 
 
 def _compose(rng: np.random.Generator, counts: Sequence[int], textured: float, sized: float) -> Scene:
