@@ -25,7 +25,7 @@ from ses_jax.models import autoencoder_kl, clip
 
 Stage = Literal["tokenizer", "vae", "decoder", "clip", "dit", "held-out-clip", "export"]
 STEPS: dict[str, int] = {"vae": 4500, "decoder": 1000, "clip": 4900, "dit": 5000, "held-out-clip": 2800}
-SETTINGS = {"steps": 20, "preview_steps": 10, "guidance": 1.0, "level": 2, "reward": "clip"}
+SETTINGS = {"steps": 20, "preview_steps": 10, "guidance": 0.0, "level": 2, "reward": "clip"}
 HELD_OUT_SEED = 1000  # added to the seed of the CLIP that only measures
 
 
