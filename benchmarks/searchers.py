@@ -2,13 +2,13 @@
 
 `python benchmarks/searchers.py` prints tables and writes, under `benchmarks/results/` unless `--out` says otherwise:
 
-    searchers.json   of each method, seed and prompt, at each budget of network evaluations: the reward of the best
-                     preview, and of the final image what a CLIP says that was trained apart and what the judge of
-                     `examples/demo/judge.py` says, which reads pixels; both drive nothing
-    searchers.png    their means over the budget
+    searchers_hard.json   of each method, seed and prompt, at each budget of network evaluations: the reward of the
+                          best preview, and of the final image what a CLIP says that was trained apart and what the
+                          judge of `examples/demo/judge.py` says, which reads pixels; both drive nothing
+    searchers_hard.png    their means over the budget
 
-A method is a searcher, or a searcher and looks, such as "best-of-n+half:0.3". Methods and seeds that the file has
-already are not run again.
+and the like for other tiers. A method is a searcher, or a searcher and looks, such as "best-of-n+half:0.3". Methods and
+seeds that the file has already are not run again.
 """
 
 import dataclasses
@@ -75,10 +75,15 @@ def main(args: Arguments) -> None:
         for method in dict.fromkeys((args.against, *args.methods)):
             if str(seed) not in rows.setdefault(method, {}):
                 rows[method][str(seed)] = searched(pipeline, cases, method, seed, args)
-                common.save("searchers", {"arguments": arguments(args), "rows": rows}, args.out)
+                common.save(name(args), {"arguments": arguments(args), "rows": rows}, args.out)
     figure = plot(rows, args)
-    write(args.out / "searchers.png", lambda path: figure.savefig(path, format="png", dpi=130))
+    write(args.out / f"{name(args)}.png", lambda path: figure.savefig(path, format="png", dpi=130))
     print("\n".join(line for place in range(len(args.nfe)) for line in table(rows, place, args)))
+
+
+def name(args: Arguments) -> str:
+    """Of the files, without a suffix."""
+    return f"searchers_{args.tier or 'all'}"
 
 
 def arguments(args: Arguments) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def arguments(args: Arguments) -> dict[str, Any]:
 
 def done(args: Arguments) -> dict[str, dict[str, Any]]:
     """The rows that are there already."""
-    path = args.out / "searchers.json"
+    path = args.out / f"{name(args)}.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
     return saved["rows"] if saved.get("arguments") == arguments(args) else {}
 
@@ -96,16 +101,16 @@ def done(args: Arguments) -> dict[str, dict[str, Any]]:
 def searched(pipeline: Any, cases: Sequence[Any], method: str, seed: int, args: Arguments) -> list[dict[str, Any]]:
     """What each prompt's search came to, by budget: each budget goes on from the one before."""
     searcher, _, fidelity = method.partition("+")
-    held_out = ses_jax.load_reward("clip", source=pipeline.folder / "held_out_clip")
+    held_out = ses_jax.load_reward("clip", source=pipeline.folder / "held_out_clip", name=HELD_OUT)
     settings = {"searcher": searcher, "fidelity": fidelity or "full", "seed": seed, "report": [held_out]}
-    rows = [{name: [] for name in (*COLUMNS, "nfe")} for _ in cases]
+    rows = [{column: [] for column in (*COLUMNS, "nfe")} for _ in cases]
     with tempfile.TemporaryDirectory() as folder:
         for nfe in args.nfe:
             options = {"nfe": nfe, "prompts_at_once": args.at_once, "out": folder, "resume": True, "progress": False}
             results = ses_jax.search([prompt for _, prompt in cases], model=pipeline, **settings, **options)
             for row, (scene, _), result in zip(rows, cases, results, strict=True):
-                for name, value in measures(scene, result).items():
-                    row[name].append(value)
+                for column, value in measures(scene, result).items():
+                    row[column].append(round(value, 4))
     return rows
 
 
@@ -128,9 +133,8 @@ def measures(scene: Any, result: ses_jax.SearchResult) -> dict[str, float]:
 def table(rows: Rows, place: int, args: Arguments) -> list[str]:
     """Markdown: means at one of the budgets, and paired differences."""
     lines = [f"\n| at {args.nfe[place]} evaluations | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    base = values(rows[args.against], args)[..., place]
     for method in rows:
-        found = values(rows[method], args)[..., place]
+        found, base = (values(rows[each], shared(rows, method, args))[..., place] for each in (method, args.against))
         cells = [f"{mean:.3f}" for mean in found.mean(axis=0)]
         if method != args.against:
             cells = [f"{a} ({b})" for a, b in zip(cells, differences(found - base), strict=True)]
@@ -138,10 +142,15 @@ def table(rows: Rows, place: int, args: Arguments) -> list[str]:
     return lines
 
 
-def values(by_seed: Mapping[str, Sequence[Mapping[str, Any]]], args: Arguments) -> np.ndarray:
+def shared(rows: Rows, method: str, args: Arguments) -> list[str]:
+    """The seeds that a method and the one it is compared with were both run with."""
+    return [seed for seed in map(str, args.seeds) if seed in rows[method] and seed in rows[args.against]]
+
+
+def values(by_seed: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[str]) -> np.ndarray:
     """`[seeds * prompts, columns, budgets]`."""
-    rows = [row for seed in args.seeds for row in by_seed[str(seed)]]
-    return np.array([[row[name] for name in COLUMNS] for row in rows])
+    rows = [row for seed in seeds for row in by_seed[seed]]
+    return np.array([[row[column] for column in COLUMNS] for row in rows])
 
 
 def differences(pairs: np.ndarray) -> list[str]:
@@ -160,12 +169,12 @@ def plot(rows: Rows, args: Arguments) -> plt.Figure:
     """Means of the columns over the budget, with standard errors."""
     figure, axes = plt.subplots(1, len(SHOWN), figsize=(14, 3.6), constrained_layout=True)
     for method, by_seed in rows.items():
-        found = values(by_seed, args)
+        found = values(by_seed, shared(rows, method, args))
         means, errors = found.mean(axis=0), standard_errors(found)
-        for axis, name in zip(axes, SHOWN, strict=True):
-            place = COLUMNS.index(name)
+        for axis, column in zip(axes, SHOWN, strict=True):
+            place = COLUMNS.index(column)
             axis.errorbar(args.nfe, means[place], errors[place], label=method, capsize=2, marker="o")
-            axis.set(xlabel="network evaluations", xscale="log", title=f"{name}, mean over prompts")
+            axis.set(xlabel="network evaluations", xscale="log", title=f"{column}, mean over prompts")
             axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     return figure

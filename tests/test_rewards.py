@@ -65,6 +65,29 @@ def test_a_reported_reward_does_not_enter(reward, images):
     assert both.name == "clip"
 
 
+def test_a_loaded_reward_counts_as_its_parts(folders, reward, images):
+    other = ses_jax.load_reward("clip", source=folders["clip"], name="second")
+    mixture = ses_jax.load_reward({other: 2.0, red: 3.0, reward: -1.0})
+    assert [(part.name, part.weight, part.on_host) for part in mixture.parts] == [
+        ("second", 2.0, False),
+        ("red", 3.0, True),
+        ("clip", -1.0, False),
+    ]
+    both = rewards.with_report(reward, ses_jax.load_reward({other: 1.0}))
+    np.testing.assert_array_equal(both(images, PROMPTS), reward(images, PROMPTS))
+    assert [part.weight for part in both.parts] == [1.0, 0.0]
+
+
+def test_two_scorers_of_a_name_are_told_apart(folders, reward):
+    same = ses_jax.load_reward("clip", source=folders["clip"])
+    with pytest.raises(ValueError, match=r"two parts of the name 'clip'; load one with load_reward\(name=...\)"):
+        ses_jax.load_reward({same: 1.0, reward: 1.0})
+    with pytest.raises(ValueError, match="report: the reward has another part of the name 'clip'"):
+        rewards.with_report(reward, same)
+    with pytest.raises(ValueError, match="name='both' is for one part, and the reward has 2"):
+        ses_jax.load_reward({"clip": 1.0, red: 1.0}, source={"clip": folders["clip"]}, name="both")
+
+
 def test_image_count_must_match_prompt_count(reward):
     with pytest.raises(ValueError, match="3 images need as many prompts or a single one, got 2"):
         reward(jnp.zeros((3, 64, 64, 3)), ["a", "b"])

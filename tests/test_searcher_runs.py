@@ -140,7 +140,7 @@ def test_no_finite_score_yet_is_no_reason_to_stop():
 
 def test_a_bad_searcher_is_refused_before_a_model_is_looked_for(tmp_path, capsys):
     with pytest.raises(
-        ValueError, match="searcher='sea' is unknown; known: ses, best-of-n, zero-order, gradient, evosax"
+        ValueError, match="searcher='sea' is unknown; known: auto, ses, best-of-n, zero-order, gradient, evosax"
     ):
         ses_jax.search("a", model="no/such/model", searcher="sea")
     arguments = ["search", "a", "--model", "no/such/model", "--searcher", "ses,depth=3", "--out", str(tmp_path)]

@@ -247,6 +247,12 @@ def test_a_users_own_searcher_is_described_the_same_in_every_process():
     assert registry.describe(Named()) == "Named(3)"
 
 
+def test_auto_is_the_one_that_won_with_options_of_ones_own():
+    assert registry.load("auto") == registry.load(registry.AUTO)
+    assert registry.load("auto,parents=1") == registry.load(f"{registry.AUTO},parents=1")
+    assert registry.describe(registry.load("auto"))["name"] == registry.AUTO
+
+
 class Unhashable(Own):
     __hash__ = None
 
@@ -258,8 +264,8 @@ class Elsewhere(Own):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("sea", "'sea' is unknown; known: ses, best-of-n, zero-order, gradient, evosax, or an object"),
-        ({"explore": 3}, "is unknown; known: ses"),
+        ("sea", "'sea' is unknown; known: auto, ses, best-of-n, zero-order, gradient, evosax, or an object"),
+        ({"explore": 3}, "is unknown; known: auto, ses"),
         ("ses,explor=3", "unknown option 'explor'; ses takes renormalise, explore, space"),
         ("ses,explore", "'explore' is no option such as explore=20"),
         ("ses,explore=-1", "explore=-1 must be a whole number, at least 0"),

@@ -26,7 +26,7 @@ from ses_jax.rewards.images import Images, batches
 from ses_jax.rewards.scorers import KINDS, Scorer, load_scorer
 
 Function = Callable[[Array, Sequence[str]], Any]
-RewardSpec = str | Function | Mapping[str | Function, float]
+RewardSpec = str | Function | Mapping[str | Function, float]  # a loaded Reward is a Function too
 Batch = Float[Array | np.ndarray, "b h w 3"]
 
 
@@ -120,6 +120,7 @@ def load_reward(
     dtype: Any = None,
     traceable: bool | None = None,
     quantize: str | None = None,
+    name: str | None = None,
     workers: int = 1,
     timeout: float | None = None,
     retries: int = 0,
@@ -128,19 +129,21 @@ def load_reward(
 
     Args:
       kind: a name of `scorers.KINDS` ("pick", "hps", "clip", "aesthetic", "imagereward"); a function
-        `(images [B, H, W, 3] in [0, 1], prompts) -> [B]`; or a mapping of these to weights.
+        `(images [B, H, W, 3] in [0, 1], prompts) -> [B]`; a loaded reward; or a mapping of these to weights.
       source: a local folder, file or Hugging Face id with the weights, by kind where there are several; None is the
         published ones.
       dtype: of the weights; None is bfloat16 on GPU and TPU, float32 on CPU.
       traceable: whether JAX can trace the functions in `kind`; None finds out by trying.
       quantize: "int8" or "fp8" puts the linear layers of scorers into eight bits as they are read; None leaves them.
+      name: what the scores of a single part are called in results, such as those of a second CLIP; None is its kind or
+        the function's own name.
       workers: how many calls of a function are made at once, each with its share of the images, from threads.
       timeout: seconds that a call may take.
       retries: how often a call is made again that raised or took too long; each one is logged, and in the result's
         `notes`. Functions that workers, timeout or retries are given for run on the host.
 
     Raises:
-      ValueError: for an unknown kind or a broken checkpoint.
+      ValueError: for an unknown kind, a name for several parts, or a broken checkpoint.
     """
     check(kind)
     calls = Calls(workers, timeout, retries).check()
@@ -158,9 +161,10 @@ def load_reward(
         for name in weights
         if not callable(name)
     }
-    return Reward(
-        tuple(dataclasses.replace(p, calls=calls) for p in assemble(weights, known, traceable=traceable).parts)
-    )
+    parts = assemble(weights, known, traceable=traceable).parts
+    if name is not None and len(parts) > 1:
+        raise ValueError(f"name={name!r} is for one part, and the reward has {len(parts)}; load them one by one")
+    return Reward(tuple(dataclasses.replace(p, name=p.name if name is None else name, calls=calls) for p in parts))
 
 
 def assemble(spec: RewardSpec | Reward, known: Mapping[str, Scorer], *, traceable: bool | None = None) -> Reward:
@@ -168,7 +172,13 @@ def assemble(spec: RewardSpec | Reward, known: Mapping[str, Scorer], *, traceabl
     if isinstance(spec, Reward):
         return spec
     weights = spec if isinstance(spec, Mapping) else {spec: 1.0}
-    return Reward(tuple(_part(name, weight, known, traceable) for name, weight in weights.items()))
+    parts: list[Part] = []
+    for kind, weight in weights.items():
+        if isinstance(kind, Reward):
+            parts += [dataclasses.replace(part, weight=weight * part.weight) for part in kind.parts]
+        else:
+            parts.append(_part(kind, weight, known, traceable))
+    return Reward(tuple(parts))
 
 
 def check(kind: Any, setting: str = "reward") -> None:
@@ -185,9 +195,10 @@ def check(kind: Any, setting: str = "reward") -> None:
         if not callable(name) and name not in KINDS:
             raise ValueError(f"unknown reward {name!r}; known: {', '.join(KINDS)}, a mapping of these, or a function")
         if isinstance(weight, bool | str) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
-            raise ValueError(f"{setting}: the weight {weight!r} of {_title(name)!r} is not a number")
-        if titles.setdefault(_title(name), name) is not name:
-            raise ValueError(f"{setting} has two parts of the name {_title(name)!r}; give one another __name__")
+            raise ValueError(f"{setting}: the weight {weight!r} of {_titles(name)[0]!r} is not a number")
+        for title in _titles(name):
+            if titles.setdefault(title, name) is not name:
+                raise ValueError(f"{setting} has two parts of the name {title!r}; load one with load_reward(name=...)")
 
 
 def check_drives(kind: RewardSpec | Reward) -> None:
@@ -198,10 +209,21 @@ def check_drives(kind: RewardSpec | Reward) -> None:
 
 
 def with_report(reward: Reward, report: Reward | None) -> Reward:
-    """The reward with another's parts beside it, reported only; parts of a name that is there already are left out."""
-    names = {part.name for part in reward.parts}
-    extra = () if report is None else tuple(part for part in report.parts if part.name not in names)
-    return Reward((*reward.parts, *(dataclasses.replace(part, weight=0.0) for part in extra)))
+    """The reward with another's parts beside it, reported only; parts that are there already are left out.
+
+    Raises:
+      ValueError: for another part of a name that is there already.
+    """
+    known = {part.name: part for part in reward.parts}
+    extra = []
+    for part in () if report is None else report.parts:
+        same = known.setdefault(part.name, part)
+        if (same.scorer, same.function) != (part.scorer, part.function):
+            raise ValueError(
+                f"report: the reward has another part of the name {part.name!r}; load one with load_reward(name=...)"
+            )
+        extra += [] if same in reward.parts else [dataclasses.replace(part, weight=0.0)]
+    return Reward((*reward.parts, *extra))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +260,7 @@ class TracedFunction:
 
     def __call__(self, params: None, images: Array, text: None) -> Array:
         prompts = UnreadPrompts(len(images)) if self.prompt is None else [self.prompt] * len(images)
-        with host.raised_by(_title(self.function)):
+        with host.raised_by(*_titles(self.function)):
             return self.function(images, prompts)
 
 
@@ -306,12 +328,14 @@ def _part(name: str | Function, weight: float, known: Mapping[str, Scorer], trac
     if not callable(name):
         return Part(name, weight, scorer=known[name])
     found, reads_prompt = (False, True) if traceable is False else _probe(name)
-    return Part(_title(name), weight, function=name, traceable=found or bool(traceable), reads_prompt=reads_prompt)
+    return Part(*_titles(name), weight, function=name, traceable=found or bool(traceable), reads_prompt=reads_prompt)
 
 
-def _title(name: str | Function) -> str:
-    """What a part is called in results."""
-    return getattr(name, "__name__", "custom") if callable(name) else name
+def _titles(kind: str | Function) -> tuple[str, ...]:
+    """What the parts of something in a mixture are called in results."""
+    if isinstance(kind, Reward):
+        return tuple(part.name for part in kind.parts)
+    return (getattr(kind, "__name__", "custom") if callable(kind) else kind,)
 
 
 def _traced(part: Part, prompt: str) -> TracedFunction:
