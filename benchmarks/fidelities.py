@@ -49,7 +49,7 @@ class Arguments:
 
     prompts: int = 50
     noises: int = 40
-    looks: tuple[str, ...] = ("half", "half4", "steps2", "steps4", "early2", "early4", "early6")
+    looks: tuple[str, ...] = ("half", "half4", "steps2", "steps4", "cached4", "early2", "early4", "early6")
     preview_steps: int | None = None
     kept: float = 0.3
     tier: Literal["easy", "medium", "hard"] | None = None

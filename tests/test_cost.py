@@ -182,11 +182,12 @@ def test_looks_counted_by_hand():
     assert spent.flops == halves + (4 * 2 + 2 * 4) * STEP + 6 * (DECODE + SCORE)
 
 
-def test_looks_take_as_many_evaluations_as_really_run():
+@pytest.mark.parametrize("kind", ["steps", "cached"])
+def test_looks_take_as_many_evaluations_as_really_run(kind):
     """A generation that is full; those that go on from an early look don't begin again."""
     rows = []
     run = {"model": pipeline(lambda x: rows.append(x.size)), "reward": REWARD, "guidance": 3.0, **SETTINGS}
-    result = ses_jax.search("a", fidelity="steps2:0.75>early1:0.5", **run | {"budget": 4})
+    result = ses_jax.search("a", fidelity=f"{kind}2:0.75>early1:0.5", **run | {"budget": 4})
     jax.effects_barrier()
     assert sum(rows) == result.cost.search.nfe + result.cost.finals.nfe
     assert result.cost.search.nfe == 2 * (4 * 2 + 3 * 1 + 2 * 2)

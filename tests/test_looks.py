@@ -95,6 +95,31 @@ def test_an_early_look_is_a_loop_that_stops(key):
     np.testing.assert_allclose(sampler.denoise(velocity, latents, sigmas[2:]), whole, atol=1e-6)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(("evaluations", "at"), [(1, [0]), (3, [0, 2, 4]), (4, [0, 1, 3, 4]), (6, range(6))])
+def test_a_forecast_carries_velocities_on_in_a_straight_line(key, evaluations, at):
+    noise = jax.random.normal(key, (2, 3, 4, 4))
+    sigmas = np.array([1.0, 0.9, 0.7, 0.55, 0.3, 0.1, 0.0], np.float32)
+    seen = []
+
+    def velocity(x, sigma):
+        jax.debug.callback(lambda s: seen.append(float(s[0])), sigma)
+        return jnp.sin(x) + sigma[:, None, None, None] * x
+
+    expected, known = np.asarray(noise, np.float64), []
+    for step, (now, after) in enumerate(itertools.pairwise(sigmas.astype(np.float64))):
+        if step in at:
+            known.append((now, np.sin(expected) + now * expected))
+        line = known[-1][1]
+        if len(known) > 1:
+            (s0, v0), (s1, v1) = known[-2:]
+            line = v0 + (now - s0) / (s1 - s0) * (v1 - v0)
+        expected = expected + (after - now) * line
+    found = sampler.forecast(velocity, noise, sampler.forecast_plan(sigmas, evaluations))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_allclose(seen, sigmas[list(at)], rtol=1e-6)
+
+
 # Plans
 
 
@@ -102,7 +127,7 @@ def test_an_early_look_is_a_loop_that_stops(key):
 def test_plans_are_read_and_written():
     half, early = Look("half", None, Fraction(3, 10)), Look("early", 4, Fraction(1, 2))
     assert fidelity.load(" Half:0.30 , early4:1/2").looks == (half, early)
-    for text in ("full", "half:0.3>early4:0.5", "steps4:1/3", "half2:1"):
+    for text in ("full", "half:0.3>early4:0.5", "steps4:1/3", "half2:1", "cached3:0.5"):
         assert str(fidelity.load(text)) == text
         assert ses_jax.SearchConfig(fidelity=text).as_json()["fidelity"] == text
     assert fidelity.load("auto") == fidelity.load("half:1/3")
@@ -136,6 +161,8 @@ def test_stages_counted_by_hand():
         ({"fidelity": 0.3}, "fidelity=0.3 is not full, auto, or looks such as"),
         ({"fidelity": "early4:0.5"}, "early4 needs more than preview_steps=4"),
         ({"fidelity": "steps5:0.5"}, "steps5 needs more than preview_steps=4"),
+        ({"fidelity": "cached4:0.5"}, "cached4 needs more than preview_steps=4"),
+        ({"fidelity": "cached:0.5"}, "'cached:0.5' is no look"),
         ({"fidelity": "early2:0.5>early2:0.5"}, "early2 must come after more than 2 steps"),
         (
             {"fidelity": "auto", "width": 20},
@@ -186,6 +213,25 @@ def test_equals_looks_written_out_by_hand(full, looked):
     assert looked.score == best[-1]
     np.testing.assert_allclose(looked.baseline_score, full.baseline_score, atol=1e-6)
     assert all("looks" not in row for row in full.history)
+
+
+def test_a_cached_look_is_the_preview_with_a_velocity_carried_on(full):
+    """Of four steps, the network runs at the first and the third."""
+    run = {"model": PIPELINE, "reward": REWARD, "searcher": "best-of-n", "fidelity": "cached2:0.3", **SETTINGS}
+    result = ses_jax.search(PROMPTS[0], **run)
+    condition, sigmas = PIPELINE.encode(PIPELINE.params, PIPELINE.tokenize(PROMPTS[:1])), PIPELINE.sigmas(4, 16, 16)
+    noise, before, slope = candidates_noise(), None, 0.0
+    for step, (now, after) in enumerate(itertools.pairwise(sigmas)):
+        if step % 2 == 0:
+            v = PIPELINE.velocity(PIPELINE.params, noise, jnp.full(len(noise), now), condition)
+            slope = 0.0 if before is None else (v - before[1]) / (now - before[0])
+            before = now, v
+        noise = noise + (after - now) * (v + (now - before[0]) * slope)
+    said = REWARD(PIPELINE.decode(PIPELINE.params, noise), PROMPTS[0])
+    np.testing.assert_allclose([row["looks"][0] for row in result.history], said, atol=1e-5)
+    kept = [score for score in zip(scores(result), scores(full), strict=True) if score[0] is not None]
+    assert len(kept) == 3 + 1
+    np.testing.assert_allclose(*np.transpose(kept), atol=1e-6)
 
 
 def candidates_noise():

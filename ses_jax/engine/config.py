@@ -96,8 +96,8 @@ class SearchConfig(RenderConfig):
     searcher: str | Mapping[str, Any] | Searcher = setting(
         "ses",
         SEARCHER,
-        "what proposes candidates: ses, best-of-n, zero-order, gradient, evosax, or auto for what won on the demo; with "
-        "options as in ses,explore=20; or an object of your own",
+        "what proposes candidates: ses, best-of-n, zero-order, gradient, evosax, or auto for what won on the demo, "
+        "with options as in ses,explore=20; or an object of your own",
     )
     population: int = setting(10, WHOLE, "candidates per generation", at_least=1)
     elites: int = setting(5, WHOLE, "how many of the best candidates shape the next generation", at_least=1)

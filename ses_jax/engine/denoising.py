@@ -49,12 +49,18 @@ class Paths(NamedTuple):
 
 
 def images(
-    model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows, finish: Callable[[Array, Array], Any]
+    model: Model,
+    chunk: int,
+    params: Any,
+    prompts: tuple[Array, Any],
+    rows: Rows,
+    finish: Callable[[Array, Array], Any],
+    denoise: Callable[..., Array] = sampler.denoise,
 ) -> Any:
-    """`finish(images, owner)` of all rows, `chunk` rows at a time; `prompts` are sigmas and conditions."""
+    """`finish(images, owner)` of all rows, `chunk` rows at a time; `prompts` are sigmas or a plan, and conditions."""
 
     def sample(velocity, part):
-        latents = sampler.denoise(velocity, part.noise, prompts[0])
+        latents = denoise(velocity, part.noise, prompts[0])
         latents = partition.constrain(model.mesh, latents, partition.DATA)
         return _decoded(model, params, Rows(latents, part.owner), finish)
 

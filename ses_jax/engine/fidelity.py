@@ -5,6 +5,7 @@ That is successive halving (arXiv 1502.07943) inside every generation. As text, 
     half:0.3     previews of half the height and width; the best 30 percent go on
     half4:0.3    the same with 4 steps
     steps4:0.3   previews with 4 steps
+    cached4:0.3  previews whose network is evaluated at 4 of their steps, and its output carried on at the others
     early3:0.5   what the preview will be, as predicted after 3 of its steps; those that go on go on from there
 """
 
@@ -15,8 +16,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-HALF, STEPS, EARLY = "half", "steps", "early"
-FORMS = 'full, auto, or looks such as "half:0.3", "half4:0.3", "steps4:0.3", "early3:0.5" and "half:0.5>early4:0.5"'
+HALF, STEPS, CACHED, EARLY = "half", "steps", "cached", "early"
+FORMS = (
+    'full, auto, or looks such as "half:0.3", "half4:0.3", "steps4:0.3", "cached4:0.3", "early3:0.5" and '
+    '"half:0.5>early4:0.5"'
+)
 AUTO = "half:1/3"
 
 
@@ -39,8 +43,8 @@ class Look:
     """One look.
 
     Attributes:
-      kind: `HALF`, `STEPS` or `EARLY`.
-      steps: how many; None, for `HALF`, is those of the preview.
+      kind: `HALF`, `STEPS`, `CACHED` or `EARLY`.
+      steps: how many, evaluations for `CACHED`; None, for `HALF`, is those of the preview.
       keep: the share of those looked at that goes on, in (0, 1].
     """
 
@@ -142,7 +146,7 @@ def describe(fidelity: Fidelity) -> str:
 
 
 def _look(text: str, spec: str) -> Look:
-    match = re.fullmatch(r"(half|steps|early)([1-9]\d*)?\s*:\s*(\d+/[1-9]\d*|\d*\.?\d+)", text)
+    match = re.fullmatch(r"(half|steps|cached|early)([1-9]\d*)?\s*:\s*(\d+/[1-9]\d*|\d*\.?\d+)", text)
     if not match or (match[2] is None and match[1] != HALF):
         raise ValueError(f"fidelity={spec!r}: {text!r} is no look; known forms are {FORMS}")
     keep = Fraction(match[3])

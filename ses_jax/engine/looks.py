@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from ses_jax.engine import denoising
-from ses_jax.engine.fidelity import EARLY, HALF, Look
+from ses_jax.engine.fidelity import CACHED, EARLY, HALF, Look
 from ses_jax.engine.previews import components, noise_of, rows_of, scored
 from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading import partition
+from ses_jax.pipelines import sampler
 from ses_jax.rewards import mixture
 from ses_jax.searchers import elites, wavelet
 
@@ -97,8 +98,10 @@ def taken_look(
         return _early(program, params, inputs, (taken, look.steps), field, finish)
     model = program.half if look.kind == HALF else program.model
     noise = wavelet.half(field.noise) if look.kind == HALF else field.noise
+    denoise = sampler.forecast if look.kind == CACHED else sampler.denoise
     prompts = inputs.looks[place], inputs.condition
-    return field, _by_prompt(field, denoising.images(model, program.chunk, params, prompts, rows_of(noise), finish))
+    found = denoising.images(model, program.chunk, params, prompts, rows_of(noise), finish, denoise)
+    return field, _by_prompt(field, found)
 
 
 def _early(

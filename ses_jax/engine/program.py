@@ -71,7 +71,7 @@ class Inputs(NamedTuple):
       condition, text: the prompts for the model and for the reward, leading axis P.
       sigmas: `[preview_steps + 1]`.
       budget: int scalar, how many candidates are scored, or looked at, a prompt.
-      looks: `[steps + 1]` a look, its sigmas; None where they are the preview's.
+      looks: `[steps + 1]` a look, its sigmas, or `[evaluations, 3]`, its plan; None where they are the preview's.
     """
 
     key: Array

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float
 from ses_jax.engine import generation, memory
 from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.denoising import Model
-from ses_jax.engine.fidelity import EARLY, HALF
+from ses_jax.engine.fidelity import CACHED, EARLY, HALF
 from ses_jax.engine.program import Inputs, Program, Shown, State
 from ses_jax.loading import partition
 from ses_jax.loading.programs import comparable
+from ses_jax.pipelines import sampler
 from ses_jax.pipelines.base import Guidance, Pipeline
 from ses_jax.rewards import reward as rewards
 from ses_jax.rewards.reward import Reward
@@ -93,9 +94,12 @@ def draw(
 
 
 def _sigmas_of_looks(pipeline: Pipeline, config: SearchConfig) -> tuple[Array | None, ...]:
-    """By look; None for those that are a part of the preview."""
+    """By look, sigmas or what stands in their place; None for those that are a part of the preview."""
 
     def of_look(look):
+        if look.kind == CACHED:
+            whole = pipeline.sigmas(config.preview_steps, config.height, config.width)
+            return jnp.asarray(sampler.forecast_plan(whole, look.steps))
         part = 2 if look.kind == HALF else 1
         size = config.height // part, config.width // part
         return None if look.kind == EARLY else jnp.asarray(pipeline.sigmas(look.steps or config.preview_steps, *size))

@@ -1,5 +1,6 @@
 """Flow-matching Euler sampler: one scan from noise to latents, or as far as it goes."""
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -60,6 +61,57 @@ def predict(
     sigmas, latents = jnp.asarray(sigmas, jnp.float32), jnp.asarray(latents, jnp.float32)
     both, _ = jax.lax.scan(step, (latents, latents), (sigmas[:-1], jnp.diff(sigmas)))
     return both
+
+
+def forecast(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array],
+    noise: Float[Array | np.ndarray, "batch *shape"],
+    plan: Float[Array | np.ndarray, "evaluations 3"],
+) -> Float[Array, "batch *shape"]:
+    """`denoise` with the velocity evaluated at some of its steps, and carried on in a straight line at the others.
+
+    Args:
+      velocity, noise: as for `denoise`.
+      plan: what `forecast_plan` makes of the steps.
+
+    Returns:
+      `[B, ...]` float32, the latents at the last of the sigmas.
+    """
+
+    def leap(carry, at):
+        latents, before = carry
+        sigma, along, turn = at
+        v = velocity(latents, jnp.broadcast_to(sigma, latents.shape[:1])).astype(jnp.float32)
+        return (latents + along * v + turn * (v - before), v), None
+
+    noise = jnp.asarray(noise, jnp.float32)
+    (latents, _), _ = jax.lax.scan(leap, (noise, jnp.zeros_like(noise)), jnp.asarray(plan, jnp.float32))
+    return latents
+
+
+def forecast_plan(sigmas: Float[Array | np.ndarray, " steps_plus_1"], evaluations: int) -> Float[np.ndarray, "n 3"]:
+    """When `forecast` evaluates, evenly among the steps and at the first, and how far it then goes.
+
+    At a step between two evaluations the velocity is taken to be `v + (sigma - s) * (v - v') / (s - s')`, of the latest
+    one, `v` at `s`, and the one before. That does not depend on the latents, so all steps up to the next evaluation are
+    one leap.
+
+    Args:
+      sigmas: of all steps, decreasing.
+      evaluations: how many, at most as many as there are steps.
+
+    Returns:
+      `[evaluations, 3]` float32: sigma; the factor of the velocity; and that of its change since the evaluation before.
+    """
+    sigmas = np.asarray(sigmas, np.float64)
+    steps = len(sigmas) - 1
+    at = [step * steps // evaluations for step in range(evaluations)] + [steps]
+    rows = []
+    for place, (start, stop) in enumerate(itertools.pairwise(at)):
+        deltas, ahead = np.diff(sigmas[start : stop + 1]), sigmas[start:stop] - sigmas[start]
+        turn = np.sum(deltas * ahead) / (sigmas[start] - sigmas[at[place - 1]]) if place else 0.0
+        rows.append((sigmas[start], np.sum(deltas), turn))
+    return np.array(rows, np.float32)
 
 
 def follow(
