@@ -194,9 +194,25 @@ def test_looks_take_as_many_evaluations_as_really_run(kind):
     assert isinstance(result.cost.search.nfe, int)
 
 
-@pytest.mark.parametrize(("plan", "nfe", "budget"), [("half:0.5", 33, 8), ("half:0.5", 29, 6), ("early1:0.25", 24, 8)])
+def test_looks_without_guidance_counted_by_hand():
+    """Of a generation of 4, each is looked at in one forward a step, half of them by the full preview in two."""
+    rows = []
+    run = {"model": pipeline(lambda x: rows.append(x.size)), "reward": REWARD, "guidance": 3.0, **SETTINGS}
+    result = ses_jax.search("a", fidelity="unguided-steps2:0.5", **run | {"budget": 4})
+    jax.effects_barrier()
+    assert sum(rows) == result.cost.search.nfe + result.cost.finals.nfe
+    assert result.cost.search.nfe == 4 * 2 + 2 * (2 * 3)
+    half = ses_jax.search("a", fidelity="unguided-half:0.5", **run | {"budget": 4}).cost.search
+    assert half.nfe == 4 * 3 / 8 + 2 * (2 * 3)
+    assert half.flops == 4 * (3 * HALF_STEP + QUARTER_OF_THE_PIXELS) + 2 * (6 * STEP + DECODE + SCORE)
+
+
+@pytest.mark.parametrize(
+    ("plan", "nfe", "budget"),
+    [("half:0.5", 33, 8), ("half:0.5", 29, 6), ("early1:0.25", 24, 8), ("unguided-steps2:0.5", 39, 6)],
+)
 def test_a_budget_in_evaluations_buys_more_looks(plan, nfe, budget):
-    """A generation of 4 takes 2 * (4 * 3 / 8 + 2 * 3) = 15 and 2 * (4 * 1 + 1 * 2) = 12."""
+    """A generation of 4 takes 2 * (4 * 3 / 8 + 2 * 3) = 15, 2 * (4 * 1 + 1 * 2) = 12, and 4 * 2 + 2 * (2 * 3) = 20."""
     config = SearchConfig(population=4, elites=2, preview_steps=3, steps=5, nfe=nfe, fidelity=plan, guidance=3.0)
     assert config.resolve(pipeline()).budget == budget
 

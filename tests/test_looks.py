@@ -127,7 +127,14 @@ def test_a_forecast_carries_velocities_on_in_a_straight_line(key, evaluations, a
 def test_plans_are_read_and_written():
     half, early = Look("half", None, Fraction(3, 10)), Look("early", 4, Fraction(1, 2))
     assert fidelity.load(" Half:0.30 , early4:1/2").looks == (half, early)
-    for text in ("full", "half:0.3>early4:0.5", "steps4:1/3", "half2:1", "cached3:0.5"):
+    for text in (
+        "full",
+        "half:0.3>early4:0.5",
+        "steps4:1/3",
+        "half2:1",
+        "cached3:0.5",
+        "unguided-half:0.3>unguided-steps2:0.5",
+    ):
         assert str(fidelity.load(text)) == text
         assert ses_jax.SearchConfig(fidelity=text).as_json()["fidelity"] == text
     assert fidelity.load("auto") == fidelity.load("half:1/3")
@@ -141,8 +148,9 @@ def test_stages_counted_by_hand():
     assert list(plan.stages(10, 8)) == expected
     assert fidelity.load("steps1:0.07").counts(100) == [100, 7]  # 0.07 * 100 is more than 7 in floats
     assert fidelity.load("early1:0.01").counts(1) == [1, 1]
-    steps = plan.evaluations(21, 10, 8, Fraction(1, 4))
+    steps = plan.evaluations(21, 10, 8, lambda form: Fraction(1, form.part**2))
     assert steps == 2 * (80 / 4 + 6 + 6 + 2 + 3) + (8 / 4 + 2 + 3 + 2 + 3)
+    assert list(fidelity.load("unguided-half2:0.5").stages(4, 3)) == [Stage(True, 2, 4, False), Stage(False, 3, 2)]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +171,8 @@ def test_stages_counted_by_hand():
         ({"fidelity": "steps5:0.5"}, "steps5 needs more than preview_steps=4"),
         ({"fidelity": "cached4:0.5"}, "cached4 needs more than preview_steps=4"),
         ({"fidelity": "cached:0.5"}, "'cached:0.5' is no look"),
+        ({"fidelity": "unguided-early2:0.5"}, "'unguided-early2:0.5' is a part of the preview, guidance included"),
+        ({"fidelity": "unguided-steps2:0.5"}, "there is no classifier-free guidance to leave out; leave unguided- out"),
         ({"fidelity": "early2:0.5>early2:0.5"}, "early2 must come after more than 2 steps"),
         (
             {"fidelity": "auto", "width": 20},

@@ -1,6 +1,7 @@
 """What a search is asked to do, and with what; checked before any long work starts."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -143,6 +144,8 @@ class SearchConfig(RenderConfig):
         filled.fidelity.check(filled.preview_steps)
         if filled.fidelity.halves:
             _check_half(filled, pipeline)
+        if filled.fidelity.unguided:
+            _check_guided(filled, pipeline)
         filled = dataclasses.replace(filled, budget=_budget(filled, pipeline, tokens), nfe=None)
         wavelet.check(self.wavelet, filled.level, pipeline.noise_shape(filled.height, filled.width)[1:])
         return filled
@@ -163,11 +166,15 @@ def _budget(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> int:
         # The longest prompts leave the least to gain from half the size; no prompt may take more than nfe.
         text = LONG if config.fidelity.halves else ""
         tokens = pipeline.tokenize([text], guidance=config.guidance, negative_prompt=config.negative_prompt)
-    size = config.height, config.width
-    half = evaluations.share_of_half(pipeline, tokens, *size) if config.fidelity.halves else Fraction(1)
+    half = functools.partial(evaluations.share_of_half, pipeline, tokens, config.height, config.width)
+
+    @functools.cache
+    def share(form):
+        whole = half(guided=form.guided) if form.part == 2 else Fraction(1)
+        return whole if form.guided else whole / forwards(tokens)
 
     def taken(budget):
-        steps = config.fidelity.evaluations(budget, config.population, config.preview_steps, half)
+        steps = config.fidelity.evaluations(budget, config.population, config.preview_steps, share)
         return forwards(tokens) * evaluations.of_searcher(config.searcher) * steps
 
     if config.nfe < taken(1):
@@ -175,6 +182,16 @@ def _budget(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> int:
         raise ValueError(f"nfe={config.nfe} is less than the {each} network evaluations of one candidate")
     whole = int(config.nfe // taken(config.population)) * config.population
     return next(n for n in range(whole + config.population, 0, -1) if taken(n) <= config.nfe)
+
+
+def _check_guided(config: SearchConfig, pipeline: Pipeline) -> None:
+    """Raises ValueError unless there is classifier-free guidance to leave out."""
+    tokens = pipeline.tokenize([""], guidance=config.guidance, negative_prompt=config.negative_prompt)
+    if forwards(tokens) == 1:
+        raise ValueError(
+            f"fidelity={str(config.fidelity)!r}: there is no classifier-free guidance to leave out; leave "
+            "unguided- out, or choose a guidance"
+        )
 
 
 def _check_half(config: SearchConfig, pipeline: Pipeline) -> None:

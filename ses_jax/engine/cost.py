@@ -8,7 +8,7 @@ time and is no part of the account.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from ses_jax.engine import evaluations, flops
 from ses_jax.engine.config import SearchConfig
-from ses_jax.engine.fidelity import Stage
+from ses_jax.engine.fidelity import WHOLE, Form, Stage
 from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading import partition
 from ses_jax.loading.programs import compiled
-from ses_jax.pipelines.guidance import forwards
+from ses_jax.pipelines.guidance import forwards, unguided
 from ses_jax.rewards.reward import DeviceScores
 
 
@@ -79,22 +79,25 @@ class Rate(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What one image takes at full size, and at half the height and width; None where there is none of those."""
+    """What one image takes in each form that a search has; and at full size in those that it has at half of it."""
 
-    full: Rate
-    half: Rate | None
+    by_form: Mapping[Form, Rate]
 
     def spent(self, stages: Sequence[Stage], seconds: float) -> Spent:
         """What images took."""
-        share = self.half and evaluations.half_share(self.full.step, self.half.step)
-        steps = sum(stage.images * stage.steps * (share if stage.half else Fraction(1)) for stage in stages)
-        counted = [(self.half if stage.half else self.full).flops(stage.images, stage.steps) for stage in stages]
+        counted = [self.by_form[stage.form].flops(stage.images, stage.steps) for stage in stages]
         return Spent(
             images=sum(stage.images for stage in stages),
-            nfe=_number(self.full.evaluations * steps),
+            nfe=_number(sum(stage.images * stage.steps * self.evaluations(stage.form) for stage in stages)),
             flops=None if None in counted else sum(counted),
             seconds=seconds,
         )
+
+    def evaluations(self, form: Form) -> Fraction:
+        """Of a step."""
+        rate, whole = self.by_form[form], self.by_form[form._replace(part=1)]
+        share = evaluations.half_share(whole.step, rate.step) if form.part == 2 else 1
+        return Fraction(rate.evaluations * share)
 
 
 def search_stages(config: SearchConfig, candidates: int) -> list[Stage]:
@@ -106,27 +109,30 @@ def search_stages(config: SearchConfig, candidates: int) -> list[Stage]:
 
 def rates(program: Program, params: Any, inputs: Inputs) -> Rates:
     """What images of a search take, without gradients."""
-    return Rates(rate(program, params, inputs), rate(program, params, inputs, part=2) if program.half else None)
+    forms = {WHOLE, *(stage.form for stage in program.fidelity.stages(1, 1))}
+    forms |= {form._replace(part=1) for form in forms}
+    return Rates({form: rate(program, params, inputs, form) for form in forms})
 
 
 def candidate_rates(program: Program, params: Any, inputs: Inputs) -> Rates:
     """What candidates of a search take, with gradients where the searcher needs them."""
     if program.needs_gradient:
-        return Rates(rate(program, params, inputs, gradient=True), None)
+        return Rates({WHOLE: rate(program, params, inputs, gradient=True)})
     return rates(program, params, inputs)
 
 
-def rate(program: Program, params: Any, inputs: Inputs, *, part: int = 1, gradient: bool = False) -> Rate:
+def rate(program: Program, params: Any, inputs: Inputs, form: Form = WHOLE, *, gradient: bool = False) -> Rate:
     """What an image of a search takes, read from its functions; nothing is compiled or run.
 
     Args:
       program, params, inputs: of the search.
-      part: 2 is half the height and width.
+      form: of the image's steps.
       gradient: whether its gradient is taken too.
     """
     condition, text = evaluations.one((inputs.condition, inputs.text))
+    condition = condition if form.guided else unguided(condition)
     channels, height, width = program.problem.space.shape
-    shape = channels, height // part, width // part
+    shape = channels, height // form.part, width // form.part
     params, latents = evaluations.shapes(params), jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     velocity, finish = program.model.velocity, functools.partial(finished, program.model.decode, program.score)
     if gradient:

@@ -12,6 +12,7 @@ from ses_jax.loading import partition
 from ses_jax.loading.programs import compiled
 from ses_jax.pipelines import sampler
 from ses_jax.pipelines.base import Pipeline
+from ses_jax.pipelines.guidance import unguided
 from ses_jax.searchers.searcher import Searcher, needs_gradient
 
 # Of the tokens; where FLOPs cannot be counted.
@@ -64,10 +65,11 @@ def half_share(whole: int | None, half: int | None) -> Fraction:
     return Fraction(half, whole) if whole and half is not None else QUARTER
 
 
-def share_of_half(pipeline: Pipeline, tokens: Any, height: int, width: int) -> Fraction:
+def share_of_half(pipeline: Pipeline, tokens: Any, height: int, width: int, *, guided: bool = True) -> Fraction:
     """The share of a pipeline's images of so many pixels, for prompts of so many tokens; nothing is compiled or run."""
     text, image = (shapes(part(pipeline.params)) for part in (pipeline.text_params, pipeline.image_params))
     condition = jax.eval_shape(pipeline.encode, text, tokens)
+    condition = condition if guided else unguided(condition)
     sizes = pipeline.noise_shape(height, width), pipeline.noise_shape(height // 2, width // 2)
     return half_share(*(step_flops(pipeline.velocity, image, tuple(size), condition) for size in sizes))
 

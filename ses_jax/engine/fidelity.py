@@ -7,12 +7,14 @@ That is successive halving (arXiv 1502.07943) inside every generation. As text, 
     steps4:0.3   previews with 4 steps
     cached4:0.3  previews whose network is evaluated at 4 of their steps, and its output carried on at the others
     early3:0.5   what the preview will be, as predicted after 3 of its steps; those that go on go on from there
+
+"unguided-" before any of them but the last leaves classifier-free guidance out, as in "unguided-steps4:0.3".
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -22,6 +24,17 @@ FORMS = (
     '"half:0.5>early4:0.5"'
 )
 AUTO = "half:1/3"
+UNGUIDED = "unguided-"
+
+
+class Form(NamedTuple):
+    """How the network runs: `part` 2 is at half the height and width; and whether with the guidance that there is."""
+
+    part: int = 1
+    guided: bool = True
+
+
+WHOLE = Form()
 
 
 class Stage(NamedTuple):
@@ -31,11 +44,17 @@ class Stage(NamedTuple):
       half: whether at half the height and width.
       steps: how many.
       images: of how many candidates, each of which is decoded and scored after them.
+      guided: whether with the guidance that there is.
     """
 
     half: bool
     steps: int
     images: int
+    guided: bool = True
+
+    @property
+    def form(self) -> Form:
+        return Form(2 if self.half else 1, self.guided)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +65,13 @@ class Look:
       kind: `HALF`, `STEPS`, `CACHED` or `EARLY`.
       steps: how many, evaluations for `CACHED`; None, for `HALF`, is those of the preview.
       keep: the share of those looked at that goes on, in (0, 1].
+      guided: whether with the guidance that there is.
     """
 
     kind: str
     steps: int | None
     keep: Fraction
+    guided: bool = True
 
     def kept(self, count: int) -> int:
         """How many of so many go on; a share of one is one."""
@@ -63,7 +84,7 @@ class Look:
     @property
     def name(self) -> str:
         """The look without its share."""
-        return f"{self.kind}{self.steps or ''}"
+        return f"{'' if self.guided else UNGUIDED}{self.kind}{self.steps or ''}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +101,11 @@ class Fidelity:
         """Whether anything is looked at in half its size."""
         return any(look.kind == HALF for look in self.looks)
 
+    @property
+    def unguided(self) -> bool:
+        """Whether anything is looked at without guidance."""
+        return not all(look.guided for look in self.looks)
+
     def counts(self, count: int) -> list[int]:
         """Of so many candidates, how many each look sees, and how many get the full preview."""
         counts = [count]
@@ -92,22 +118,25 @@ class Fidelity:
         *seen, full = self.counts(count)
         taken = 0
         for look, images in zip(self.looks, seen, strict=True):
-            yield Stage(look.kind == HALF, (look.steps or preview_steps) - taken * (look.kind == EARLY), images)
+            steps = (look.steps or preview_steps) - taken * (look.kind == EARLY)
+            yield Stage(look.kind == HALF, steps, images, look.guided)
             taken = look.steps if look.kind == EARLY else taken
         yield Stage(False, preview_steps - taken, full)
 
-    def evaluations(self, budget: int, population: int, preview_steps: int, half: Fraction) -> Fraction:
-        """Steps that a budget of candidates takes, of full size.
+    def evaluations(
+        self, budget: int, population: int, preview_steps: int, share: Callable[[Form], Fraction]
+    ) -> Fraction:
+        """Steps that a budget of candidates takes, of full size and with guidance.
 
         Args:
           budget: how many candidates are looked at in all.
           population: how many a generation.
           preview_steps: of a full preview.
-          half: what a step at half the height and width counts for.
+          share: what a step of a form counts for.
         """
         whole, rest = divmod(budget, population)
         each = ((n, self.stages(count, preview_steps)) for n, count in ((whole, population), (1, rest)))
-        return sum(n * s.images * s.steps * (half if s.half else 1) for n, stages in each for s in stages) + Fraction(0)
+        return sum(n * s.images * s.steps * share(s.form) for n, stages in each for s in stages) + Fraction(0)
 
     def check(self, preview_steps: int) -> None:
         """Raises ValueError where a look is not cheaper than what comes after it."""
@@ -146,10 +175,15 @@ def describe(fidelity: Fidelity) -> str:
 
 
 def _look(text: str, spec: str) -> Look:
-    match = re.fullmatch(r"(half|steps|cached|early)([1-9]\d*)?\s*:\s*(\d+/[1-9]\d*|\d*\.?\d+)", text)
+    short = text.removeprefix(UNGUIDED)
+    match = re.fullmatch(r"(half|steps|cached|early)([1-9]\d*)?\s*:\s*(\d+/[1-9]\d*|\d*\.?\d+)", short)
     if not match or (match[2] is None and match[1] != HALF):
         raise ValueError(f"fidelity={spec!r}: {text!r} is no look; known forms are {FORMS}")
     keep = Fraction(match[3])
     if not 0 < keep <= 1:
         raise ValueError(f"fidelity={spec!r}: the share {match[3]} that goes on must be more than 0 and at most 1")
-    return Look(match[1], match[2] and int(match[2]), keep)
+    if (unguided := short != text) and match[1] == EARLY:
+        raise ValueError(
+            f"fidelity={spec!r}: {text!r} is a part of the preview, guidance included; try steps or cached"
+        )
+    return Look(match[1], match[2] and int(match[2]), keep, not unguided)

@@ -19,6 +19,7 @@ from ses_jax.engine.previews import components, noise_of, rows_of, scored
 from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading import partition
 from ses_jax.pipelines import sampler
+from ses_jax.pipelines.guidance import unguided
 from ses_jax.rewards import mixture
 from ses_jax.searchers import elites, wavelet
 
@@ -99,7 +100,7 @@ def taken_look(
     model = program.half if look.kind == HALF else program.model
     noise = wavelet.half(field.noise) if look.kind == HALF else field.noise
     denoise = sampler.forecast if look.kind == CACHED else sampler.denoise
-    prompts = inputs.looks[place], inputs.condition
+    prompts = inputs.looks[place], inputs.condition if look.guided else unguided(inputs.condition)
     found = denoising.images(model, program.chunk, params, prompts, rows_of(noise), finish, denoise)
     return field, _by_prompt(field, found)
 

@@ -43,6 +43,11 @@ def forwards(condition: Any) -> int:
     return 2 if isinstance(condition, Guided) and condition.negative is not None else 1
 
 
+def unguided(condition: Any) -> Any:
+    """A condition without its negative prompts."""
+    return condition._replace(negative=None) if isinstance(condition, Guided) else condition
+
+
 def each_branch(encoder: Callable[[Any], Any], tokens: Guided) -> Guided:
     """Each branch through the text encoders."""
     negative = None if tokens.negative is None else encoder(tokens.negative)

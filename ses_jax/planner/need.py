@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from ses_jax.engine import evaluations, memory
+from ses_jax.engine.fidelity import WHOLE, Form
 from ses_jax.loading import partition
 from ses_jax.pipelines.registry import FAMILIES
 from ses_jax.planner import devices as machines
 from ses_jax.planner import footprint, topologies
-from ses_jax.planner.workload import Work, part_of
+from ses_jax.planner.workload import Work
 
 # Of a device's memory; the rest is the runtime's and lost between arrays.
 USABLE = 0.92
@@ -108,7 +109,7 @@ def candidates_seconds(work: Work, machine: Machine, chunk: int) -> float:
         chunks, rest = divmod(stage.images, chunk)
         counts = [chunk] * chunks + [rest] * (rest > 0)
         seconds = functools.partial(_render_seconds, work, machine, gradient=work.gradient)
-        generation += sum(seconds(n, stage.steps, part_of(stage)) for n in counts)
+        generation += sum(seconds(n, stage.steps, stage.form) for n in counts)
     return math.ceil(config.budget / config.population) * generation
 
 
@@ -119,12 +120,12 @@ def other_seconds(work: Work, machine: Machine) -> float:
 
 
 def _render_seconds(
-    work: Work, machine: Machine, count: int, steps: int, part: int = 1, *, gradient: bool = False
+    work: Work, machine: Machine, count: int, steps: int, form: Form = WHOLE, *, gradient: bool = False
 ) -> float:
     """From noise to scores for candidates that are made at once."""
     rate = machine.device.flops * machine.utilization
     axes = machine.axes
-    step, finish = (phase(1, part, gradient=gradient).flops for phase in (work.step, work.finish))
+    step, finish = (phase(1, form, gradient=gradient).flops for phase in (work.step, work.finish))
     arithmetic = step * _rows(count, axes[partition.DATA]) / (rate * axes[partition.MODEL])
     reading = sum(weights_of(work, machine, work.image_params).values()) / machine.device.bandwidth
     reading *= evaluations.GRADIENT if gradient else 1

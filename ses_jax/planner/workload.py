@@ -15,9 +15,10 @@ import numpy as np
 from ses_jax.engine import cost, evaluations, flops
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.cost import search_stages
-from ses_jax.engine.fidelity import Stage
+from ses_jax.engine.fidelity import WHOLE, Form
 from ses_jax.models import clip, quantized
 from ses_jax.pipelines.base import Pipeline
+from ses_jax.pipelines.guidance import unguided
 from ses_jax.planner import footprint
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
@@ -73,20 +74,21 @@ class Work:
     def condition(self) -> Any:
         return jax.eval_shape(self.pipeline.encode, self.pipeline.text_params(self.pipeline.params), self.tokens)
 
-    def step(self, rows: int, part: int = 1, *, gradient: bool = False) -> Phase:
-        """One denoising step of so many candidates; `part` 2 is half the height and width."""
-        return self._step(rows, part, gradient)
+    def step(self, rows: int, form: Form = WHOLE, *, gradient: bool = False) -> Phase:
+        """One denoising step of so many candidates."""
+        return self._step(rows, form, gradient)
 
-    def finish(self, rows: int, part: int = 1, *, gradient: bool = False) -> Phase:
+    def finish(self, rows: int, form: Form = WHOLE, *, gradient: bool = False) -> Phase:
         """Images and scores of so many latents."""
-        return self._finish(rows, part, gradient)
+        return self._finish(rows, form.part, gradient)
 
-    def _trace_step(self, rows: int, part: int, gradient: bool) -> Phase:
-        condition = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), self.condition)
+    def _trace_step(self, rows: int, form: Form, gradient: bool) -> Phase:
+        condition = self.condition if form.guided else unguided(self.condition)
+        condition = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), condition)
         sigma = jax.ShapeDtypeStruct((rows,), jnp.float32)
         velocity = self.pipeline.velocity
         velocity = functools.partial(evaluations.with_gradient, velocity) if gradient else velocity
-        return _phase(velocity, self.image_params, self._latents(rows, part), sigma, condition)
+        return _phase(velocity, self.image_params, self._latents(rows, form.part), sigma, condition)
 
     def _trace_finish(self, rows: int, part: int, gradient: bool) -> Phase:
         scorer = self.scorer
@@ -104,25 +106,20 @@ class Work:
         shape = self.pipeline.noise_shape(self.config.height // part, self.config.width // part)
         return jax.ShapeDtypeStruct((rows, *shape), jnp.float32)
 
-    def image_flops(self, steps: int, part: int = 1, *, gradient: bool = False) -> int:
+    def image_flops(self, steps: int, form: Form = WHOLE, *, gradient: bool = False) -> int:
         """Of one image, from noise to score."""
-        return steps * self.step(1, part, gradient=gradient).flops + self.finish(1, part, gradient=gradient).flops
+        return steps * self.step(1, form, gradient=gradient).flops + self.finish(1, form, gradient=gradient).flops
 
     @functools.cached_property
     def candidates_flops(self) -> int:
         """Of all candidates, each with the looks that it gets."""
         stages = search_stages(self.config, self.config.budget)
         image_flops = functools.partial(self.image_flops, gradient=self.gradient)
-        return sum(stage.images * image_flops(stage.steps, part_of(stage)) for stage in stages)
+        return sum(stage.images * image_flops(stage.steps, stage.form) for stage in stages)
 
     def search_flops(self) -> int:
         """Of a whole search: encoding, all candidates, winner and base with all steps."""
         return self.encode.flops + self.candidates_flops + 2 * self.image_flops(self.config.steps)
-
-
-def part_of(stage: Stage) -> int:
-    """What the height and width of a stage's images are divided by."""
-    return 2 if stage.half else 1
 
 
 def _phase(function: Callable[..., Any], *args: Any) -> Phase:
