@@ -171,7 +171,7 @@ def test_stages_counted_by_hand():
         ({"fidelity": "steps5:0.5"}, "steps5 needs more than preview_steps=4"),
         ({"fidelity": "cached4:0.5"}, "cached4 needs more than preview_steps=4"),
         ({"fidelity": "cached:0.5"}, "'cached:0.5' is no look"),
-        ({"fidelity": "unguided-early2:0.5"}, "'unguided-early2:0.5' is a part of the preview, guidance included"),
+        ({"fidelity": "unguided-early2:0.5"}, "'unguided-early2:0.5' is a part of the preview and so guided"),
         ({"fidelity": "unguided-steps2:0.5"}, "there is no classifier-free guidance to leave out; leave unguided- out"),
         ({"fidelity": "early2:0.5>early2:0.5"}, "early2 must come after more than 2 steps"),
         (

@@ -183,7 +183,5 @@ def _look(text: str, spec: str) -> Look:
     if not 0 < keep <= 1:
         raise ValueError(f"fidelity={spec!r}: the share {match[3]} that goes on must be more than 0 and at most 1")
     if (unguided := short != text) and match[1] == EARLY:
-        raise ValueError(
-            f"fidelity={spec!r}: {text!r} is a part of the preview, guidance included; try steps or cached"
-        )
+        raise ValueError(f"fidelity={spec!r}: {text!r} is a part of the preview and so guided; try steps or cached")
     return Look(match[1], match[2] and int(match[2]), keep, not unguided)
