@@ -133,7 +133,7 @@ class SearchConfig(RenderConfig):
 
         Args:
           pipeline: the model.
-          tokens: of any prompt, for nfe; None asks the pipeline's tokenizer.
+          tokens: of any prompt, for nfe and looks without guidance; None asks the pipeline's tokenizer.
 
         Raises:
           ValueError: for sizes, wavelets or levels that the model's latents do not allow, and for an nfe that is not
@@ -145,7 +145,7 @@ class SearchConfig(RenderConfig):
         if filled.fidelity.halves:
             _check_half(filled, pipeline)
         if filled.fidelity.unguided:
-            _check_guided(filled, pipeline)
+            _check_guided(filled, pipeline, tokens)
         filled = dataclasses.replace(filled, budget=_budget(filled, pipeline, tokens), nfe=None)
         wavelet.check(self.wavelet, filled.level, pipeline.noise_shape(filled.height, filled.width)[1:])
         return filled
@@ -184,9 +184,10 @@ def _budget(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> int:
     return next(n for n in range(whole + config.population, 0, -1) if taken(n) <= config.nfe)
 
 
-def _check_guided(config: SearchConfig, pipeline: Pipeline) -> None:
-    """Raises ValueError unless there is classifier-free guidance to leave out."""
-    tokens = pipeline.tokenize([""], guidance=config.guidance, negative_prompt=config.negative_prompt)
+def _check_guided(config: SearchConfig, pipeline: Pipeline, tokens: Any) -> None:
+    """Raises ValueError unless there is classifier-free guidance to leave out, by the tokens of any prompt."""
+    if tokens is None:
+        tokens = pipeline.tokenize([""], guidance=config.guidance, negative_prompt=config.negative_prompt)
     if forwards(tokens) == 1:
         raise ValueError(
             f"fidelity={str(config.fidelity)!r}: there is no classifier-free guidance to leave out; leave "
