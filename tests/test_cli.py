@@ -171,7 +171,7 @@ def test_a_bad_option_is_one_line(tmp_path, capsys):
 
 
 def test_weights_on_the_host_give_the_same_image(tmp_path):
-    for name, more in (("plain", []), ("offloaded", ["--offload-text-encoder", "--guidance", "scale=0.5"])):
+    for name, more in (("plain", []), ("offloaded", ["--offload-text-encoder", "--guidance", "scale=0"])):
         arguments = ["generate", PROMPT, "--steps", "2", *more, "--out", str(tmp_path / name)]
         assert cli.main(arguments) == 0
     plain, offloaded = (Image.open(tmp_path / name / "000.png") for name in ("plain", "offloaded"))

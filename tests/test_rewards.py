@@ -82,7 +82,7 @@ def test_two_scorers_of_a_name_are_told_apart(folders, reward):
     same = ses_jax.load_reward("clip", source=folders["clip"])
     with pytest.raises(ValueError, match=r"two parts of the name 'clip'; load one with load_reward\(name=...\)"):
         ses_jax.load_reward({same: 1.0, reward: 1.0})
-    with pytest.raises(ValueError, match="report: the reward has another part of the name 'clip'"):
+    with pytest.raises(ValueError, match="report: the reward has another scorer of the name 'clip'"):
         rewards.with_report(reward, same)
     with pytest.raises(ValueError, match="name='both' is for one part, and the reward has 2"):
         ses_jax.load_reward({"clip": 1.0, red: 1.0}, source={"clip": folders["clip"]}, name="both")

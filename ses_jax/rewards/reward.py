@@ -209,18 +209,18 @@ def check_drives(kind: RewardSpec | Reward) -> None:
 
 
 def with_report(reward: Reward, report: Reward | None) -> Reward:
-    """The reward with another's parts beside it, reported only; parts that are there already are left out.
+    """The reward with another's parts beside it, reported only; parts of a name that is there already are left out.
 
     Raises:
-      ValueError: for another part of a name that is there already.
+      ValueError: for another scorer of a name that is there already.
     """
     known = {part.name: part for part in reward.parts}
     extra = []
     for part in () if report is None else report.parts:
         same = known.setdefault(part.name, part)
-        if (same.scorer, same.function) != (part.scorer, part.function):
+        if part.scorer is not None and same.scorer is not part.scorer:
             raise ValueError(
-                f"report: the reward has another part of the name {part.name!r}; load one with load_reward(name=...)"
+                f"report: the reward has another scorer of the name {part.name!r}; load one with load_reward(name=...)"
             )
         extra += [] if same in reward.parts else [dataclasses.replace(part, weight=0.0)]
     return Reward((*reward.parts, *extra))
