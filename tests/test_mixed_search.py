@@ -1,5 +1,6 @@
 """Searches by mixtures, with reported rewards, and by a user's traceable function."""
 
+import dataclasses
 import json
 
 import jax
@@ -83,15 +84,10 @@ def test_standardising_balances_parts_of_different_units(pipeline):
 
 
 def test_reported_rewards_score_everything_and_drive_nothing(pipeline, tmp_path):
-    alone = ses_jax.search(PROMPT, model=pipeline, reward=toy.mixture(red=1.0), **SETTINGS)
-    result = ses_jax.search(
-        PROMPT,
-        model=pipeline,
-        reward=toy.mixture(red=1.0),
-        report=toy.mixture(blue=1.0, red=1.0),
-        out=tmp_path,
-        **SETTINGS,
-    )
+    both = toy.mixture(red=1.0, blue=1.0)
+    red = dataclasses.replace(both, parts=both.parts[:1])
+    alone = ses_jax.search(PROMPT, model=pipeline, reward=red, **SETTINGS)
+    result = ses_jax.search(PROMPT, model=pipeline, reward=red, report=both, out=tmp_path, **SETTINGS)
     np.testing.assert_allclose(scores(result), scores(alone), rtol=1e-6)
     assert list(result.components) == ["red", "blue"]
     for name, index in (("red", 0), ("blue", 1)):
