@@ -97,7 +97,7 @@ def summary(
         share = half if look.kind == fidelity.HALF else Fraction(1)
         pairs = [(of[:, 0], of[:, place]) for of in scores]
         kept = math.ceil(args.kept * args.noises)
-        found[look.name] = {"cost": float((look.steps or config.preview_steps) * share / config.preview_steps)}
+        found[look.name] = {"cost": float(look.evaluations(config.preview_steps) * share / config.preview_steps)}
         found[look.name] |= averaged("rank correlation", [spearman(*pair) for pair in pairs])
         found[look.name] |= averaged("best kept", [best_kept(*pair, kept) for pair in pairs])
     return found

@@ -137,7 +137,7 @@ def test_plans_are_read_and_written():
     ):
         assert str(fidelity.load(text)) == text
         assert ses_jax.SearchConfig(fidelity=text).as_json()["fidelity"] == text
-    assert fidelity.load("auto") == fidelity.load("half:1/3")
+    assert fidelity.load("auto") == fidelity.load("cached:1/5")
     assert hash(fidelity.load("half:0.5")) == hash(fidelity.load("half:1/2"))
 
 
@@ -150,6 +150,7 @@ def test_stages_counted_by_hand():
     assert fidelity.load("early1:0.01").counts(1) == [1, 1]
     steps = plan.evaluations(21, 10, 8, lambda form: Fraction(1, form.part**2))
     assert steps == 2 * (80 / 4 + 6 + 6 + 2 + 3) + (8 / 4 + 2 + 3 + 2 + 3)
+    assert [next(fidelity.load("auto").stages(10, steps)).steps for steps in (2, 4, 8, 10)] == [1, 2, 4, 4]
     assert list(fidelity.load("unguided-half2:0.5").stages(4, 3)) == [Stage(True, 2, 4, False), Stage(False, 3, 2)]
 
 
@@ -170,12 +171,12 @@ def test_stages_counted_by_hand():
         ({"fidelity": "early4:0.5"}, "early4 needs more than preview_steps=4"),
         ({"fidelity": "steps5:0.5"}, "steps5 needs more than preview_steps=4"),
         ({"fidelity": "cached4:0.5"}, "cached4 needs more than preview_steps=4"),
-        ({"fidelity": "cached:0.5"}, "'cached:0.5' is no look"),
+        ({"fidelity": "cached:0.5", "preview_steps": 1}, "cached needs more than preview_steps=1"),
         ({"fidelity": "unguided-early2:0.5"}, "'unguided-early2:0.5' is a part of the preview and so guided"),
         ({"fidelity": "unguided-steps2:0.5"}, "there is no classifier-free guidance to leave out; leave unguided- out"),
         ({"fidelity": "early2:0.5>early2:0.5"}, "early2 must come after more than 2 steps"),
         (
-            {"fidelity": "auto", "width": 20},
+            {"fidelity": "half:1/3", "width": 20},
             "so width=20 must be a multiple of 8; try 16 or 24",
         ),
         ({"fidelity": "early1:0.5", "budget": None, "nfe": 3}, "nfe=3 is less than the 4 network evaluations"),

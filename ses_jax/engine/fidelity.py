@@ -6,6 +6,7 @@ That is successive halving (arXiv 1502.07943) inside every generation. As text, 
     half4:0.3    the same with 4 steps
     steps4:0.3   previews with 4 steps
     cached4:0.3  previews whose network is evaluated at 4 of their steps, and its output carried on at the others
+    cached:0.3   the same at two fifths of them
     early3:0.5   what the preview will be, as predicted after 3 of its steps; those that go on go on from there
 
 "unguided-" before any of them but the last leaves classifier-free guidance out, as in "unguided-steps4:0.3".
@@ -23,8 +24,9 @@ FORMS = (
     'full, auto, or looks such as "half:0.3", "half4:0.3", "steps4:0.3", "cached4:0.3", "early3:0.5" and '
     '"half:0.5>early4:0.5"'
 )
-AUTO = "half:1/3"
+AUTO = "cached:1/5"
 UNGUIDED = "unguided-"
+CACHED_SHARE = Fraction(2, 5)
 
 
 class Form(NamedTuple):
@@ -63,7 +65,7 @@ class Look:
 
     Attributes:
       kind: `HALF`, `STEPS`, `CACHED` or `EARLY`.
-      steps: how many, evaluations for `CACHED`; None, for `HALF`, is those of the preview.
+      steps: how many, evaluations for `CACHED`; None is all of the preview's for `HALF`, and two fifths for `CACHED`.
       keep: the share of those looked at that goes on, in (0, 1].
       guided: whether with the guidance that there is.
     """
@@ -72,6 +74,10 @@ class Look:
     steps: int | None
     keep: Fraction
     guided: bool = True
+
+    def evaluations(self, preview_steps: int) -> int:
+        """How often it runs the network, before the full preview or as a part of it."""
+        return self.steps or (preview_steps if self.kind == HALF else math.ceil(preview_steps * CACHED_SHARE))
 
     def kept(self, count: int) -> int:
         """How many of so many go on; a share of one is one."""
@@ -118,7 +124,7 @@ class Fidelity:
         *seen, full = self.counts(count)
         taken = 0
         for look, images in zip(self.looks, seen, strict=True):
-            steps = (look.steps or preview_steps) - taken * (look.kind == EARLY)
+            steps = look.evaluations(preview_steps) - taken * (look.kind == EARLY)
             yield Stage(look.kind == HALF, steps, images, look.guided)
             taken = look.steps if look.kind == EARLY else taken
         yield Stage(False, preview_steps - taken, full)
@@ -142,7 +148,7 @@ class Fidelity:
         """Raises ValueError where a look is not cheaper than what comes after it."""
         taken = 0
         for look in self.looks:
-            if look.kind != HALF and look.steps >= preview_steps:
+            if look.kind != HALF and look.evaluations(preview_steps) >= preview_steps:
                 raise ValueError(f"fidelity={str(self)!r}: {look.name} needs more than preview_steps={preview_steps}")
             if look.kind == EARLY and look.steps <= taken:
                 raise ValueError(f"fidelity={str(self)!r}: {look.name} must come after more than {taken} steps")
@@ -177,7 +183,7 @@ def describe(fidelity: Fidelity) -> str:
 def _look(text: str, spec: str) -> Look:
     short = text.removeprefix(UNGUIDED)
     match = re.fullmatch(r"(half|steps|cached|early)([1-9]\d*)?\s*:\s*(\d+/[1-9]\d*|\d*\.?\d+)", short)
-    if not match or (match[2] is None and match[1] != HALF):
+    if not match or (match[2] is None and match[1] not in (HALF, CACHED)):
         raise ValueError(f"fidelity={spec!r}: {text!r} is no look; known forms are {FORMS}")
     keep = Fraction(match[3])
     if not 0 < keep <= 1:

@@ -99,7 +99,7 @@ def _sigmas_of_looks(pipeline: Pipeline, config: SearchConfig) -> tuple[Array | 
     def of_look(look):
         if look.kind == CACHED:
             whole = pipeline.sigmas(config.preview_steps, config.height, config.width)
-            return jnp.asarray(sampler.forecast_plan(whole, look.steps))
+            return jnp.asarray(sampler.forecast_plan(whole, look.evaluations(config.preview_steps)))
         part = 2 if look.kind == HALF else 1
         size = config.height // part, config.width // part
         return None if look.kind == EARLY else jnp.asarray(pipeline.sigmas(look.steps or config.preview_steps, *size))
