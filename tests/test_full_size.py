@@ -82,7 +82,7 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
         sigmas=schedule.static_shift_sigmas(STEPS, 3.0),
         budget=jnp.int32(50),
     )
-    state = generation.init(program, 1, generations=5)
+    state = generation.init(program, 1, 5)
     step = functools.partial(generation.generation_step, program)
     after, scored = jax.eval_shape(step, (params, (params["clip"],)), inputs, jnp.int32(0), state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

@@ -39,10 +39,10 @@ def _compile(task: Task) -> None:
 
 
 def _lower_render(task: Task) -> jax.stages.Lowered:
-    """Of arrays that lie where the call's will: programs for shapes are not always those for arrays."""
+    """Of arrays that lie where the call's do: programs for shapes are not always those for arrays."""
     program, rows = task.program, FINALS * len(task.prompts)
     noise = np.zeros((rows, *task.noise.shape[1:]), np.float32)
     sigmas = np.zeros((task.config.steps + 1,), np.float32)
-    arrays = jax.device_put(((sigmas, task.inputs.condition), Rows(noise, np.zeros((rows,), np.int32))))
+    arrays = (jax.device_put(sigmas), task.inputs.condition), Rows(noise, np.zeros((rows,), np.int32))
     arrays = partition.replicate(program.model.mesh, arrays)
     return generation.render.lower(program.model, program.chunk, task.params[0], *arrays)

@@ -76,10 +76,10 @@ def _history(task: Task, scored: Scored, prompt: int) -> list[records.Row]:
 def finals(task: Task, pipeline: Pipeline, winners: Float[np.ndarray, "p c h w"]) -> Finals:
     """Renders and scores the winners and the bases."""
     program, inputs, prompts = task.program, task.inputs, task.prompts
-    noise = jnp.stack([jnp.asarray(winners), task.noise], axis=1).reshape(-1, *winners.shape[1:])
-    owner = jnp.repeat(jnp.arange(len(prompts)), 2)
+    noise = np.stack([winners, np.asarray(task.noise)], axis=1).reshape(-1, *winners.shape[1:])
+    owner = np.repeat(np.arange(len(prompts), dtype=np.int32), 2)
     images = render(pipeline, task.params[0], Rows(noise, owner), inputs.condition, (task.config, program.chunk))
-    device = np.asarray(generation.score(program, task.params, inputs, images, np.asarray(owner)))
+    device = np.asarray(generation.score(program, task.params, inputs, images, owner))
     texts = [prompt for prompt in prompts for _ in range(2)]
     components = rewards.host_components(task.reward, device, images, texts)
     return Finals(*(np.asarray(x).reshape(len(prompts), 2, *x.shape[1:]) for x in (images, components)))

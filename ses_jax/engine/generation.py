@@ -28,8 +28,9 @@ from ses_jax.searchers.elites import Elites
 from ses_jax.searchers.space import Space
 
 
-def init(program: Program, prompts: int, *, generations: int) -> State:
-    """The state before the first generation."""
+@compiled(static=3)
+def init(program: Program, prompts: int, generations: int) -> State:
+    """The state before the first generation; an archive has room for so many."""
     archive = None
     if program.standardize:
         rows = generations * program.evaluated

@@ -33,7 +33,7 @@ from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.saved import read_noise
 from ses_jax.engine.settings import fields, gather, read, shown, takes
 from ses_jax.engine.stopping import TERMINATED, Stop, noticed
-from ses_jax.engine.tasks import encode, image_params, prompt_keys
+from ses_jax.engine.tasks import encode, image_params
 from ses_jax.engine.watching import OnGeneration, Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
@@ -259,13 +259,13 @@ def generate(
     check_size(pipeline, *size)
     shape = (len(prompts), *pipeline.noise_shape(*size))
     if noise is None:
-        noise = jnp.stack([tasks.base_noise(prompt_keys(config.seed, i)[0], shape[1:]) for i in range(len(prompts))])
+        noise, _ = tasks.draws(config.seed, range(len(prompts)), shape[1:])
     if len(prompts) == 1 and noise.ndim == 3:
         noise = noise[None]
     if noise.shape != shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; {len(prompts)} images of {size} need {shape}")
     condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
-    rows = Rows(jnp.asarray(noise), jnp.arange(len(prompts)))
+    rows = Rows(jnp.asarray(noise), np.arange(len(prompts), dtype=np.int32))
     params = image_params(pipeline)
     return finals.render(pipeline, params, rows, condition, (config, config.chunk or len(prompts)))
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from ses_jax.engine import generation, memory
 from ses_jax.engine.config import RenderConfig, SearchConfig
@@ -20,7 +20,7 @@ from ses_jax.engine.denoising import Model
 from ses_jax.engine.fidelity import CACHED, EARLY, HALF
 from ses_jax.engine.program import Inputs, Program, Shown, State
 from ses_jax.loading import partition
-from ses_jax.loading.programs import comparable
+from ses_jax.loading.programs import comparable, compiled
 from ses_jax.pipelines import sampler
 from ses_jax.pipelines.base import Guidance, Pipeline
 from ses_jax.rewards import reward as rewards
@@ -84,13 +84,12 @@ def draw(
     pipeline: Pipeline, config: SearchConfig, indices: Sequence[int], noise: np.ndarray | None = None
 ) -> tuple[Array, Inputs]:
     """The base noise `[P, C, h, w]` of prompts, and their inputs but for what is encoded; a given noise is the base."""
-    noise_keys, keys = zip(*(prompt_keys(config.seed, index) for index in indices), strict=True)
-    shape = pipeline.noise_shape(config.height, config.width)
-    noise = jnp.stack([base_noise(key, shape) for key in noise_keys]) if noise is None else jnp.asarray(noise)
+    drawn, keys = draws(config.seed, indices, pipeline.noise_shape(config.height, config.width))
+    noise = drawn if noise is None else jnp.asarray(noise)
     base, rest = generation.split(problem_of(pipeline, config).space, noise)
     sigmas = jnp.asarray(pipeline.sigmas(config.preview_steps, config.height, config.width))
     seen = _sigmas_of_looks(pipeline, config)
-    return noise, Inputs(jnp.stack(keys), base, rest, None, None, sigmas, jnp.int32(config.budget), seen)
+    return noise, Inputs(keys, base, rest, None, None, sigmas, np.int32(config.budget), seen)
 
 
 def _sigmas_of_looks(pipeline: Pipeline, config: SearchConfig) -> tuple[Array | None, ...]:
@@ -167,7 +166,9 @@ def initial_state(task: Task) -> State:
 
 def first_state(task: Task) -> State:
     """The state before the first generation, wherever it lies."""
-    return generation.init(task.program, len(task.prompts), generations=generation_count(task.config))
+    # Only an archive is as long as the budget.
+    generations = generation_count(task.config) if task.program.standardize else 0
+    return generation.init(task.program, len(task.prompts), generations)
 
 
 def generation_count(config: SearchConfig) -> int:
@@ -189,9 +190,27 @@ def image_params(pipeline: Pipeline) -> Any:
     return pipeline.place(pipeline.image_params(pipeline.params))
 
 
+def draws(seed: int, indices: Sequence[int], shape: Sequence[int]) -> tuple[Float[Array, "p c h w"], Key[Array, " p"]]:
+    """The base noises of prompts, and the keys of their searches; a prompt's do not depend on the others."""
+    return _draws(tuple(shape), _words(seed), np.asarray(indices, np.uint32))
+
+
+@compiled(static=1)
+def _draws(shape: tuple[int, ...], words: Array, indices: Array) -> tuple[Array, Array]:
+    noise_keys, keys = jax.vmap(functools.partial(_keys, words))(indices)
+    return jax.vmap(lambda key: base_noise(key, shape))(noise_keys), keys
+
+
 def prompt_keys(seed: int, index: int) -> tuple[Array, Array]:
     """Keys of prompt `index`: of its base noise, and of its search. All 64 bits of the seed count."""
-    words = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)  # as `jax.random.key` has them for small seeds
+    return _keys(_words(seed), index)
+
+
+def _words(seed: int) -> np.ndarray:
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)  # as `jax.random.key` has them for small seeds
+
+
+def _keys(words: Array | np.ndarray, index: int | Array) -> tuple[Array, Array]:
     root = jax.random.wrap_key_data(words, impl="threefry2x32")
     noise_key, search_key = jax.random.split(jax.random.fold_in(root, index))
     return noise_key, search_key
