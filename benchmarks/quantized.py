@@ -37,6 +37,7 @@ class Arguments:
       prompts: how many evaluation prompts.
       budget: of the searches.
       at_once: prompts in a batch.
+      preview_steps, steps: of previews and of images; by default the demo's.
       out: folder for the results.
     """
 
@@ -44,6 +45,8 @@ class Arguments:
     prompts: int = 50
     budget: int = 10
     at_once: int = 10
+    preview_steps: int | None = None
+    steps: int | None = None
     out: Path = common.RESULTS
 
 
@@ -56,7 +59,7 @@ def main(args: Arguments) -> None:
             pipeline = exact if kind == "float32" else ses_jax.load_pipeline("demo", quantize=kind)
             rows[kind] = searched(pipeline, cases, args)
             if kind != "float32":
-                rows[kind] |= compared(exact, pipeline, [prompt for _, prompt in cases])
+                rows[kind] |= compared(exact, pipeline, [prompt for _, prompt in cases], args.steps)
             common.save("quantized", {"arguments": arguments(args), "rows": rows}, args.out)
     for line in table(rows):
         print(line)
@@ -64,7 +67,7 @@ def main(args: Arguments) -> None:
 
 def arguments(args: Arguments) -> dict[str, Any]:
     """What rows of one file have in common."""
-    return {"prompts": args.prompts, "budget": args.budget}
+    return {name: getattr(args, name) for name in ("prompts", "budget", "preview_steps", "steps")}
 
 
 def done(args: Arguments) -> dict[str, dict[str, Any]]:
@@ -77,6 +80,7 @@ def done(args: Arguments) -> dict[str, dict[str, Any]]:
 def searched(pipeline: Any, cases: Sequence[Any], args: Arguments) -> dict[str, Any]:
     """What each prompt's search came to, by name."""
     settings = {"budget": args.budget, "prompts_at_once": args.at_once, "progress": False}
+    settings |= {"preview_steps": args.preview_steps, "steps": args.steps}
     results = ses_jax.search([prompt for _, prompt in cases], model=pipeline, **settings)
     correct = [
         judge.verify(np.asarray(result.image), scene).correct for (scene, _), result in zip(cases, results, strict=True)
@@ -86,12 +90,12 @@ def searched(pipeline: Any, cases: Sequence[Any], args: Arguments) -> dict[str, 
     return dict(zip(REWARDS, map(list, columns), strict=True)) | {"transformer bytes": weights}
 
 
-def compared(exact: Any, pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
+def compared(exact: Any, pipeline: Any, prompts: Sequence[str], steps: int | None) -> dict[str, Any]:
     """By prompt, how far the velocity is off and how alike the images are."""
-    images = [np.asarray(ses_jax.generate(p, prompts)) for p in (exact, pipeline)]
+    images = [np.asarray(ses_jax.generate(p, prompts, steps=steps)) for p in (exact, pipeline)]
     error = np.square(images[0] - images[1]).mean(axis=(1, 2, 3))
     rng = np.random.default_rng(0)
-    latents = jnp.float32(rng.standard_normal((len(prompts), *exact.noise_shape(64, 64))))
+    latents = jnp.float32(rng.standard_normal((len(prompts), *exact.noise_shape(*images[0].shape[1:3]))))
     tokens = exact.tokenize(list(prompts), guidance=exact.defaults.guidance)
     found = {f"velocity at {sigma}": [] for sigma in SIGMAS}
     velocities = {sigma: [velocity(p, tokens, latents, sigma) for p in (exact, pipeline)] for sigma in SIGMAS}

@@ -53,6 +53,7 @@ class Arguments:
       prompt_seed: of the prompts; 2024 are those that the demo's defaults were chosen on.
       seeds: of the noise.
       at_once: prompts in a batch.
+      preview_steps, steps: of previews and of final images; by default the demo's.
       out: folder for the results.
     """
 
@@ -64,6 +65,8 @@ class Arguments:
     prompt_seed: int = 7
     seeds: tuple[int, ...] = (0, 1, 2)
     at_once: int = 10
+    preview_steps: int | None = None
+    steps: int | None = None
     out: Path = common.RESULTS
 
 
@@ -88,7 +91,13 @@ def name(args: Arguments) -> str:
 
 def arguments(args: Arguments) -> dict[str, Any]:
     """What rows of one file have in common."""
-    return {name: getattr(args, name) for name in ("prompts", "tier", "prompt_seed")} | {"nfe": list(args.nfe)}
+    chosen = {name: getattr(args, name) for name in ("prompts", "tier", "prompt_seed")} | {"nfe": list(args.nfe)}
+    return chosen | steps(args)
+
+
+def steps(args: Arguments) -> dict[str, int]:
+    """Those that are not the demo's."""
+    return {name: value for name in ("preview_steps", "steps") if (value := getattr(args, name)) is not None}
 
 
 def done(args: Arguments) -> dict[str, dict[str, Any]]:
@@ -102,7 +111,7 @@ def searched(pipeline: Any, cases: Sequence[Any], method: str, seed: int, args: 
     """What each prompt's search came to, by budget: each budget goes on from the one before."""
     searcher, _, fidelity = method.partition("+")
     held_out = ses_jax.load_reward("clip", source=pipeline.folder / "held_out_clip", name=HELD_OUT)
-    settings = {"searcher": searcher, "fidelity": fidelity or "full", "seed": seed, "report": [held_out]}
+    settings = {"searcher": searcher, "fidelity": fidelity or "full", "seed": seed, "report": [held_out], **steps(args)}
     rows = [{column: [] for column in (*COLUMNS, "nfe")} for _ in cases]
     with tempfile.TemporaryDirectory() as folder:
         for nfe in args.nfe:

@@ -27,7 +27,7 @@ os.environ.update(
         )
     ),
     JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
     # XLA's threads. By default as many as there are devices, which two collectives at once can all keep waiting for
     # each other: such tests stood still every few runs.
@@ -48,10 +48,11 @@ hypothesis.settings.register_profile("same", derandomize=True, database=None, de
 hypothesis.settings.load_profile("same")
 
 
-# Files of more than half a minute, which start first so that no worker waits for the other one at the end.
+# Files of about half a minute and more, which start first so that no worker waits for the other one at the end.
 LONG = {
-    *("scale", "processes", "partition", "flux2_pipeline", "train_demo", "throughput", "scorers", "flux1_pipeline"),
-    *("qwen_image_pipeline", "z_image_pipeline", "cli", "planner", "scripts", "batch"),
+    *("scripts", "train_demo", "processes", "flux2_pipeline", "throughput", "partition", "scale", "scorers", "cli"),
+    *("qwen_image_pipeline", "z_image_pipeline", "flux1_pipeline", "quantized", "programs", "planner", "soak"),
+    *("kernels", "batch", "examples", "notebook"),
 }
 
 

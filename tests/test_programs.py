@@ -20,6 +20,7 @@ from ses_jax.loading.programs import comparable, compiled
 from ses_jax.rewards import scorers
 
 SETTINGS = {"budget": 4, "population": 2, "elites": 1, "steps": 2, "preview_steps": 2, "progress": False}
+SETTINGS |= {"height": 64, "width": 64}
 
 
 @pytest.fixture
@@ -130,6 +131,14 @@ FORMS = {
 @pytest.fixture(scope="module")
 def demo():
     return ses_jax.load_pipeline("demo")
+
+
+def test_a_search_compiles_its_programs_and_hardly_anything_else(compilations, fresh_programs):
+    """Each small operation outside of them would be a program of its own, and half a second the more in all."""
+    jax.clear_caches()
+    before = compilations()
+    ses_jax.search("a red circle", model=toy.pipeline(), reward=toy.brightness(), **SETTINGS)
+    assert 6 <= compilations() - before <= 11
 
 
 @pytest.mark.parametrize("form", FORMS)

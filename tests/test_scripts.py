@@ -14,16 +14,17 @@ import tyro
 from ses_jax.planner import tables
 
 ROOT = Path(__file__).parents[1]
+STEPS = ("--preview-steps", "1", "--steps", "1")
 SCRIPTS = {
     "benchmarks/effect.py": ["--prompts", "1", "--budgets", "0"],
     "benchmarks/fidelities.py": [
         *("--prompts", "1", "--noises", "3", "--preview-steps", "2", "--looks", "half1", "early1"),
     ],
     "benchmarks/loops.py": ["--calls", "2", "--forms", "generate", "--growth", "1e9", "--maps", "10000"],
-    "benchmarks/quantized.py": ["--kinds", "int8", "--prompts", "2", "--budget", "1", "--at-once", "2"],
+    "benchmarks/quantized.py": ["--kinds", "int8", "--prompts", "2", "--budget", "1", "--at-once", "2", *STEPS],
     "benchmarks/reward_share.py": ["--population", "2", "--repeats", "1", "--preview-steps", "1"],
     "benchmarks/searchers.py": [
-        *("--methods", "zero-order", "--nfe", "40", "80", "--seeds", "0", "--prompts", "2", "--at-once", "2"),
+        *("--methods", "zero-order", "--nfe", "2", "--seeds", "0", "--prompts", "2", "--at-once", "2", *STEPS),
     ],
     "benchmarks/sizes.py": ["--searches", "4", "--sizes", "2", "--model", "toy", "--growth", "1"],
     "benchmarks/search_vs_torch.py": ["--budget", "2", "--repeats", "1", "--threads", "1"],
