@@ -1,5 +1,8 @@
 """Mixtures against numpy, and their properties."""
 
+import warnings
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,11 +24,14 @@ def by_hand(components, weights, population):
     return total
 
 
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (2.0, -0.5, 0.1), (1.0, 0.0, 3.0)])
-def test_standardized_sum_by_hand(weights):
+def test_standardized_sum_by_hand(weights, array):
     rng = np.random.default_rng(0)
     components = (rng.standard_normal((20, 3)) * [1, 100, 1e-3] + [0, 20, 5]).astype(np.float32)
-    got = mixture.standardized_sum(components[:7], weights, components)
+    got = mixture.standardized_sum(array(components[:7]), weights, array(components))
+    assert isinstance(got, type(array(components)))
+    assert got.dtype == np.float32
     np.testing.assert_allclose(
         got, by_hand(components[:7].astype(np.float64), weights, components), rtol=2e-3, atol=2e-3
     )
@@ -44,6 +50,15 @@ def test_a_row_that_is_not_finite_has_no_score_and_no_say():
     np.testing.assert_allclose(
         scores[[0, 2]], mixture.standardized_sum(components[[0, 2]], (1.0, 1.0), components[[0, 2]])
     )
+
+
+def test_scores_on_the_host_say_nothing_and_are_float32():
+    components = np.array([[1.0, 2e30], [3.0, -np.inf], [5.0, 1e30], [np.inf, 0.0]], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = mixture.standardized_sum(components, (1.0, 1.0), components)
+    assert scores.dtype == np.float32
+    assert not np.isfinite(scores[[1, 3]]).any()
 
 
 def test_a_constant_part_counts_for_nothing():

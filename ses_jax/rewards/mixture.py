@@ -1,12 +1,19 @@
-"""How the parts of a reward become one score: a plain weighted sum, or one of standardised parts."""
+"""How the parts of a reward become one score: a plain weighted sum, or one of standardised parts.
+
+What NumPy arrays are given is computed by NumPy: on the host populations grow with every generation, and JAX would
+compile each operation anew for each size.
+"""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 Components = Float[Array | np.ndarray, "n parts"]
+# Scores may be infinite or no numbers, and JAX says nothing of it either.
+SILENT = np.errstate(invalid="ignore", over="ignore")
 
 
 def plain_sum(components: Components, weights: Sequence[float]) -> Float[Array | np.ndarray, " n"]:
@@ -14,9 +21,10 @@ def plain_sum(components: Components, weights: Sequence[float]) -> Float[Array |
     return sum(weight * components[:, i] for i, weight in enumerate(weights) if weight)
 
 
+@SILENT
 def standardized_sum(
     components: Components, weights: Sequence[float], population: Float[Array | np.ndarray, "m parts"]
-) -> Float[Array, " n"]:
+) -> Float[Array | np.ndarray, " n"]:
     """Weighted sums of components, each standardised to mean 0 and deviation 1 over a population.
 
     Args:
@@ -28,24 +36,26 @@ def standardized_sum(
     driving = np.flatnonzero(weights)
     offset, mean, scale = _moments(population[:, driving])
     # Scores of a large common offset, such as 20 +- 0.1, keep their digits if it goes first.
-    return ((components[:, driving] - offset - mean) * scale) @ jnp.asarray(weights, jnp.float32)[driving]
+    return ((components[:, driving] - offset - mean) * scale) @ np.float32(weights)[driving]
 
 
-def standardized_slopes(weights: Sequence[float], population: Components) -> Float[Array, " driving"]:
+def standardized_slopes(weights: Sequence[float], population: Components) -> Float[Array | np.ndarray, " driving"]:
     """Derivatives of `standardized_sum` with respect to the components of weight, mean and deviation held."""
     driving = np.flatnonzero(weights)
-    return _moments(population[:, driving])[2] * jnp.asarray(weights, jnp.float32)[driving]
+    return _moments(population[:, driving])[2] * np.float32(weights)[driving]
 
 
-def _moments(population: Components) -> tuple[Array, Array, Array]:
+@SILENT
+def _moments(population: Components) -> tuple[Array | np.ndarray, ...]:
     """An offset, the mean beside it, and what the deviation divides by; `[parts]` each."""
-    valid = jnp.isfinite(population).all(axis=1, keepdims=True)
-    count = jnp.maximum(valid.sum(), 1)
-    offset = jnp.where(valid, population, 0).sum(axis=0) / count
-    population = jnp.where(valid, population - offset, 0)
+    xp: ModuleType = np if isinstance(population, np.ndarray) else jnp
+    valid = xp.isfinite(population).all(axis=1, keepdims=True)
+    count = xp.maximum(valid.sum(), 1).astype(np.float32)
+    offset = xp.where(valid, population, 0).sum(axis=0) / count
+    population = xp.where(valid, population, offset) - offset
     mean = population.sum(axis=0) / count
-    deviation = jnp.sqrt(jnp.where(valid, jnp.square(population - mean), 0).sum(axis=0) / count)
+    deviation = xp.sqrt(xp.where(valid, xp.square(population - mean), 0).sum(axis=0) / count)
     # A deviation that is only rounding would blow rounding up to the size of a real difference.
-    constant = deviation <= 1e-6 * jnp.abs(offset)
+    constant = deviation <= 1e-6 * xp.abs(offset)
     # Times zero rather than zero: what is not finite stays so.
-    return offset, mean, jnp.where(constant, 0.0, 1.0 / jnp.where(constant, 1.0, deviation))
+    return offset, mean, xp.where(constant, 0.0, 1.0 / xp.where(constant, 1.0, deviation))
