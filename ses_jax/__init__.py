@@ -21,7 +21,8 @@ from ses_jax.loading import programs as _programs
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.registry import load_pipeline
 from ses_jax.planner.plan import Plan, plan
-from ses_jax.rewards.reward import Reward, load_reward
+from ses_jax.rewards.reward import Reward
+from ses_jax.rewards.spec import load_reward
 from ses_jax.searchers.searcher import Searcher
 
 

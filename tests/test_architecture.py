@@ -103,7 +103,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.rewards": (
         {"ses_jax.loading", "ses_jax.convert", "ses_jax.models"},
-        ["reward", "scorers", "preprocess", "resample", "mixture", "images", "host"],
+        ["spec", "device_parts", "reward", "scorers", "preprocess", "resample", "mixture", "images", "host"],
     ),
     "ses_jax.pipelines": (
         {"ses_jax.loading", "ses_jax.convert", "ses_jax.models"},

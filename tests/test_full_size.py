@@ -13,8 +13,7 @@ from ses_jax.models import autoencoder_kl, clip, decoder_lm, z_image
 from ses_jax.pipelines import base, schedule
 from ses_jax.pipelines import z_image as family
 from ses_jax.pipelines.guidance import Guided
-from ses_jax.rewards import reward as rewards
-from ses_jax.rewards import scorers
+from ses_jax.rewards import device_parts, scorers
 from ses_jax.rewards.preprocess import Preprocessor
 from ses_jax.searchers import space
 from ses_jax.searchers.searcher import Problem
@@ -64,7 +63,7 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
             functools.partial(family.velocity, z_image.Config()),
             functools.partial(family.decode, autoencoder_kl.Config()),
         ),
-        score=rewards.DeviceScores((functools.partial(scorers.clip_score, CLIP_H, Preprocessor()),)),
+        score=device_parts.DeviceScores((functools.partial(scorers.clip_score, CLIP_H, Preprocessor()),)),
         weights=(1.0,),
         standardize=False,
         searcher=Ses(),

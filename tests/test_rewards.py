@@ -6,7 +6,7 @@ import oracle
 import pytest
 
 import ses_jax
-from ses_jax.rewards import reward as rewards
+from ses_jax.rewards import spec
 
 PROMPTS = ["a cat", "", "\u732b on a caf\u00e9 table \U0001f431", "many words " * 30]
 
@@ -58,10 +58,10 @@ def test_a_mixture_called_on_its_own_is_the_weighted_sum(folders, images):
 
 
 def test_a_reported_reward_does_not_enter(reward, images):
-    both = rewards.with_report(reward, ses_jax.load_reward(red))
+    both = spec.with_report(reward, ses_jax.load_reward(red))
     np.testing.assert_array_equal(both(images, PROMPTS), reward(images, PROMPTS))
     assert [part.name for part in both.parts] == ["clip", "red"]
-    assert rewards.with_report(reward, reward).parts == reward.parts
+    assert spec.with_report(reward, reward).parts == reward.parts
     assert both.name == "clip"
 
 
@@ -73,7 +73,7 @@ def test_a_loaded_reward_counts_as_its_parts(folders, reward, images):
         ("red", 3.0, True),
         ("clip", -1.0, False),
     ]
-    both = rewards.with_report(reward, ses_jax.load_reward({other: 1.0}))
+    both = spec.with_report(reward, ses_jax.load_reward({other: 1.0}))
     np.testing.assert_array_equal(both(images, PROMPTS), reward(images, PROMPTS))
     assert [part.weight for part in both.parts] == [1.0, 0.0]
 
@@ -83,7 +83,7 @@ def test_two_scorers_of_a_name_are_told_apart(folders, reward):
     with pytest.raises(ValueError, match=r"two parts of the name 'clip'; load one with load_reward\(name=...\)"):
         ses_jax.load_reward({same: 1.0, reward: 1.0})
     with pytest.raises(ValueError, match="report: the reward has another scorer of the name 'clip'"):
-        rewards.with_report(reward, same)
+        spec.with_report(reward, same)
     with pytest.raises(ValueError, match="name='both' is for one part, and the reward has 2"):
         ses_jax.load_reward({"clip": 1.0, red: 1.0}, source={"clip": folders["clip"]}, name="both")
 
@@ -97,6 +97,6 @@ def test_unknown_kinds_are_named():
     with pytest.raises(ValueError, match=r"unknown reward 'aesthetics'; known: .*clip"):
         ses_jax.load_reward("aesthetics")
     with pytest.raises(ValueError, match="unknown reward 'aesthetics'"):
-        rewards.check({"clip": 1.0, "aesthetics": 2.0})
+        spec.check({"clip": 1.0, "aesthetics": 2.0})
     with pytest.raises(ValueError, match="at least one part"):
-        rewards.check({})
+        spec.check({})

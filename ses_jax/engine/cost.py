@@ -22,7 +22,7 @@ from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading import partition
 from ses_jax.loading.programs import compiled
 from ses_jax.pipelines.guidance import forwards, unguided
-from ses_jax.rewards.reward import DeviceScores
+from ses_jax.rewards.device_parts import DeviceScores
 
 
 @dataclasses.dataclass(frozen=True)

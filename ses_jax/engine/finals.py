@@ -18,7 +18,7 @@ from ses_jax.engine.stopping import waited_for
 from ses_jax.engine.tasks import Task, model_of
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
-from ses_jax.rewards import reward as rewards
+from ses_jax.rewards import device_parts
 
 
 class Found(NamedTuple):
@@ -81,7 +81,7 @@ def finals(task: Task, pipeline: Pipeline, winners: Float[np.ndarray, "p c h w"]
     images = render(pipeline, task.params[0], Rows(noise, owner), inputs.condition, (task.config, program.chunk))
     device = np.asarray(generation.score(program, task.params, inputs, images, owner))
     texts = [prompt for prompt in prompts for _ in range(2)]
-    components = rewards.host_components(task.reward, device, images, texts)
+    components = device_parts.host_components(task.reward, device, images, texts)
     return Finals(*(np.asarray(x).reshape(len(prompts), 2, *x.shape[1:]) for x in (images, components)))
 
 

@@ -13,7 +13,7 @@ from ses_jax.engine.looks import Field
 from ses_jax.engine.program import Inputs, Program, Scored, State
 from ses_jax.engine.tasks import Task
 from ses_jax.loading.programs import compiled
-from ses_jax.rewards import reward as rewards
+from ses_jax.rewards import device_parts
 
 
 def step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
@@ -59,7 +59,7 @@ def _components(task: Task, images: Array, device: Array) -> Float[Array, "p m p
 def _scored(task: Task, images: Array, device: Array, count: int) -> np.ndarray:
     """All components of rows, `count` of each prompt."""
     texts: Sequence[str] = [prompt for prompt in task.prompts for _ in range(count)]
-    return rewards.host_components(task.reward, np.asarray(device), images, texts)
+    return device_parts.host_components(task.reward, np.asarray(device), images, texts)
 
 
 def _by_prompt(task: Task, rows: Any) -> Array:

@@ -15,9 +15,9 @@ from ses_jax.loading import hub, partition
 from ses_jax.loading.lora_files import pairs
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.registry import load_pipeline
-from ses_jax.rewards import reward as rewards
-from ses_jax.rewards import scorers
-from ses_jax.rewards.reward import Reward, RewardSpec
+from ses_jax.rewards import scorers, spec
+from ses_jax.rewards.reward import Reward
+from ses_jax.rewards.spec import RewardSpec
 
 
 class Kept:
@@ -60,10 +60,10 @@ def check_rewards(reward: Any, report: Any) -> RewardSpec | Reward | None:
         report = dict.fromkeys(report, 1.0) if listed else report
         report = None if isinstance(report, Mapping) and not report else report
         if reward is not None:
-            rewards.check(reward, "reward")
-            rewards.check_drives(reward)
+            spec.check(reward, "reward")
+            spec.check_drives(reward)
         if report is not None:
-            rewards.check(report, "report")
+            spec.check(report, "report")
     except (RecursionError, TypeError) as error:  # of values that can't be shown, or not even looked up
         raise ValueError(f"reward and report must be names, functions or mappings of these: {error}") from error
     return report
@@ -91,8 +91,8 @@ def load_models(
     keys = {kind: (kind, quantize, *_state(sources.get(kind, scorers.KINDS[kind].source))) for kind in names}
     loaded = _SCORERS.get({keys[kind]: _scorer_loader(kind, sources.get(kind), quantize) for kind in names})
     known = dict(zip(names, loaded, strict=True))
-    reported = None if report is None else rewards.assemble(report, known)
-    return pipeline, rewards.with_report(rewards.assemble(reward, known), reported)
+    reported = None if report is None else spec.assemble(report, known)
+    return pipeline, spec.with_report(spec.assemble(reward, known), reported)
 
 
 def find_pipeline(model: str | Pipeline, mesh: str | Mesh | None = None, **options: Any) -> Pipeline:

@@ -18,7 +18,7 @@ from ses_jax.engine.program import FILM
 from ses_jax.engine.tasks import FINALS, Task
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
-from ses_jax.rewards import reward as rewards
+from ses_jax.rewards import device_parts
 from ses_jax.rewards.reward import Reward
 
 
@@ -35,8 +35,8 @@ def outline(pipeline: Pipeline, reward: Reward, config: SearchConfig, tokens: An
     put = functools.partial(partition.replicate, pipeline.mesh)
     noise, first = jax.eval_shape(lambda: tasks.draw(pipeline, config, range(len(prompts))))
     condition = jax.eval_shape(pipeline.encode, pipeline.text_params(pipeline.params), tokens)
-    reward = rewards.place(reward, lambda params: put(_shapes(params)))
-    inputs = put(first._replace(condition=condition, text=rewards.text_shapes(reward, prompts)))
+    reward = device_parts.place(reward, lambda params: put(_shapes(params)))
+    inputs = put(first._replace(condition=condition, text=device_parts.text_shapes(reward, prompts)))
     task = tasks.assemble(_abstract(pipeline), reward, config, prompts, inputs)
     return task._replace(noise=noise, program=task.program._replace(shown=FILM))
 

@@ -23,7 +23,7 @@ from ses_jax.loading import partition
 from ses_jax.loading.programs import comparable, compiled
 from ses_jax.pipelines import sampler
 from ses_jax.pipelines.base import Guidance, Pipeline
-from ses_jax.rewards import reward as rewards
+from ses_jax.rewards import device_parts
 from ses_jax.rewards.reward import Reward
 from ses_jax.searchers import space
 from ses_jax.searchers.searcher import Problem
@@ -72,8 +72,8 @@ def prepare(
     """
     noise, first = draw(pipeline, config, indices, noise)
     condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
-    reward = rewards.place(reward, functools.partial(partition.replicate, pipeline.mesh))
-    text = rewards.device_text(reward, prompts)
+    reward = device_parts.place(reward, functools.partial(partition.replicate, pipeline.mesh))
+    text = device_parts.device_text(reward, prompts)
     inputs = partition.replicate(pipeline.mesh, first._replace(condition=condition, text=text))
     task = assemble(pipeline, reward, config, prompts, inputs)._replace(noise=noise)
     task = task._replace(program=task.program._replace(shown=shown))
@@ -108,7 +108,7 @@ def _sigmas_of_looks(pipeline: Pipeline, config: SearchConfig) -> tuple[Array | 
 
 def assemble(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], inputs: Inputs) -> Task:
     """The task of what lies on its devices already; all rows at a time unless the config says how many."""
-    params = image_params(pipeline), rewards.device_params(reward)
+    params = image_params(pipeline), device_parts.device_params(reward)
     return Task(_program(pipeline, reward, config, prompts), reward, params, inputs, None, tuple(prompts), config)
 
 
@@ -130,7 +130,7 @@ def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
     rows = evaluated * len(prompts)
     return Program(
         model=model_of(pipeline, config),
-        score=rewards.device_scores(reward, prompts[0]),
+        score=device_parts.device_scores(reward, prompts[0]),
         weights=reward.weights,
         # Standardising a single part would change its scores and not their order.
         standardize=config.standardize and np.count_nonzero(reward.weights) > 1,

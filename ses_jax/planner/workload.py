@@ -21,8 +21,8 @@ from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.guidance import unguided
 from ses_jax.planner import footprint
 from ses_jax.rewards import scorers
+from ses_jax.rewards.device_parts import DeviceScores
 from ses_jax.rewards.preprocess import Preprocessor
-from ses_jax.rewards.reward import DeviceScores
 from ses_jax.rewards.scorers import Scorer
 
 

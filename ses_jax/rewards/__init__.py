@@ -1,10 +1,12 @@
 """How good an image is for a prompt, as numbers to maximise.
 
-reward       `Reward`, `load_reward`: one or more parts, published scorers or functions of the user
-scorers      the published scorers, `KINDS`
-host         calls of users' functions
-mixture      parts to one score
-images       what people hand over as images, as arrays
-preprocess   images to the pixels that a scorer sees
-resample     the resize of Pillow, on the device
+spec          `load_reward`, `RewardSpec`: rewards from names, functions and mappings of these to weights
+device_parts  the parts that run on the device, as one pure function
+reward        `Reward`: one or more parts, published scorers or functions of the user
+scorers       the published scorers, `KINDS`
+host          calls of users' functions
+mixture       parts to one score
+images        what people hand over as images, as arrays
+preprocess    images to the pixels that a scorer sees
+resample      the resize of Pillow, on the device
 """

@@ -8,7 +8,7 @@ from ses_jax.engine.cases import cases, several
 from ses_jax.engine.config import BUDGET, SearchConfig
 from ses_jax.engine.settings import fields
 from ses_jax.planner.plan import PLANNED, plan
-from ses_jax.rewards import reward as rewards
+from ses_jax.rewards import spec
 
 MANY = 5
 
@@ -29,7 +29,7 @@ def describe(rows: Sequence[Row], given: Mapping[str, Any]) -> Iterator[str]:
     own = {name: given[name] for name in fields(SearchConfig) if name in given and (name != "seed" or seeds is None)}
     config = SearchConfig(**own)
     if given.get("reward") is not None:
-        rewards.check(given["reward"])
+        spec.check(given["reward"])
     usable = [row for row in rows if row.error is None]
     yield f"would search {len(usable)} prompts with {given['model']}; nothing is loaded or written"
     if seeds is not None and usable:
