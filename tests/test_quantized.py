@@ -354,7 +354,7 @@ def test_searches_tell_weights_apart(tmp_path, exact, eight):
 def test_named_rewards_are_quantised_with_the_model(monkeypatch):
     asked = []
     monkeypatch.setattr(scorers, "load_scorer", lambda kind, **options: asked.append(options["quantize"]) or None)
-    monkeypatch.setattr(models.rewards, "assemble", lambda spec, known: toy.brightness())
+    monkeypatch.setattr(models.spec, "assemble", lambda spec, known: toy.brightness())
     models.forget()
     for load in ({"quantize": "int8"}, {}, {}):
         monkeypatch.setattr(models, "find_pipeline", lambda model, **options: toy.pipeline())
