@@ -116,13 +116,14 @@ def _compiled_cells(entry: Mapping[str, Any]) -> list[str]:
     found, programs = entry["compiled"], entry["compiled"]["programs"]
     moved = {kind: total for kind, total in programs["generation"]["collectives"].items() if total["bytes"]}
     seconds = programs["generation"]["seconds"]
+    compiling = [program["compile_seconds"] for program in programs.values()]
     return [
         entry["mesh"] + (", offloaded" if entry["offload_text_encoder"] else ""),
         str(found["chunk"]),
         f"{max(found['encode_bytes'], found['search_bytes']) / 2**30:.1f}",
         " and ".join(f"{entry[name] / found[name] - 1:+.0%}" for name in ("encode_bytes", "search_bytes")),
         ", ".join(f"{total['count']} {kind}, {total['bytes'] / 2**30:.1f} GiB" for kind, total in moved.items()),
-        f"{sum(program['compile_seconds'] for program in programs.values()):.0f}",
+        "" if None in compiling else f"{sum(compiling):.0f}",
         "" if seconds is None else f"{seconds / entry['settings']['population']:.2g}",
     ]
 
