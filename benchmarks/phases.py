@@ -6,6 +6,7 @@ free. Its result is plain JSON:
     job           the job, defaults filled in
     peak_flops    of one large bfloat16 matrix product, a second
     setup         seconds for weights and whatever else comes before the phases
+    compiling     seconds for all programs, where they are compiled side by side
     batches       for each batch size its phases, or the error that ended it
 """
 
@@ -31,6 +32,7 @@ class Job:
       dtype: of the weights.
       reward: "clip-h", random at its real size; "own", the checkpoint's; "none".
       repeats, limit: how often a phase is timed at most, and after how many seconds it is not repeated.
+      kernels: how many operations of each phase are told apart by their time, in a profile of our side.
       compile, attention: of the torch side, see `throughput_torch`.
     """
 
@@ -45,6 +47,7 @@ class Job:
     reward: str = "clip-h"
     repeats: int = 3
     limit: float = 20.0
+    kernels: int = 0
     compile: str = "auto"
     attention: str = "auto"
 
@@ -87,4 +90,6 @@ def line(phase: str, batch: int, result: dict[str, Any]) -> str:
         parts.append(f"{result['flops_per_second'] / 1e12:.4g} TFLOP/s ({result['share_of_peak']:.1%} of the peak)")
     if result.get("peak_bytes"):
         parts.append(f"peak {result['peak_bytes'] / 2**30:.1f} GiB")
+    if "kernels" in result:
+        parts.append(f"kernels {result['kernels']['busy']:.4g} s")
     return ", ".join([*parts, f"compiled in {result['compile_seconds']:.1f} s"])

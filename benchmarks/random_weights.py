@@ -1,5 +1,6 @@
 """Random weights of published sizes, made on the device leaf by leaf: speed does not depend on their values."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -8,11 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ses_jax
 from ses_jax.models import clip
+from ses_jax.pipelines.registry import abstract_pipeline
+from ses_jax.rewards import reward as rewards
 from ses_jax.rewards import scorers
 from ses_jax.rewards.preprocess import Preprocessor
 
 CLIP_H = clip.Config.from_open_clip({})  # ViT-H/14
+TOKENS = 64
 
 
 def random_params(abstract: Any, seed: int = 0) -> Any:
@@ -49,3 +54,14 @@ def clip_h(dtype: Any = jnp.bfloat16) -> scorers.Scorer:
         embed_text=lambda params, tokens: clip.embed_text(params, CLIP_H, tokens),
         score=functools.partial(scorers.clip_score, CLIP_H, Preprocessor()),
     )
+
+
+def random_model(model: str) -> tuple[ses_jax.Pipeline, ses_jax.Reward]:
+    """A published model and CLIP ViT-H/14 at their published sizes; every prompt has the same length."""
+    abstract = abstract_pipeline(model)
+
+    def tokenize(prompts, *, guidance, negative_prompt=None):
+        return abstract.blank_tokens(len(prompts), TOKENS, guidance=guidance)
+
+    pipeline = dataclasses.replace(abstract, params=random_params(abstract.params), tokenize=tokenize)
+    return pipeline, rewards.Reward((rewards.Part("clip", scorer=clip_h()),))

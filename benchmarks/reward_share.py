@@ -22,10 +22,6 @@ import tyro
 import ses_jax
 from ses_jax.engine import denoising, generation, tasks
 from ses_jax.pipelines import sampler
-from ses_jax.pipelines.registry import abstract_pipeline
-from ses_jax.rewards import reward as rewards
-
-TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Arguments:
 
 
 def main(args: Arguments) -> Path:
-    pipeline, reward = demo() if args.model == "demo" else random_model(args.model)
+    pipeline, reward = demo() if args.model == "demo" else random_weights.random_model(args.model)
     config = ses_jax.SearchConfig(
         budget=args.population,
         population=args.population,
@@ -135,17 +131,6 @@ def median_seconds(function: Callable[[], Any], repeats: int) -> float:
 def demo() -> tuple[ses_jax.Pipeline, ses_jax.Reward]:
     pipeline = ses_jax.load_pipeline("demo")
     return pipeline, ses_jax.load_reward("clip", source=pipeline.folder / "clip")
-
-
-def random_model(model: str) -> tuple[ses_jax.Pipeline, ses_jax.Reward]:
-    """A published model and CLIP ViT-H/14 at their published sizes, with random bfloat16 weights."""
-    abstract = abstract_pipeline(model)
-
-    def tokenize(prompts, *, guidance, negative_prompt=None):
-        return abstract.blank_tokens(len(prompts), TOKENS, guidance=guidance)
-
-    pipeline = dataclasses.replace(abstract, params=random_weights.random_params(abstract.params), tokenize=tokenize)
-    return pipeline, rewards.Reward((rewards.Part("clip", scorer=random_weights.clip_h()),))
 
 
 if __name__ == "__main__":

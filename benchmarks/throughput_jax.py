@@ -1,14 +1,17 @@
 """This library's side of the throughput benchmark."""
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import kernels
 import phases
 import random_weights
 from phases import Job
@@ -25,23 +28,32 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Times the phases of every batch size; text encoders leave the device before the other networks are made."""
+    """Times the phases of every batch size; text encoders leave the device before the other networks are made.
+
+    Everything is compiled first, side by side: `compile_seconds` are those of a program beside the others, and
+    `compiling` of all of them by the clock.
+    """
     clock = phases.Clock("jax")
     pipeline = _pipeline(job)
     job = _filled(job, pipeline)
     peak = matmul_peak(MATMUL_SIZES.get(jax.default_backend(), 16384))
     clock.say(f"{jax.devices()[0].device_kind}, {peak / 1e12:.4g} TFLOP/s in one bfloat16 product")
-    meter = Meter(job, peak, clock)
+    scorer = _scorer(job, pipeline)
+    start = time.perf_counter()
+    programs = _compile_all(job, pipeline, scorer)
+    compiling = time.perf_counter() - start
+    clock.say(f"{len(programs)} programs compiled in {compiling:.1f} s")
+    meter = Meter(job, peak, clock, programs)
     encoded = _encode_all(meter, pipeline)
     start = time.perf_counter()
     params = jax.block_until_ready(_make(pipeline.image_params(pipeline.params), seed=1))
-    scorer = _scorer(job, pipeline)
     setup = time.perf_counter() - start
     clock.say(f"weights made in {setup:.1f} s")
     batches = [_batch(meter, pipeline, params, scorer, item) for item in encoded]
     return {
         "job": dataclasses.asdict(job),
         "peak_flops": peak,
+        "compiling": compiling,
         "setup": setup,
         "seconds": clock.seconds(),
         "batches": batches,
@@ -56,26 +68,89 @@ class Encoded(NamedTuple):
     condition: Any
 
 
+class Program(NamedTuple):
+    """A phase of a batch size: its function, and what compiling it gave, or the error, and the seconds it took."""
+
+    function: Callable[..., Any]
+    compiled: Any
+    seconds: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Meter:
-    """Compiles, counts and times one phase after the other."""
+    """Counts and times one phase after the other."""
 
     job: Job
     peak: float
     clock: phases.Clock
+    programs: Mapping[tuple[str, int], Program]
 
-    def __call__(self, phase: str, batch: int, function: Callable[..., Any], *args: Any) -> tuple[dict[str, Any], Any]:
-        """The phase's figures, and what the function gives."""
-        start = time.perf_counter()
-        compiled = jax.jit(function).lower(*args).compile()
-        compile_seconds = time.perf_counter() - start
+    def __call__(self, phase: str, batch: int, *args: Any) -> tuple[dict[str, Any], Any]:
+        """The phase's figures, and what it gives."""
+        function, compiled, compile_seconds = self.programs[phase, batch]
+        if isinstance(compiled, Exception):
+            raise compiled
+        memory = _memory(compiled)
         out = jax.block_until_ready(compiled(*args))  # the first call also loads the program
+
+        def call():
+            return jax.block_until_ready(compiled(*args))
+
         with jax.transfer_guard_device_to_host("disallow"):
-            seconds, runs = phases.median_seconds(lambda: jax.block_until_ready(compiled(*args)), self.job)
+            seconds, runs = phases.median_seconds(call, self.job)
         result = phases.rates(seconds, batch, flops.count(function, *args), self.peak)
-        result |= {"runs": runs, "compile_seconds": compile_seconds, **_memory(compiled)}
+        result |= {"runs": runs, "compile_seconds": compile_seconds, **memory}
+        if self.job.kernels:
+            result["kernels"] = kernels.longest(call, self.job.kernels)
         self.clock.say(phases.line(phase, batch, result))
         return result, out
+
+
+def _compile_all(job: Job, pipeline: Pipeline, scorer: scorers.Scorer | None) -> dict[tuple[str, int], Program]:
+    """The programs of all phases and batch sizes."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = {
+            (phase, batch): (function, pool.submit(_compile, jax.jit(function).lower(*args)))
+            for batch in job.batches
+            for phase, function, args in _phases(job, pipeline, scorer, batch)
+        }
+    return {key: Program(function, *future.result()) for key, (function, future) in found.items()}
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[Any, float]:
+    """The compiled program, or the error of one that does not fit, and the seconds."""
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        compiled = error
+    return compiled, time.perf_counter() - start
+
+
+def _phases(
+    job: Job, pipeline: Pipeline, scorer: scorers.Scorer | None, batch: int
+) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """Names, functions and arguments, as shapes."""
+    tokens = _tokens(job, pipeline, batch)
+    params = jax.eval_shape(lambda: pipeline.params)
+    text_params, image_params = pipeline.text_params(params), pipeline.image_params(params)
+    yield "encode", pipeline.encode, (text_params, tokens)
+    condition = jax.eval_shape(pipeline.encode, text_params, tokens)
+    noise = jax.ShapeDtypeStruct((batch, *pipeline.noise_shape(job.height, job.width)), jnp.float32)
+    denoise = functools.partial(_denoise, pipeline.velocity)
+    call = (image_params, noise, jax.ShapeDtypeStruct((job.steps + 1,), jnp.float32), condition)
+    yield "denoise", denoise, call
+    latents = jax.eval_shape(denoise, *call)
+    yield "decode", pipeline.decode, (image_params, latents)
+    if scorer is not None:
+        images = jax.eval_shape(pipeline.decode, image_params, latents)
+        scorer_params = jax.eval_shape(lambda: scorer.params)
+        text = jax.eval_shape(scorer.embed_text, scorer_params, scorer.tokenize(["a prompt"] * batch))
+        yield "reward", scorer.score, (scorer_params, images, text)
+
+
+def _tokens(job: Job, pipeline: Pipeline, batch: int) -> Any:
+    return pipeline.blank_tokens(batch, job.tokens, guidance=job.guidance)
 
 
 def matmul_peak(size: int, count: int = 8, runs: int = 5) -> float:
@@ -101,8 +176,8 @@ def _encode_all(meter: Meter, pipeline: Pipeline) -> list[Encoded]:
     params = _make(pipeline.text_params(pipeline.params), seed=0)
     encoded = []
     for batch in meter.job.batches:
-        tokens = pipeline.blank_tokens(batch, meter.job.tokens, guidance=meter.job.guidance)
-        result, condition = _or_out_of_memory(meter, "encode", batch, pipeline.encode, params, jax.device_put(tokens))
+        tokens = jax.device_put(_tokens(meter.job, pipeline, batch))
+        result, condition = _or_out_of_memory(meter, "encode", batch, params, tokens)
         encoded.append(Encoded(batch, result, condition))
     return encoded
 
@@ -118,19 +193,17 @@ def _batch(
     shape = (batch, *pipeline.noise_shape(job.height, job.width))
     noise = jax.random.normal(jax.random.key(batch), shape)
     sigmas = jnp.asarray(pipeline.sigmas(job.steps, job.height, job.width))
-    denoise = functools.partial(_denoise, pipeline.velocity)
-    call = (denoise, params, noise, sigmas, encoded.condition)
-    result["denoise"], latents = _or_out_of_memory(meter, "denoise", batch, *call)
+    result["denoise"], latents = _or_out_of_memory(meter, "denoise", batch, params, noise, sigmas, encoded.condition)
     if latents is None:
         return result
     result["denoise"]["seconds_per_step"] = result["denoise"]["seconds"] / job.steps
-    result["decode"], images = _or_out_of_memory(meter, "decode", batch, pipeline.decode, params, latents)
+    result["decode"], images = _or_out_of_memory(meter, "decode", batch, params, latents)
     if images is None:
         return result
     result["finite"] = bool(jnp.isfinite(images).all())
     if scorer is not None:
         text = jax.jit(scorer.embed_text)(scorer.params, scorer.tokenize(["a prompt"] * batch))
-        result["reward"], _ = _or_out_of_memory(meter, "reward", batch, scorer.score, scorer.params, images, text)
+        result["reward"], _ = _or_out_of_memory(meter, "reward", batch, scorer.params, images, text)
     return result
 
 
@@ -179,11 +252,15 @@ def _scorer(job: Job, pipeline: Pipeline) -> scorers.Scorer | None:
 
 
 def _memory(compiled: Any) -> dict[str, int | None]:
-    """Bytes of the program by XLA's account, and the most the device has held so far by its own (unknown on a CPU)."""
+    """Bytes of the program, by XLA's account; and the most the device holds in it, all weights that are there included.
+
+    The latter is unknown on a CPU.
+    """
     analysis = compiled.memory_analysis()
-    stats = jax.local_devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats()
+    working = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     return {
         "argument_bytes": analysis.argument_size_in_bytes,
         "temporary_bytes": analysis.temp_size_in_bytes,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "peak_bytes": stats["bytes_in_use"] + working if stats else None,
     }

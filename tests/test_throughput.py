@@ -156,7 +156,7 @@ def shapes(folder):
 
 def test_random_weights_and_the_checkpoints_own_reward(shapes):
     side, phases = script("throughput_jax"), script("phases")
-    job = phases.Job("tiny", batches=(3,), height=32, width=64, steps=1, reward="own", repeats=1)
+    job = phases.Job("tiny", batches=(3,), height=32, width=64, steps=1, reward="own", repeats=1, kernels=3)
     with mock.patch.object(side, "_pipeline", return_value=shapes):
         result = side.run(job)
     (batch,) = result["batches"]
@@ -164,16 +164,21 @@ def test_random_weights_and_the_checkpoints_own_reward(shapes):
     assert set(batch) == {"batch", "finite", *phases.PHASES}
     assert result["job"]["width"] == 64
     assert result["job"]["guidance"] == shapes.defaults.guidance
+    for phase in phases.PHASES:
+        busy, longest = batch[phase]["kernels"]["busy"], batch[phase]["kernels"]["longest"]
+        assert len(longest) == 3
+        assert 0 < sum(row["seconds"] for row in longest) <= busy
+        assert longest == sorted(longest, key=lambda row: -row["seconds"])
 
 
 @pytest.mark.parametrize("phase", ["encode", "decode"])
 def test_a_batch_that_does_not_fit_ends_alone(shapes, phase):
     side, phases = script("throughput_jax"), script("phases")
 
-    def measured(self, name, batch, function, *args):
+    def measured(self, name, batch, *args):
         if name == phase and batch == 2:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-        out = jax.eval_shape(function, *args)
+        out = jax.eval_shape(self.programs[name, batch].function, *args)
         return {"seconds": 1.0}, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out)
 
     job = phases.Job("tiny", batches=(1, 2), height=32, width=32, steps=1, reward="none", repeats=1)
@@ -205,7 +210,7 @@ def test_share_of_the_reward_in_a_generation_of_a_published_model(shapes, folder
     reward_share, random_weights = script("reward_share"), script("random_weights")
     scorer = scorers.load_clip("clip", folder / "clip")
     with (
-        mock.patch.object(reward_share, "abstract_pipeline", return_value=shapes),
+        mock.patch.object(random_weights, "abstract_pipeline", return_value=shapes),
         mock.patch.object(random_weights, "clip_h", return_value=scorer),
     ):
         path = reward_share.main(
@@ -216,6 +221,23 @@ def test_share_of_the_reward_in_a_generation_of_a_published_model(shapes, folder
     assert 0 < result["share"] < 1
     assert result["bytes_to_host"] == 3 * 4 * 2  # a score and a low band's size a candidate
     assert result["bytes_of_images"] == 3 * 32 * 32 * 3 * 4
+
+
+def test_a_whole_search_with_a_published_model(shapes, folder, tmp_path, capsys):
+    real_search, random_weights = script("real_search"), script("random_weights")
+    scorer = scorers.load_clip("clip", folder / "clip")
+    with (
+        mock.patch.object(random_weights, "abstract_pipeline", return_value=shapes),
+        mock.patch.object(random_weights, "clip_h", return_value=scorer),
+    ):
+        path = real_search.main(real_search.Arguments("published/tiny", 12, 32, 32, 1, 1, chunk=5, out=tmp_path))
+    assert path.name == "search_tiny_cpu.json"
+    first, again = json.loads(path.read_text())["searches"]
+    assert first["scored"] == again["scored"] == 12
+    assert first["chunk"] == 5
+    assert again["cost"]["search"]["nfe"] == 12
+    assert again["seconds"] < first["seconds"]  # nothing is compiled any more
+    assert "s a candidate" in capsys.readouterr().out
 
 
 def test_timing_stops_at_its_limit():
