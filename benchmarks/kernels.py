@@ -18,15 +18,15 @@ class Kernel(NamedTuple):
 
 
 def longest(call: Callable[[], Any], count: int) -> dict[str, Any]:
-    """The operations that take the most of a warm call's time.
+    """The kernels that take the most of a warm call's time.
 
     Args:
       call: returns when the device is done.
-      count: how many operations are told apart.
+      count: how many kernels are told apart.
 
     Returns:
-      `busy`, seconds of all kernels together, and `longest`, for each operation its name in the compiled program, one
-      of its kernels, how often it ran, and its seconds.
+      `busy`, seconds of all kernels together, and `longest`, for each kernel its name, an operation of the compiled
+      program that it is part of, how often it ran, and its seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -34,10 +34,10 @@ def longest(call: Callable[[], Any], count: int) -> dict[str, Any]:
         kernels = [kernel for path in Path(folder).rglob("*.xplane.pb") for kernel in _read(path)]
     seconds: dict[str, float] = collections.defaultdict(float)
     for kernel in kernels:
-        seconds[kernel.op] += kernel.seconds
-    names, runs = {kernel.op: kernel.name for kernel in kernels}, collections.Counter(kernel.op for kernel in kernels)
+        seconds[kernel.name] += kernel.seconds
+    ops, runs = {kernel.name: kernel.op for kernel in kernels}, collections.Counter(kernel.name for kernel in kernels)
     first = sorted(seconds, key=seconds.get, reverse=True)[:count]
-    rows = [{"op": op, "kernel": names[op], "runs": runs[op], "seconds": seconds[op]} for op in first]
+    rows = [{"kernel": name, "op": ops[name], "runs": runs[name], "seconds": seconds[name]} for name in first]
     return {"busy": sum(seconds.values()), "longest": rows}
 
 

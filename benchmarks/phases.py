@@ -32,7 +32,7 @@ class Job:
       dtype: of the weights.
       reward: "clip-h", random at its real size; "own", the checkpoint's; "none".
       repeats, limit: how often a phase is timed at most, and after how many seconds it is not repeated.
-      kernels: how many operations of each phase are told apart by their time, in a profile of our side.
+      kernels: how many kernels of each phase are told apart by their time, in a profile of our side.
       compile, attention: of the torch side, see `throughput_torch`.
     """
 

@@ -38,7 +38,7 @@ class Arguments:
       reward: CLIP ViT-H/14 at its real size, the checkpoint's own CLIP, or none.
       repeats: timed runs of a phase, whose median counts.
       limit: seconds after which a phase is not repeated.
-      kernels: how many operations of each phase are told apart by their time on the device, in a profile of our side.
+      kernels: how many kernels of each phase are told apart by their time on the device, in a profile of our side.
       against: the other side, run on the same device right afterwards.
       compile: of the other side: "auto" is "default" on a GPU and "none" on a CPU; "none", "eager", or a mode of
         torch.compile such as "max-autotune-no-cudagraphs".

@@ -18,6 +18,7 @@ from phases import Job
 
 import ses_jax
 from ses_jax.engine import flops
+from ses_jax.loading import compiler
 from ses_jax.pipelines import sampler
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.registry import abstract_pipeline
@@ -110,11 +111,16 @@ def _compile_all(job: Job, pipeline: Pipeline, scorer: scorers.Scorer | None) ->
     """The programs of all phases and batch sizes."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         found = {
-            (phase, batch): (function, pool.submit(_compile, jax.jit(function).lower(*args)))
+            (phase, batch): (function, pool.submit(_compile, _lower(function, args)))
             for batch in job.batches
             for phase, function, args in _phases(job, pipeline, scorer, batch)
         }
     return {key: Program(function, *future.result()) for key, (function, future) in found.items()}
+
+
+def _lower(function: Callable[..., Any], args: tuple[Any, ...]) -> jax.stages.Lowered:
+    """With the options that a search compiles with."""
+    return jax.jit(function, compiler_options=dict(compiler.options(args))).lower(*args)
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[Any, float]:

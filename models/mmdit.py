@@ -10,6 +10,7 @@ stored in; "reference" rounds as the references do. With float32 weights the two
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         hidden = jax.nn.gelu(Dense(4 * x.shape[-1], name="linear_1")(x), approximate=True)
-        return Dense(x.shape[-1], name="linear_2")(hidden)
+        return Dense(x.shape[-1], bias_apart=True, name="linear_2")(hidden)
 
 
 class JointAttention(nn.Module):
@@ -123,17 +124,16 @@ class JointAttention(nn.Module):
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*joint, strict=True))
         lengths = None if text_lengths is None else count + text_lengths
         out = attention(rotate_interleaved(q, cos, sin), rotate_interleaved(k, cos, sin), v, key_lengths=lengths)
-        image_out = Dense(image.shape[-1], use_bias=self.use_bias, name="to_out")(out[:, :count])
-        return image_out, Dense(text.shape[-1], use_bias=self.use_bias, name="to_add_out")(out[:, count:])
+        outputs = zip(("to_out", "to_add_out"), (image, text), (out[:, :count], out[:, count:]), strict=True)
+        return tuple(Dense(x.shape[-1], self.use_bias, bias_apart=True, name=name)(h) for name, x, h in outputs)
 
     def _project(self, x, prefix, infix):
         """Queries, keys and values, each `[B, S, N, D]`; the first two are normed."""
         suffix = "_proj" if infix else ""
         split = (*x.shape[:2], self.heads, self.head_dim)
-        q, k, v = (
-            Dense(self.heads * self.head_dim, use_bias=self.use_bias, name=f"{prefix}_{n}{suffix}")(x).reshape(split)
-            for n in "qkv"
-        )
+        names = {n: f"{prefix}_{n}{suffix}" for n in "qkv"}
+        layers = (Dense(math.prod(split[2:]), self.use_bias, bias_apart=n != "v", name=names[n]) for n in names)
+        q, k, v = (layer(x).reshape(split) for layer in layers)
         return RMSNorm(NORM_EPS, name=f"norm{infix}_q")(q), RMSNorm(NORM_EPS, name=f"norm{infix}_k")(k), v
 
 
@@ -150,13 +150,13 @@ class SelfAttention(nn.Module):
         """Takes and gives `[B, S, D]`; `cos, sin [B or 1, S, head_dim / 2]`."""
         split = (*x.shape[:2], self.heads, self.head_dim)
         q, k, v = (
-            Dense(self.heads * self.head_dim, use_bias=self.use_bias, name=f"to_{name}")(x).reshape(split)
-            for name in "qkv"
+            Dense(math.prod(split[2:]), self.use_bias, bias_apart=n != "v", name=f"to_{n}")(x).reshape(split)
+            for n in "qkv"
         )
         q = rotate_interleaved(RMSNorm(self.eps, name="norm_q")(q), cos, sin)
         k = rotate_interleaved(RMSNorm(self.eps, name="norm_k")(k), cos, sin)
         out = attention(q, k, v, key_lengths=key_lengths)
-        return Dense(x.shape[-1], use_bias=self.use_bias, name="to_out")(out)
+        return Dense(x.shape[-1], self.use_bias, name="to_out")(out)
 
 
 class ConditionEmbedder(nn.Module):
@@ -192,7 +192,7 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, vector):
-        out = Dense(self.count * self.dim, use_bias=self.use_bias, name="linear")(jax.nn.silu(vector))
+        out = Dense(self.count * self.dim, self.use_bias, bias_apart=True, name="linear")(jax.nn.silu(vector))
         return jnp.split(out[:, None, :], self.count, axis=-1)
 
 

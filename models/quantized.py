@@ -56,10 +56,18 @@ class Quantized(NamedTuple):
 
 
 class Dense(nn.Module):
-    """A linear layer, with weights in eight bits if its params have a `kernel_scale`; otherwise that of Flax."""
+    """A linear layer, with weights in eight bits if its params have a `kernel_scale`; otherwise that of Flax.
+
+    Attributes:
+      features: of the output.
+      use_bias: whether there is one.
+      bias_apart: whether the bias is left to what follows, where that goes over every number anyway. As part of the
+        product it costs nothing, but then a GPU copies the weights of a layer out of those of the stack.
+    """
 
     features: int
     use_bias: bool = True
+    bias_apart: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -70,7 +78,10 @@ class Dense(nn.Module):
             return product(x, Quantized(kernel, scale), bias)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
         y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-        return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        if bias is None:
+            return y
+        wide = jnp.float32 if self.bias_apart else y.dtype  # products take no sum in another dtype
+        return (y.astype(wide) + bias.astype(wide)).astype(y.dtype)
 
 
 def product(

@@ -72,3 +72,9 @@ def device() -> Any:
     """The device that was said, or JAX's default one, which may be said by its platform's name."""
     said = _TARGET.get().device or jax.config.jax_default_device
     return said if hasattr(said, "platform") else jax.devices(said)[0]
+
+
+def capability(device: Any) -> int | None:
+    """The major compute capability of an NVIDIA GPU; None for all else, AMD's GPUs with their "gfx942" included."""
+    major = getattr(device, "compute_capability", "").split(".")[0]
+    return int(major) if device.platform in ("gpu", "cuda") and major.isdecimal() else None

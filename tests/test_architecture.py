@@ -111,7 +111,18 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.loading": (
         {"ses_jax.convert", "ses_jax.models"},
-        ["hub", "folder", "network", "adapters", "lora_files", "checkpoint", "rows", "partition", "programs"],
+        [
+            "hub",
+            "folder",
+            "network",
+            "adapters",
+            "lora_files",
+            "checkpoint",
+            "rows",
+            "partition",
+            "programs",
+            "compiler",
+        ],
     ),
     "ses_jax.convert": (
         {"ses_jax.models"},

@@ -9,4 +9,5 @@ checkpoint   params on disk in our own form (Orbax)
 rows         large stacks of layers in it, a layer at a time
 partition    meshes of devices, and where each leaf of the params lies on them
 programs     what is compiled, and kept for later calls
+compiler     what XLA is told of a program, by its device
 """

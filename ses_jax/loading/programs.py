@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from ses_jax.loading import compiler
+
 # As many as a mixed batch run switches between; each has a program for every token-length bucket.
 KEPT = 16
 
@@ -45,7 +47,10 @@ def comparable(function: Any) -> Any:
 
 
 class Compiled:
-    """A function jitted apart for each of its leading, static arguments; the most recent ones are kept."""
+    """A function jitted apart for each of its leading, static arguments, and for each compiler's options.
+
+    The most recent ones are kept.
+    """
 
     def __init__(self, function: Callable[..., Any], static: int, keep: int):
         functools.update_wrapper(self, function)
@@ -53,8 +58,8 @@ class Compiled:
         self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
         @functools.lru_cache(maxsize=keep)
-        def jitted(*args):
-            found = jax.jit(functools.partial(function, *args))
+        def jitted(options, *args):
+            found = jax.jit(functools.partial(function, *args), compiler_options=dict(options))
             self._alive.add(found)
             return found
 
@@ -82,7 +87,7 @@ class Compiled:
         self._jitted.cache_clear()
 
     def _of(self, args: tuple[Any, ...]) -> Any:
-        return self._jitted(*map(comparable, args[: self._static]))
+        return self._jitted(compiler.options(args[self._static :]), *map(comparable, args[: self._static]))
 
 
 def compiled(*, static: int, keep: int = KEPT) -> Callable[[Callable[..., Any]], Compiled]:

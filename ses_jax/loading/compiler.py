@@ -1,0 +1,54 @@
+"""What XLA's compiler is told of a program, which follows from the device that the program is for."""
+
+import functools
+import logging
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from ses_jax.models import quantized, target
+
+LOG = logging.getLogger("ses_jax")
+
+# By name and value; a tuple, so that it can be part of what programs are kept by.
+Options = tuple[tuple[str, bool | int], ...]
+
+# For NVIDIA's GPUs. Networks scan over their layers, and cuBLAS reads the weights of one where they lie in the stack;
+# Triton's products, and those of cuBLAS that are chosen in their place, take a copy of each, and products that are
+# joined copy them once more. Without these products there is also less to compile and to try out.
+NVIDIA: Options = (("xla_gpu_enable_triton_gemm", False), ("xla_gpu_dot_merger_threshold_mb", 0))
+
+
+def options(args: Any) -> Options:
+    """Compiler options for a program with such arguments, arrays or shapes; none for most devices.
+
+    Weights in eight bits are left to Triton's products, which cast them as they read them. What the user says in
+    `XLA_FLAGS` stays, and an option that this XLA does not know is left out.
+    """
+    leaves = jax.tree.leaves(args)
+    placed = (sharding for leaf in leaves if (sharding := getattr(leaf, "sharding", None)) is not None)
+    sharding = next(placed, None)
+    device = target.device() if sharding is None else next(iter(sharding.device_set))
+    if target.capability(device) is None or any(_is_quantized(leaf) for leaf in leaves):
+        return ()
+    said = os.environ.get("XLA_FLAGS", "")
+    return tuple(option for option in NVIDIA if option[0] not in said and _is_known(option, device))
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) in [kind.dtype for kind in quantized.KINDS.values()]
+
+
+@functools.cache
+def _is_known(option: tuple[str, bool | int], device: Any) -> bool:
+    """Whether the device's compiler takes an option: it is asked with the least of programs."""
+    x = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(jnp.negative, compiler_options=dict([option])).lower(x).compile()
+    except jax.errors.JaxRuntimeError as error:
+        LOG.debug("%s is not set: %s", option[0], str(error).splitlines()[0])
+        return False
+    return True
