@@ -145,8 +145,9 @@ def test_the_default_device_counts_where_none_is_said():
         assert target.device() == jax.devices()[0]
 
 
+@pytest.mark.parametrize(("platform", "by"), [("tpu", "dot_general"), ("gpu", " rev[")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_tpu_rotates_pairs_by_products_that_change_nothing(dtype):
+def test_devices_rotate_pairs_each_in_its_way_that_changes_nothing(platform, by, dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 5, 3, DIM)), dtype)
     angles = rng.uniform(0, 9, (2, 5, DIM // 2)).astype(np.float32)
@@ -155,9 +156,27 @@ def test_a_tpu_rotates_pairs_by_products_that_change_nothing(dtype):
         with compiled_for(types.SimpleNamespace(platform=platform)):
             return module.rotate_interleaved(x, np.cos(angles), np.sin(angles))
 
-    np.testing.assert_array_equal(rotated("tpu"), rotated("cpu"))
+    np.testing.assert_array_equal(rotated(platform), rotated("cpu"))
     turned = jax.lax.complex(*np.split(np.float32(x).reshape(2, 5, 3, -1, 2), 2, axis=-1))[..., 0]
     turned = turned * np.exp(1j * angles)[:, :, None]
     by_hand = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
-    np.testing.assert_allclose(np.float32(rotated("tpu")), by_hand, atol=1e-6 if dtype == "float32" else 0.02)
-    assert "dot_general" in str(jax.make_jaxpr(lambda: rotated("tpu"))())
+    np.testing.assert_allclose(np.float32(rotated(platform)), by_hand, atol=1e-6 if dtype == "float32" else 0.02)
+    programs = {name: str(jax.make_jaxpr(functools.partial(rotated, name))()) for name in (platform, "cpu")}
+    assert by in programs[platform]
+    assert by not in programs["cpu"]
+
+
+def test_a_gpu_s_rotation_has_derivatives_and_maps_over_rows():
+    rng = np.random.default_rng(1)
+    x, weights = (jnp.asarray(rng.standard_normal((2, 3, 5, 2, DIM)), jnp.float32) for _ in range(2))
+    angles = rng.uniform(0, 9, (1, 5, DIM // 2)).astype(np.float32)
+
+    def total(platform):
+        def of(x):
+            with compiled_for(types.SimpleNamespace(platform=platform)):
+                rotated = jax.vmap(lambda row: module.rotate_interleaved(row, np.cos(angles), np.sin(angles)))(x)
+            return (weights * jnp.sin(rotated)).sum()
+
+        return of
+
+    np.testing.assert_allclose(jax.grad(total("gpu"))(x), jax.grad(total("cpu"))(x), atol=1e-6)

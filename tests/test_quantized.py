@@ -120,6 +120,20 @@ def blank(pipeline):
     return pipeline.blank_tokens(1, 32, guidance=0.0)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_bias_that_is_kept_apart_is_the_same_bias(dtype):
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((7, 16), (16, 24), (24,)))
+    joined, apart = (
+        quantized.Dense(24, bias_apart=apart).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+        for apart in (False, True)
+    )
+    assert apart.dtype == joined.dtype == dtype
+    np.testing.assert_array_equal(apart, joined)
+    without = quantized.Dense(24, use_bias=False, bias_apart=True).apply({"params": {"kernel": kernel}}, x)
+    np.testing.assert_array_equal((np.float32(without) + np.float32(bias)).astype(dtype), apart)
+
+
 @pytest.mark.parametrize(("source", "kind"), list(zip(FAMILIES[:3], ("fp8", "int8", "int8"), strict=True)))
 def test_a_transformer_is_that_of_the_weights_it_stands_for(source, kind):
     pipeline = shapes(source)

@@ -193,10 +193,11 @@ def _by_index(when: dict[Value, int]) -> dict[int, list[Value]]:
 
 
 def _rows(equation: core.JaxprEqn, body: core.Jaxpr) -> Sequence[Any]:
-    """The variables of a scan's body that are rows of its arguments."""
+    """The variables of a scan's body that are rows of its arguments: they have an axis less."""
     if equation.primitive.name != "scan":
         return ()
-    return body.invars[equation.params["num_consts"] + equation.params["num_carry"] :]
+    both = zip(equation.invars, body.invars, strict=True)
+    return [inside for outside, inside in both if len(outside.aval.shape) > len(inside.aval.shape)]
 
 
 def _size(var: Any) -> int:
