@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from ses_jax.planner.need import Machine
 from ses_jax.planner.plan import plan_on
 from ses_jax.planner.workload import Work
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 TURBO = "Tongyi-MAI/Z-Image-Turbo"
 ALONE = "data=1,model=1"
 
@@ -232,3 +234,21 @@ def test_a_searcher_that_needs_gradients_takes_more():
     assert plain.search_bytes < climbing.search_bytes < plain.search_bytes + 4e9
     assert "steps and their gradient" in str(climbing)
     assert "gradient" not in str(plain)
+
+
+def test_plans_for_an_h100_take_as_long_as_it_took():
+    """Candidates of 10 and 4 steps, ten at a time, as measured on random weights."""
+    klein, flux1 = (
+        json.loads((RESULTS / f"{name}_NVIDIA-H100-80GB-HBM3.json").read_text())
+        for name in ("search_FLUX.2-klein-4B", "throughput_FLUX.1-dev_1024x1024_b1-10")
+    )
+    spent = klein["searches"][1]["cost"]["search"]
+    ten = flux1["jax"]["batches"][-1]
+    took = {
+        "black-forest-labs/FLUX.2-klein-4B": spent["seconds"] / spent["images"],
+        "black-forest-labs/FLUX.1-dev": ten["denoise"]["seconds_per_step"] + ten["decode"]["seconds"] / 10,
+    }
+    for model, seconds in took.items():
+        planned = ses_jax.plan(model, device="h100", progress=False)
+        assert planned.settings["utilization"] == 0.55
+        assert seconds < planned.candidate_seconds < 1.15 * seconds

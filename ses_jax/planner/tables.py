@@ -6,6 +6,7 @@ from typing import Any
 from ses_jax.engine.config import SearchConfig
 from ses_jax.pipelines.registry import FAMILIES, abstract_pipeline
 from ses_jax.planner import compilation
+from ses_jax.planner import devices as machines
 from ses_jax.planner.advice import MODEL_AXES
 from ses_jax.planner.need import Machine, candidates_seconds, chunk_of, device_count, fits_somehow
 from ses_jax.planner.workload import Work
@@ -34,7 +35,7 @@ def published() -> list[str]:
 def _cell(work: Work, name: str) -> str:
     """One model on one device, and if need be on the fewest devices that hold it."""
     for mesh, offload in [("data=1,model=1", False), *((f"data=1,model={n}", True) for n in (1, *MODEL_AXES))]:
-        machine = Machine(name, mesh, offload, 0.4)
+        machine = Machine(name, mesh, offload, machines.device(name).utilization)
         if fits_somehow(work, machine):
             chunk = chunk_of(work, machine)
             seconds = candidates_seconds(work, machine, chunk) / work.config.budget
