@@ -48,6 +48,7 @@ from ses_jax.engine.result import SearchResult
 from ses_jax.engine.settings import fields, shown
 from ses_jax.engine.watching import Shot
 from ses_jax.loading import hub, network
+from ses_jax.loading.configs import read_config
 from ses_jax.pipelines.base import Defaults, Pipeline, in_chat_template
 
 SECONDS, BYTES = 60, 2 << 30
@@ -264,7 +265,7 @@ def configs(rng: random.Random, folder: Path) -> None:
     name = rng.choice((*NETWORKS, "pipeline"))
     if name != "pipeline":
         _write_json(rng, hub.DEMO / name / "config.json", folder / "config.json")
-        network.read_config(folder / "config.json", NETWORKS[name])
+        read_config(folder / "config.json", NETWORKS[name])
         return
     small = ("scheduler/scheduler_config.json", "model_index.json", "ses_jax.json")
     _link_demo(folder / "model")

@@ -17,7 +17,7 @@ import tyro
 
 from ses_jax.rewards.host import origin
 from ses_jax.shell import errors, words
-from ses_jax.shell.commands import doctor, export, show, studio
+from ses_jax.shell.commands import convert, doctor, export, models, show, studio
 from ses_jax.shell.dry_run import print_dry_run
 from ses_jax.shell.options import PlanOptions, Quantize, RenderOptions, SearchOptions, arguments
 
@@ -249,50 +249,6 @@ def plan(
     )
     print(dumps(planned.as_json(), indent=2) if json else planned)
     return 0 if planned.fits else 1
-
-
-def convert(
-    source: Text,
-    out: File,
-    /,
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
-    drop_unused: bool = False,
-    export: bool = False,
-    quantize: Quantize = None,
-) -> None:
-    """Write a checkpoint in the converted form (Orbax), or with --export in the published one (safetensors).
-
-    Args:
-        source: "demo", a folder in either form, or a Hugging Face id of a pipeline or a CLIP.
-        out: folder to write; must not exist yet.
-        dtype: of the weights; by default that of the source.
-        drop_unused: leave out the tensors that are never loaded; such a folder can't be exported again.
-        export: write the published form.
-        quantize: put the large layers into eight bits; such a folder can't be exported.
-    """
-    from ses_jax.loading import folder, hub
-    from ses_jax.pipelines.registry import FAMILIES
-
-    checkpoint = hub.resolve(source)
-    parts = folder.components(checkpoint, FAMILIES)
-    how = {"dtype": dtype, "drop_unused": drop_unused, "export": export, "quantize": quantize}
-    folder.convert(checkpoint, out, parts, **how)
-    print(f"wrote {out}: {', '.join(name if name != '.' else 'CLIP' for name in parts)}")
-
-
-def models() -> None:
-    """List the supported models and rewards, and what each was verified with."""
-    from ses_jax.pipelines.registry import FAMILIES
-    from ses_jax.rewards.scorers import KINDS
-
-    rows = [
-        (model.source, model.defaults, model.verified)
-        for family in dict.fromkeys(FAMILIES.values())
-        for model in family.PUBLISHED
-    ]
-    rows += [(kind.source, f"--reward {name}", kind.verified) for name, kind in KINDS.items()]
-    for source, use, verified in rows:
-        print(f"{source}\n    {use}\n    verified: {verified}")
 
 
 ABOUT = """Better images from the text-to-image model you already have, by searching its initial noise.

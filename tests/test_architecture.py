@@ -18,7 +18,10 @@ ROOT = Path(__file__).parents[1]
 # imports inside a room point down too.
 ROOMS: dict[str, tuple[set[str], list[str]]] = {
     "ses_jax.shell": (
-        {f"ses_jax.{room}" for room in ("studio", "batch", "planner", "engine", "exports", "rewards")},
+        {
+            f"ses_jax.{room}"
+            for room in ("studio", "batch", "planner", "engine", "exports", "rewards", "pipelines", "loading")
+        },
         ["commands", "options", "doctor", "dry_run", "words", "errors"],
     ),
     "ses_jax.studio": ({"ses_jax.engine"}, ["page", "sessions"]),
@@ -115,6 +118,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "hub",
             "folder",
             "network",
+            "configs",
             "adapters",
             "lora_files",
             "checkpoint",

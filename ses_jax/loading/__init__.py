@@ -3,6 +3,7 @@
 hub          `resolve` a source to a folder; read one network or tokenizer of it
 folder       convert whole checkpoint folders, either way
 network      one network's folder, in either form
+configs      what its config says, and which file its weights are in
 adapters     LoRA and its relatives, merged into weights while these are read
 lora_files   where adapters come from
 checkpoint   params on disk in our own form (Orbax)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ses_jax.convert import clip
 from ses_jax.convert.files import INDEX, read_json
 from ses_jax.convert.table import Component
-from ses_jax.loading import network
+from ses_jax.loading import configs, network
 from ses_jax.models import quantized
 
 # Weights in any layout; what is not a weight is small, and copied.
@@ -95,5 +95,5 @@ def _copy_small_files(source: Path, out: Path) -> None:
 
 def _is_weights(name: Path) -> bool:
     hidden = any(part.startswith(".") for part in name.parts)
-    ours = network.PARAMS in name.parts or name.name == network.CONVERSION
+    ours = configs.PARAMS in name.parts or name.name == network.CONVERSION
     return hidden or ours or name.suffix in WEIGHT_SUFFIXES or name.name.endswith(INDEX)

@@ -15,7 +15,7 @@ from ses_jax.convert.files import open_files, open_named, read_json
 from ses_jax.convert.pickles import open_pickle
 from ses_jax.convert.table import Component
 from ses_jax.loading import network
-from ses_jax.loading.network import read_config
+from ses_jax.loading.configs import read_config
 
 __all__ = [
     "default_dtype",

@@ -3,8 +3,7 @@
     published:  config.json  model.safetensors
     converted:  config.json  params/  conversion.json  [unused.safetensors]
 
-Some networks are also published as a single file beside that folder, under other names and without a `config.json`.
-Exporting writes the first form.
+Some networks are also published as a single file beside that folder, see `configs`. Exporting writes the first form.
 
 Tensors that the network doesn't load (layers above the wanted one, heads) survive in `unused.safetensors`, so that
 exporting gives back the published checkpoint bit for bit.
@@ -12,7 +11,7 @@ exporting gives back the published checkpoint bit for bit.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +22,11 @@ import numpy as np
 from ses_jax.convert import dialects, engine, matching
 from ses_jax.convert.engine import ConversionError, Edits, Placement, Weights
 from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
-from ses_jax.convert.table import Component, Table
-from ses_jax.loading import checkpoint
+from ses_jax.convert.table import Component
+from ses_jax.loading import checkpoint, configs
 from ses_jax.models import quantized
-from ses_jax.models.config import check
 
-PARAMS, UNUSED, CONVERSION = "params", "unused", "conversion.json"
+UNUSED, CONVERSION = "unused", "conversion.json"
 
 
 class Network(NamedTuple):
@@ -80,38 +78,28 @@ def load(
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
     try:
-        json = config_of(folder, component, file)
+        json = configs.config_of(folder, component, file)
         how = {"dtype": dtype, "sharding": sharding, "edits": edits, "quantize": quantize}
         return _load(folder, component, json, file, how)
-    except ConfigError as error:
+    except configs.ConfigError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 def _load(
     folder: Path, component: Component, json: Mapping[str, Any], file: Path | None, how: Mapping[str, Any]
 ) -> Network:
-    """As `load`, `how` being its other arguments; a ConfigError names no file."""
+    """As `load`, `how` being its other arguments; a `ConfigError` names no file."""
     if file:
         weights = dialects.open_file(file)
-        component = dataclasses.replace(component, table=_table_of(weights, component, json))
+        component = dataclasses.replace(component, table=configs.table_of(weights, component, json))
         return read(weights, component, json, **how)
-    file = _single_file(folder, component)
+    file = configs.single_file(folder, component)
     if file:
         component = dataclasses.replace(component, table=component.single_file.table)
         return read(dialects.logical(open_files([file])), component, json, **how)
-    if (folder / PARAMS).is_dir():
+    if (folder / configs.PARAMS).is_dir():
         return _restore(folder, component, json, **how)
     return read(dialects.logical(open_weights(folder, component.stem)), component, json, **how)
-
-
-def config_of(folder: Path, component: Component, file: Path | None = None) -> dict[str, Any]:
-    """Content of the `config.json` of a network that `load` would read; raises as it does. No weights are read."""
-    if file:
-        return _single_file_config(file, dialects.open_file(file), folder, component)
-    file = _single_file(folder, component)
-    if file:
-        return _single_file_config(file, dialects.logical(open_files([file])), folder, component)
-    return read_config(folder / "config.json", component)[0]
 
 
 def shapes(folder: Path, component: Component, *, dtype: Any, quantize: str | None = None) -> tuple[Any, Any]:
@@ -128,52 +116,14 @@ def shapes(folder: Path, component: Component, *, dtype: Any, quantize: str | No
       ValueError: naming the file that makes no network.
     """
     try:
-        config = _config(component, config_of(folder, component))
-        abstract = _abstract(component, config)
-    except ConfigError as error:
+        config = configs.made_of(component, configs.config_of(folder, component))
+        abstract = configs.abstract(component, config)
+    except configs.ConfigError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     saved = _facts(folder).get("quantize") if (folder / CONVERSION).is_file() else None
     _check_saved(folder, saved, quantize)
     cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
     return config, quantized.abstract(cast, component.quantization(saved or quantize))
-
-
-def read_config(file: Path, component: Component) -> tuple[dict[str, Any], Any]:
-    """The content of a network's config file, and the config that it makes.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: naming the file, if the network can't be made from it.
-    """
-    json = read_json(file)
-    try:
-        return json, _config(component, json)
-    except ConfigError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-class ConfigError(ValueError):
-    """A config that no network can be made from."""
-
-
-def _config(component: Component, json: Mapping[str, Any]) -> Any:
-    """The config that a file's content makes; raises ValueError for content of another shape."""
-    try:
-        return check(component.from_json(json))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    except KeyError as error:
-        raise ConfigError(f"lacks {error}") from error
-    except Exception as error:  # a text in the place of an object, a size of 0: whatever comes of it
-        raise ConfigError(f"makes no network: {type(error).__name__}: {error}") from error
-
-
-def _abstract(component: Component, config: Any) -> Any:
-    """The params as shapes; raises ConfigError where the config's numbers do not go together."""
-    try:
-        return component.abstract(config)
-    except Exception as error:
-        raise ConfigError(f"makes no network: {' '.join(str(error).split())[:200]}") from error
 
 
 def read(
@@ -202,8 +152,8 @@ def read(
       ConversionError: naming the tensors that do not fit.
       ConfigError: saying what is wrong with `json`.
     """
-    config = _config(component, json)
-    abstract = _abstract(component, config)
+    config = configs.made_of(component, json)
+    abstract = configs.abstract(component, config)
     plan = matching.plan(component.table(json), abstract, weights.headers)
     rule = component.quantization(quantize)
     params = engine.load(plan, abstract, weights, dtype=dtype, sharding=sharding, edits=edits, quantization=rule)
@@ -215,7 +165,7 @@ def save_converted(folder: Path, network: Network, *, drop_unused: bool = False)
     """Writes a network's folder in the converted form."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", network.json)
-    checkpoint.save(folder / PARAMS, network.params)
+    checkpoint.save(folder / configs.PARAMS, network.params)
     kept = {} if drop_unused else network.unused.headers
     if kept:
         write_weights(folder, UNUSED, _read_all(network.unused))
@@ -268,41 +218,6 @@ def export(
     write_weights(folder, component.stem, itertools.chain(tensors, unused))
 
 
-def _single_file(folder: Path, component: Component) -> Path | None:
-    """The file in the checkpoint's root that holds a network whose own folder has no weights, if there is one."""
-    if component.single_file is None or (folder / PARAMS).is_dir() or any(folder.glob(f"{component.stem}*")):
-        return None
-    found = [folder.parent / name for name in component.single_file.files if (folder.parent / name).is_file()]
-    if len(found) > 1:
-        raise ValueError(f"{folder} has no weights, and {' and '.join(map(str, found))} both could be its; keep one")
-    return found[0] if found else None
-
-
-def _table_of(weights: Weights, component: Component, json: Mapping[str, Any]) -> Callable[[Any], Table]:
-    """Of the tables of a network's two published forms, the one that has more of the tensors' names."""
-    if component.single_file is None:
-        return component.table
-    abstract = _abstract(component, _config(component, json))
-
-    def known(table):
-        return sum(name in weights.headers for name in {slot.name for slot in matching.layout(table(json), abstract)})
-
-    return max(component.table, component.single_file.table, key=known)
-
-
-def _single_file_config(file: Path, weights: Weights, folder: Path, component: Component) -> dict[str, Any]:
-    """The content of the network's `config.json`, made up from the file's tensors where there is none."""
-    if (folder / "config.json").is_file():
-        return read_config(folder / "config.json", component)[0]
-    if component.single_file is None:
-        raise FileNotFoundError(f"{file} needs {folder / 'config.json'}, which does not exist")
-    try:
-        return component.single_file.config(weights.headers)
-    except (KeyError, ValueError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ConversionError(f"{file}: {reason}") from error
-
-
 def _restore(
     folder: Path,
     component: Component,
@@ -313,16 +228,16 @@ def _restore(
     **how: Any,
 ) -> Network:
     """A converted network with what its conversion noted down."""
-    config, facts = _config(component, json), _facts(folder)
-    abstract, saved = _abstract(component, config), facts.get("quantize")
+    config, facts = configs.made_of(component, json), _facts(folder)
+    abstract, saved = configs.abstract(component, config), facts.get("quantize")
     _check_saved(folder, saved, quantize)
     if saved and edits:
         raise ValueError(f"{folder} is quantised already ({saved}); adapters are merged into its original")
     rule = component.quantization(saved or quantize)
     if edits or (rule and not saved):
-        params = checkpoint.restore_changed(folder / PARAMS, abstract, quantization=rule, edits=edits, **how)
+        params = checkpoint.restore_changed(folder / configs.PARAMS, abstract, quantization=rule, edits=edits, **how)
     else:
-        params = checkpoint.restore(folder / PARAMS, quantized.abstract(abstract, rule), **how)
+        params = checkpoint.restore(folder / configs.PARAMS, quantized.abstract(abstract, rule), **how)
     _check_finite(folder, params)
     unused = open_weights(folder, UNUSED) if any(folder.glob(f"{UNUSED}*")) else open_files([])
     return Network(json, config, params, facts["prefix"], unused, tuple(facts["dropped"]), rule and rule.kind)
@@ -349,7 +264,7 @@ def _check_finite(folder: Path, params: Any) -> None:
         # One leaf after the other, each where it lies.
         if not (np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf)):
             path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-            raise ConversionError(f"{path} in {folder / PARAMS} has NaN or infinite values")
+            raise ConversionError(f"{path} in {folder / configs.PARAMS} has NaN or infinite values")
 
 
 @jax.jit

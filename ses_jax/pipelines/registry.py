@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ses_jax.loading import adapters, hub, network, partition
+from ses_jax.loading.configs import config_of
 from ses_jax.loading.lora_files import Loras, open_adapters, pairs
 from ses_jax.models import quantized
 from ses_jax.pipelines import flux1, flux2, qwen_image, z_image
@@ -183,7 +184,7 @@ def _edits(places: Mapping[str, tuple[Path, Path | None]], family: ModuleType, l
     """What adapters change in the networks, by network; nothing but headers of the networks is read."""
     opened = open_adapters(lora)
     changed = {name: part for name, part in family.COMPONENTS.items() if opened and name in adapters.PREFIXES}
-    configs = {name: network.config_of(places[name][0], part, places[name][1]) for name, part in changed.items()}
+    configs = {name: config_of(places[name][0], part, places[name][1]) for name, part in changed.items()}
     return adapters.plan_edits(opened, {name: (part, configs[name]) for name, part in changed.items()})
 
 

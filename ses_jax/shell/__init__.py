@@ -1,6 +1,6 @@
 """What the shell has beside the calls of Python.
 
-commands  show, export, doctor, studio
+commands  convert, models, show, export, doctor, studio
 doctor    what this machine has, and what is missing
 options   the options of commands, and arguments made of them
 dry_run   what a command would do
