@@ -118,7 +118,7 @@ def test_a_mesh_changes_no_result(load, alone, mesh):
     found = run(load(mesh), prompts_at_once=2)
     for ours, expected in zip(found, alone, strict=True):
         scores = [[row["score"] for row in result.history] for result in (ours, expected)]
-        # As in the images below, a pixel may be rounded to eight bits the other way, which scores feel; all others agree.
+        # As in the images below, a pixel may be rounded to eight bits the other way, and a score feels it.
         np.testing.assert_allclose(*scores, atol=1e-3)
         assert np.isclose(*scores, rtol=1e-4, atol=1e-4).sum() >= len(scores[0]) - 1
         np.testing.assert_allclose(ours.noise, expected.noise, atol=1e-5)
