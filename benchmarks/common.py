@@ -29,11 +29,12 @@ def environment() -> dict[str, Any]:
 
 
 def save(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes `<folder>/<name>.json`, the environment included."""
+    """Writes `<folder>/<name>.json`; the environment included, if it is not in the result already."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**result, "environment": environment()}, indent=2) + "\n")
+    described = result if "environment" in result else {**result, "environment": environment()}
+    temporary.write_text(json.dumps(described, indent=2) + "\n")
     temporary.replace(path)
     return path
 

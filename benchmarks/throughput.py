@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import multiprocessing
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,31 +67,28 @@ def main(args: Arguments) -> Path:
     os.environ.setdefault(*MEMORY_FRACTION)
     fields = {field.name for field in dataclasses.fields(phases.Job)}
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name in fields}
-    result = {"jax": run_side("throughput_jax", phases.Job(batches=tuple(sorted(args.batch)), **settings))}
-    path = in_own_process(store, result, args.out)
+    ours = run_side("throughput_jax", phases.Job(batches=tuple(sorted(args.batch)), **settings))
+    environment = ours.pop("environment")
+    result = {"jax": ours, "environment": environment}
+    path = store(result, args.out)
     if args.against == "diffusers":
         missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
         if missing:
             print(f"not installed, so there is nothing to compare with: {', '.join(missing)}")
         else:
             # The same sizes: those that our side filled in.
-            result["diffusers"] = run_side("throughput_torch", phases.Job(**result["jax"]["job"]))
-            result["ratios"] = ratios(result["diffusers"], result["jax"])
-            path = in_own_process(store, result, args.out)
+            theirs = run_side("throughput_torch", phases.Job(**ours["job"]))
+            result = {"jax": ours, "diffusers": theirs, "ratios": ratios(theirs, ours), "environment": environment}
+            path = store(result, args.out)
     print(path)
     return path
 
 
 def run_side(module: str, job: phases.Job) -> dict[str, Any]:
-    """The result of one side."""
-    return in_own_process(_run, module, job)
-
-
-def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`; the device's memory, which JAX keeps as long as its process lives, is free afterwards."""
+    """The result of one side, in a process of its own: JAX keeps the device's memory as long as its process lives."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
+        return pool.submit(_run, module, job).result()
 
 
 def _run(module: str, job: phases.Job) -> dict[str, Any]:
@@ -103,7 +99,7 @@ def store(result: dict[str, Any], folder: Path) -> Path:
     """Writes what is known so far, in a file named for model, size, batches and device."""
     job = result["jax"]["job"]
     size = f"{job['height']}x{job['width']}_b{'-'.join(map(str, job['batches']))}"
-    device = common.environment()["device"].replace(" ", "-")
+    device = result["environment"]["device"].replace(" ", "-")
     return common.save("_".join(["throughput", Path(job["model"]).name, size, device]), result, folder)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common
 import jax
 import jax.numpy as jnp
 import kernels
@@ -58,6 +59,7 @@ def run(job: Job) -> dict[str, Any]:
         "setup": setup,
         "seconds": clock.seconds(),
         "batches": batches,
+        "environment": common.environment(),
     }
 
 

@@ -137,8 +137,7 @@ def test_without_torch_ours_runs_alone(tmp_path, capsys):
     throughput, phases = script("throughput"), script("phases")
     side = {"job": dataclasses.asdict(phases.Job("demo", height=8, width=8)), "batches": []}
     with (
-        mock.patch.object(throughput, "run_side", return_value=side) as run,
-        mock.patch.object(throughput, "in_own_process", lambda function, *args: function(*args)),
+        mock.patch.object(throughput, "run_side", return_value=side | {"environment": {"device": "cpu"}}) as run,
         mock.patch.object(throughput.importlib.util, "find_spec", return_value=None),
     ):
         path = throughput.main(throughput.Arguments("demo", against="diffusers", out=tmp_path))
