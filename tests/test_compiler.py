@@ -61,10 +61,20 @@ def test_arrays_decide_by_where_they_lie(gpu):
     assert compiler.options(shape) == compiler.options(jnp.ones(2)) == ()
 
 
+def test_of_a_mesh_over_processes_the_own_device_is_asked(gpu):
+    """`NVIDIA` is the one that `gpu` knows all options of."""
+    remote = types.SimpleNamespace(**vars(NVIDIA))
+    spanning = types.SimpleNamespace(device_set=[remote, NVIDIA], addressable_devices=[NVIDIA])
+    elsewhere = types.SimpleNamespace(device_set=[NVIDIA], addressable_devices=[])  # as those of a topology
+    for sharding in (spanning, elsewhere):
+        assert compiler.options(types.SimpleNamespace(sharding=sharding)) == compiler.NVIDIA
+
+
 def test_the_compiler_itself_is_asked_what_it_knows():
     device = jax.devices()[0]
     assert all(compiler._is_known(option, device) for option in compiler.NVIDIA)
     assert not compiler._is_known(("xla_gpu_enable_perpetual_motion", True), device)
+    assert not compiler._is_known(compiler.NVIDIA[0], "no device")
 
 
 def test_programs_are_compiled_with_the_options_and_kept_apart_by_them(monkeypatch):

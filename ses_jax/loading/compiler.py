@@ -31,11 +31,16 @@ def options(args: Any) -> Options:
     leaves = jax.tree.leaves(args)
     placed = (sharding for leaf in leaves if (sharding := getattr(leaf, "sharding", None)) is not None)
     sharding = next(placed, None)
-    device = target.device() if sharding is None else next(iter(sharding.device_set))
+    device = target.device() if sharding is None else _one_of(sharding)
     if target.capability(device) is None or any(_is_quantized(leaf) for leaf in leaves):
         return ()
     said = os.environ.get("XLA_FLAGS", "")
     return tuple(option for option in NVIDIA if option[0] not in said and _is_known(option, device))
+
+
+def _one_of(sharding: Any) -> Any:
+    """One of its devices; of this process where any is, which alone can be compiled for there."""
+    return next(iter(sharding.addressable_devices or sharding.device_set))
 
 
 def _is_quantized(leaf: Any) -> bool:
@@ -48,7 +53,7 @@ def _is_known(option: tuple[str, bool | int], device: Any) -> bool:
     x = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:
         jax.jit(jnp.negative, compiler_options=dict([option])).lower(x).compile()
-    except jax.errors.JaxRuntimeError as error:
-        LOG.debug("%s is not set: %s", option[0], str(error).splitlines()[0])
+    except Exception as error:  # whatever it is: programs run without the option as well
+        LOG.debug("%s is not set: %s", option[0], " ".join(str(error).split())[:200])
         return False
     return True
