@@ -4,7 +4,9 @@ The kernel works on blocks of queries and keys whose scores never leave the chip
 it, so on a mesh it runs inside `shard_map`: rows over the first axis, heads over the last.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -128,10 +130,32 @@ def _local(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, blocks:
     kernel = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     seen = jnp.arange(k.shape[1]) < lengths[:, None]
     segments = kernels.SegmentIds(q=jnp.ones(q.shape[:2], jnp.int32), kv=seen.astype(jnp.int32))
-    # Products of bfloat16 are exact in float32; a compiler that is asked for more, as users may, refuses them.
-    with jax.default_matmul_precision("default"):
-        out = jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segments)
+    out = _at_default_precision(jax.vmap(kernel))(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segments)
     return jnp.swapaxes(out, 1, 2)[:, :queries]
+
+
+def _at_default_precision(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A kernel whose products, and those of its derivatives, are as exact as they are without a word about it.
+
+    Products of bfloat16 are exact in float32; a compiler that is asked for more, as users may, refuses them.
+    """
+    default = functools.partial(jax.default_matmul_precision, "default")
+
+    def forward(*args):
+        with default():
+            return jax.vjp(kernel, *args)
+
+    def backward(derivative, change):
+        with default():
+            return derivative(change)
+
+    @jax.custom_vjp
+    def exact(*args):
+        with default():
+            return kernel(*args)
+
+    exact.defvjp(forward, backward)
+    return exact
 
 
 def backward_blocks(queries: int, keys: int) -> dict[str, int]:
