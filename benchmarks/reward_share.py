@@ -20,8 +20,9 @@ import random_weights
 import tyro
 
 import ses_jax
-from ses_jax.engine import denoising, generation, tasks
-from ses_jax.pipelines import sampler
+from ses_jax.engine import denoising, generation, memory, tasks
+from ses_jax.engine.program import Inputs, Program
+from ses_jax.loading.programs import compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +59,16 @@ def main(args: Arguments) -> Path:
         preview_steps=args.preview_steps,
         chunk=args.chunk,
     ).resolve(pipeline)
-    task = tasks.prepare(pipeline, reward, config, ["a red circle left of a blue square"], [0])
+    task = tasks.fitted(tasks.prepare(pipeline, reward, config, ["a red circle left of a blue square"], [0]))
     state = tasks.first_state(task)
     shape = pipeline.noise_shape(config.height, config.width)
     noise = jax.random.normal(jax.random.key(1), (args.population, *shape))
-    step = functools.partial(
-        generation.generation_step, task.program, task.params, task.inputs, jax.device_put(np.int32(0)), state
-    )
-    denoise, decode_and_score = parts(task)
+    given = task.program, task.params, task.inputs
+    step = functools.partial(generation.generation_step, *given, jax.device_put(np.int32(0)), state)
     seconds = {
         "generation": median_seconds(step, args.repeats),
-        "denoise": median_seconds(functools.partial(denoise, task.params, task.inputs, noise), args.repeats),
-        "decode and reward": median_seconds(
-            functools.partial(decode_and_score, task.params, task.inputs, noise), args.repeats
-        ),
+        "denoise": median_seconds(functools.partial(denoise, *given, noise), args.repeats),
+        "decode and reward": median_seconds(functools.partial(decode_and_score, *given, noise), args.repeats),
     }
     share = seconds["decode and reward"] / (seconds["denoise"] + seconds["decode and reward"])
     _, scored = step()
@@ -90,30 +87,24 @@ def main(args: Arguments) -> Path:
     return path
 
 
-def parts(task: tasks.Task) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Two programs, `(params, inputs, rows)`: noise to latents, and latents to scores."""
-    program = task.program
+@compiled(static=1)
+def denoise(program: Program, params: Any, inputs: Inputs, noise: jax.Array) -> jax.Array:
+    """Noise to latents, as in a generation."""
+    model = program.model._replace(decode=lambda params, latents: latents)
+    rows = denoising.Rows(noise, jnp.zeros(len(noise), jnp.int32))
+    prompts = inputs.sigmas, inputs.condition
+    return denoising.images(model, program.chunk, params[0], prompts, rows, lambda latents, owner: latents)
 
-    def owned(tree: Any, rows: jax.Array) -> Any:
-        return denoising.owned(tree, jnp.zeros(len(rows), jnp.int32))
 
-    @jax.jit
-    def denoise(params, inputs, noise):
-        def run(rows):
-            velocity = functools.partial(program.model.velocity, params[0])
-            condition = owned(inputs.condition, rows)
-            return sampler.denoise(lambda x, sigma: velocity(x, sigma, condition), rows, inputs.sigmas)
+@compiled(static=1)
+def decode_and_score(program: Program, params: Any, inputs: Inputs, latents: jax.Array) -> jax.Array:
+    """Latents to scores, as in a generation."""
 
-        return denoising.in_chunks(run, noise, program.chunk)
+    def run(rows):
+        text = denoising.owned(inputs.text, jnp.zeros(len(rows), jnp.int32))
+        return program.score(params[1], program.model.decode(params[0], rows), text)
 
-    @jax.jit
-    def decode_and_score(params, inputs, latents):
-        def run(rows):
-            return program.score(params[1], program.model.decode(params[0], rows), owned(inputs.text, rows))
-
-        return denoising.in_chunks(run, latents, program.chunk)
-
-    return denoise, decode_and_score
+    return denoising.in_chunks(run, latents, memory.even_part(len(latents), program.model.decoded))
 
 
 def median_seconds(function: Callable[[], Any], repeats: int) -> float:

@@ -1,8 +1,9 @@
 """Compiled programs: shared by what is equal, kept within a bound, gone when they are dropped."""
 
-import dataclasses
 import functools
 import gc
+import logging
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,12 @@ import pytest
 import toy
 
 import ses_jax
-from ses_jax.engine import ahead, finals, models, tasks
+from ses_jax.engine import ahead, memory, models, outline, tasks
 from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import partition, programs
 from ses_jax.loading.programs import comparable, compiled
 from ses_jax.rewards import scorers
+from ses_jax.rewards.reward import Reward
 
 SETTINGS = {"budget": 4, "population": 2, "elites": 1, "steps": 2, "preview_steps": 2, "progress": False}
 SETTINGS |= {"height": 64, "width": 64}
@@ -150,26 +152,71 @@ def test_a_second_search_compiles_nothing(form, demo, compilations):
     assert compilations() == before
 
 
-@pytest.mark.parametrize("axes", [None, "data=1"])
-def test_final_renders_are_compiled_beside_the_search(axes, compilations, monkeypatch):
-    mesh = partition.parse_mesh(axes, jax.devices()[:1])
-    pipeline = toy.pipeline(mesh)
+@pytest.mark.parametrize("axes", [None, "data=1", "data=2"])
+@pytest.mark.parametrize("reward", [toy.brightness(), redness, on_host], ids=["a network", "a function", "on the host"])
+def test_what_is_compiled_ahead_is_not_compiled_again(axes, reward, compilations, monkeypatch, fresh_programs):
+    pipeline = toy.pipeline(partition.parse_mesh(axes, jax.devices()[: 2 if axes == "data=2" else 1]))
+    reward = reward if isinstance(reward, Reward) else ses_jax.load_reward(reward)
+    results, counts, begun = [], [], []
+
+    def started(start, job):
+        begun.append(start(job))
+        begun[-1].result()  # collectives of two programs at once can wait for each other on virtual devices
+        return begun[-1]
+
+    for is_worth_it in (False, True):
+        programs.clear()
+        jax.clear_caches()
+        before = compilations()
+        with monkeypatch.context() as patched:
+            patched.setattr(ahead, "_is_worth_it", lambda mesh, is_worth_it=is_worth_it: is_worth_it)
+            patched.setattr(ahead, "_start", functools.partial(started, ahead._start))
+            results.append(ses_jax.search("a", model=pipeline, reward=reward, **SETTINGS))
+        counts.append(compilations() - before)
+    assert len(begun) == 3
+    assert counts[1] == counts[0]
+    np.testing.assert_array_equal(results[1].noise, results[0].noise)
+    np.testing.assert_array_equal(results[1].image, results[0].image)
+
+
+def test_what_fails_ahead_fails_in_the_call(monkeypatch, caplog):
+    monkeypatch.setattr(ahead, "_is_worth_it", lambda mesh: True)
+    monkeypatch.setattr(outline, "outline", lambda *args: 1 / 0)
+    with caplog.at_level(logging.DEBUG, "ses_jax"):
+        ses_jax.search("a", model=toy.pipeline(), reward=toy.brightness(), **SETTINGS)
+    assert "not compiled ahead: division by zero" in caplog.text
+
+
+@pytest.mark.parametrize(("platform", "processes", "count"), [("gpu", 1, 2), ("cpu", 1, 0), ("gpu", 2, 0)])
+def test_compiles_ahead_where_the_host_has_time(platform, processes, count, monkeypatch):
+    pipeline = toy.pipeline()
+    config = SearchConfig().resolve(pipeline)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)])
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(ahead, "_start", lambda job: Future())
+    assert len(ahead.compile_generation(pipeline, toy.brightness(), config, ["a"], None)) == count
+
+
+def test_what_is_compiled_ahead_says_how_much_memory_it_needs(monkeypatch):
+    pipeline = toy.pipeline()
     config = SearchConfig(budget=4, population=4, elites=2, steps=5).resolve(pipeline)
+    monkeypatch.setattr(ahead, "_is_worth_it", lambda mesh: True)
+    needed, _ = ahead.wait(ahead.compile_generation(pipeline, toy.brightness(), config, ["a"], None))
     task = tasks.prepare(pipeline, toy.brightness(), config, ["a"], [0])
-    noise = np.asarray(task.noise)
-    finals.finals(task._replace(config=dataclasses.replace(config, steps=7)), pipeline, noise)  # what is small, once
-    before = compilations()
-    assert ahead.compile_render(task) is None  # devices that are this host's cores
-    with monkeypatch.context() as patched:
-        patched.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")])
-        waited_for = ahead.compile_render(task)
-    if axes is None:
-        waited_for.result()
-    else:
-        ahead._compile(task)
-    assert compilations() == before + 1
-    finals.finals(task, pipeline, noise)
-    assert compilations() == before + 1
+    assert needed == memory.working_bytes(tasks.lower_generation(task, tasks.initial_state(task), 4))
+
+
+def test_what_a_generation_needs_is_asked_once(monkeypatch):
+    """A compiler that refuses a program for want of memory would be asked for minutes again."""
+    config = SearchConfig(budget=4, population=4, elites=2, steps=5).resolve(toy.pipeline())
+    task = tasks.prepare(toy.pipeline(), toy.brightness(), config, ["a"], [0])
+    asked = []
+    monkeypatch.setattr(memory, "device_room", lambda: 100)
+    monkeypatch.setattr(memory, "working_bytes", lambda chunk: asked.append(chunk) or 30 * chunk)
+    monkeypatch.setattr(tasks, "lower_generation", lambda task, state, chunk: chunk)
+    assert tasks.fitted(task).program.chunk == 3
+    assert tasks.fitted(task, 120).program.chunk == 3
+    assert asked == [4, 3, 3]
 
 
 def test_a_function_that_reads_its_prompts_gets_them():

@@ -223,7 +223,7 @@ def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog):
 
     def chunk_under(room):
         monkeypatch.setattr(memory, "device_room", lambda: room)
-        return tasks.prepare(pipeline, reward, config, ["a"], [0])
+        return tasks.fitted(tasks.prepare(pipeline, reward, config, ["a"], [0]))
 
     task = chunk_under(None)
     assert task.program.chunk == 8

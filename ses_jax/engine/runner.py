@@ -21,7 +21,7 @@ from ses_jax.engine.kept import Kept
 from ses_jax.engine.progress import Work, progress_bar
 from ses_jax.engine.result import SearchResult, to_image
 from ses_jax.engine.stopping import Stop
-from ses_jax.engine.tasks import FINALS, Task, generation_count, prepare
+from ses_jax.engine.tasks import FINALS, Task, fitted, generation_count, prepare
 from ses_jax.engine.watching import NOTHING, Watch
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
@@ -92,10 +92,12 @@ def search_prompts(
     identity = identity_of(pipeline, reward, config, prompts, indices, base)
     if partition.leads(pipeline.mesh) and resume_from_state:
         resume.begin(state_folder, identity)
+    compiled = ahead.compile_generation(pipeline, reward, config, prompts, watch.shown)
     noise = None if base is None else base.noise
     task = prepare(pipeline, reward, config, prompts, indices, noise=noise, shown=watch.shown)
+    task = fitted(task, next(iter(ahead.wait(compiled)), None))
     times.append(time.perf_counter())
-    work, compiled = _work(config, prompts), ahead.compile_render(task)
+    work, compiled = _work(config, prompts), ahead.compile_finals(task)
     with progress_bar(work, enabled=progress) as report, host.noting() as notes:
         saved = state_folder if resume_from_state else None
         task, outcome = generations.run(task, (saved, begun), (work, report, watch), Stop() if stop is None else stop)
@@ -105,8 +107,7 @@ def search_prompts(
             keep(found)
             if outcome.at_once:
                 raise KeyboardInterrupt
-            if compiled:
-                compiled.result()
+            ahead.wait(compiled)
             rendered = finals.finals(task, pipeline, found.noise)
     times.append(time.perf_counter())
 

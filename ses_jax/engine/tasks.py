@@ -64,6 +64,8 @@ def prepare(
 ) -> Task:
     """Encodes the prompts, draws and splits their noise, and puts everything where it belongs.
 
+    Nothing is known yet of what fits: all candidates at a time, unless the config says how many.
+
     Args:
       pipeline, reward, config, prompts: of the search.
       indices: choose the prompts' own random draws.
@@ -76,8 +78,26 @@ def prepare(
     text = device_parts.device_text(reward, prompts)
     inputs = partition.replicate(pipeline.mesh, first._replace(condition=condition, text=text))
     task = assemble(pipeline, reward, config, prompts, inputs)._replace(noise=noise)
-    task = task._replace(program=task.program._replace(shown=shown))
-    return task if config.chunk else task._replace(program=task.program._replace(chunk=_fitting_chunk(task)))
+    return task._replace(program=task.program._replace(shown=shown))
+
+
+def fitted(task: Task, needed: int | None = None) -> Task:
+    """The task with as many candidates at a time as fit on a device, unless its config says how many.
+
+    Args:
+      task: of all candidates at a time.
+      needed: bytes that its generation needs beside its arguments; None where that is still to be asked.
+    """
+    if task.config.chunk:
+        return task
+    state, rows = initial_state(task), task.program.chunk
+
+    def working(chunk):
+        known = chunk == rows and needed is not None
+        return needed if known else memory.working_bytes(lower_generation(task, state, chunk))
+
+    chunk = memory.fitting_chunk(working, rows, memory.device_room())
+    return task._replace(program=task.program._replace(chunk=chunk))
 
 
 def draw(
@@ -141,16 +161,6 @@ def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
         fidelity=config.fidelity,
         half=model_of(pipeline, config, part=2) if config.fidelity.halves else None,
     )
-
-
-def _fitting_chunk(task: Task) -> int:
-    """All rows at a time, or as many as fit on a device."""
-    state = initial_state(task)
-
-    def working(chunk):
-        return memory.working_bytes(lower_generation(task, state, chunk))
-
-    return memory.fitting_chunk(working, task.program.chunk, memory.device_room())
 
 
 def lower_generation(task: Task, state: State, chunk: int) -> jax.stages.Lowered:

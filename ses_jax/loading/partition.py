@@ -139,14 +139,14 @@ def place(mesh: Mesh | None, rules: Mapping[str, Rules], params: Mapping[str, An
       params: by network, arrays of the host or of devices, or shapes.
     """
     if mesh is None:
-        return jax.device_put(params)
+        return _put_by_default(params)
     return jax.tree.map(_put, params, shardings(mesh, rules, params))
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
-    """Puts a whole copy of every array on each device of a mesh; None is the default device."""
+    """Puts a whole copy of every array on each device of a mesh; None is the default device. Takes shapes too."""
     if mesh is None:
-        return jax.device_put(tree)
+        return _put_by_default(tree)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda leaf: _put(leaf, everywhere), tree)
 
@@ -215,11 +215,22 @@ def loader(mesh: Mesh | None, rules: Rules) -> Any:
     return None if mesh is None else functools.partial(sharding, mesh, rules)
 
 
+def _put_by_default(tree: Any) -> Any:
+    """Arrays on the default device, shapes as they are."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [not isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
+    placed = iter(jax.device_put([leaf for leaf, is_array in zip(leaves, arrays, strict=True) if is_array]))
+    return structure.unflatten(
+        [next(placed) if is_array else leaf for leaf, is_array in zip(leaves, arrays, strict=True)]
+    )
+
+
 def _put(leaf: Any, target: NamedSharding) -> Any:
     """A leaf where it belongs, on a mesh of this process or of several that all have the leaf."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.update(sharding=target)
-    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(target, leaf.ndim):
+    placed = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
+    if placed and leaf.sharding.is_equivalent_to(target, leaf.ndim):
         return leaf
     if target.is_fully_addressable:
         return jax.device_put(leaf, target)

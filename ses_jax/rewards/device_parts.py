@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from ses_jax.loading.programs import comparable
 from ses_jax.rewards import host
-from ses_jax.rewards.reward import Batch, Function, Part, Reward, column, embedded
+from ses_jax.rewards.reward import Batch, Function, Part, Reward, column, embedded, lower_embedded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,15 @@ def text_shapes(reward: Reward, prompts: Sequence[str]) -> tuple[Any, ...]:
         return scorer and jax.eval_shape(scorer.embed_text, scorer.params, scorer.tokenize(prompts))
 
     return tuple(of_part(part) for part in reward.parts if not part.on_host)
+
+
+def lower_text(reward: Reward, prompts: Sequence[str], device: jax.Device) -> list[jax.stages.Lowered]:
+    """The programs of `device_text`, for scorers whose params are shapes and will lie on the device."""
+    return [
+        lower_embedded(part.scorer, device, part.scorer.tokenize(prompts))
+        for part in reward.parts
+        if part.scorer is not None
+    ]
 
 
 def host_components(reward: Reward, device: np.ndarray, images: Batch, prompts: Sequence[str]) -> np.ndarray:

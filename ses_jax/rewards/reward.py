@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -126,6 +127,11 @@ def embedded(part: Part, prompts: Sequence[str]) -> Any:
         return None
     params = part.scorer.params
     return _embed(part.scorer.embed_text, partition.device_of(params), params, part.scorer.tokenize(prompts))
+
+
+def lower_embedded(scorer: Scorer, device: jax.Device, tokens: Any) -> jax.stages.Lowered:
+    """The program of `embedded`, for params that are shapes and will lie on the device."""
+    return _embed.lower(scorer.embed_text, device, scorer.params, tokens)
 
 
 @compiled(static=2)
