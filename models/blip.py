@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ses_jax.models.attention import attention
 from ses_jax.models.clip import EncoderLayer, Tower, gelu
-from ses_jax.models.layers import stack
+from ses_jax.models.layers import in_eights, stack
 from ses_jax.models.quantized import Dense
 
 # `med_config.json` says nothing of the ViT: it is the large one, in patches of 16.
@@ -134,8 +134,9 @@ class VisionTower(nn.Module):
         x = x.reshape(x.shape[0], -1, tower.hidden_size)
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, tower.hidden_size)), x], axis=1)
         x = x + self.param("position_embedding", nn.initializers.normal(0.02), x.shape[1:])
-        x, _ = stack(EncoderLayer, tower.layers)(tower, causal=False, name="layers")(x)
-        return _layer_norm(tower.norm_eps, "norm")(x)
+        padded, lengths = in_eights(x)
+        padded, _ = stack(EncoderLayer, tower.layers)(tower, causal=False, name="layers")(padded, lengths)
+        return _layer_norm(tower.norm_eps, "norm")(padded[:, : x.shape[1]])
 
 
 class TextEncoder(nn.Module):

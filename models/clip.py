@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention
-from ses_jax.models.layers import stack
+from ses_jax.models.layers import in_eights, stack
 from ses_jax.models.quantized import Dense
 
 # open_clip's "ViT-H-14".
@@ -182,8 +182,8 @@ class VisionTower(nn.Module):
         cls = self.param("class_embedding", nn.initializers.normal(0.02), (tower.hidden_size,))
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, tower.hidden_size)).astype(x.dtype), x], axis=1)
         x = x + _positions(self, x.shape[1], tower.hidden_size)
-        x = _layer_norm(tower, "pre_layrnorm")(x)
-        x, _ = stack(EncoderLayer, tower.layers)(tower, causal=False, name="layers")(x)
+        x, lengths = in_eights(_layer_norm(tower, "pre_layrnorm")(x))
+        x, _ = stack(EncoderLayer, tower.layers)(tower, causal=False, name="layers")(x, lengths)
         return _layer_norm(tower, "post_layernorm")(x[:, 0])
 
 
@@ -197,7 +197,7 @@ class TextTower(nn.Module):
         c, tower = self.config, self.config.text
         x = nn.Embed(c.vocab_size, tower.hidden_size, name="token_embedding")(token_ids)
         x = x + _positions(self, c.max_length, tower.hidden_size)[: token_ids.shape[1]]
-        x, _ = stack(EncoderLayer, tower.layers)(tower, causal=True, name="layers")(x)
+        x, _ = stack(EncoderLayer, tower.layers)(tower, causal=True, name="layers")(x, None)
         x = _layer_norm(tower, "final_layer_norm")(x)
         # Published configs say eos_token_id 2 for a vocabulary whose end token is the largest id.
         end = token_ids if c.eos_token_id == 2 else token_ids == c.eos_token_id
@@ -205,20 +205,21 @@ class TextTower(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward."""
+    """Pre-norm attention, to the first `lengths` tokens of each row, and feed-forward."""
 
     tower: Tower
     causal: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, lengths):
         t = self.tower
         h = _layer_norm(t, "layer_norm1")(x)
         split = (*x.shape[:2], t.heads, t.hidden_size // t.heads)
         q, k, v = (Dense(t.hidden_size, name=name)(h).reshape(split) for name in ("q_proj", "k_proj", "v_proj"))
-        x = x + Dense(t.hidden_size, name="out_proj")(attention(q, k, v, causal=self.causal))
-        h = ACTIVATIONS[t.act](Dense(t.intermediate_size, name="fc1")(_layer_norm(t, "layer_norm2")(x)))
-        return x + Dense(t.hidden_size, name="fc2")(h), None
+        h = attention(q, k, v, causal=self.causal, key_lengths=lengths)
+        x = x + Dense(t.hidden_size, bias_apart=True, name="out_proj")(h)
+        h = Dense(t.intermediate_size, bias_apart=True, name="fc1")(_layer_norm(t, "layer_norm2")(x))
+        return x + Dense(t.hidden_size, bias_apart=True, name="fc2")(ACTIVATIONS[t.act](h)), None
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

@@ -158,3 +158,22 @@ def stack(block: type[nn.Module], length: int) -> type[nn.Module]:
         length=length,
         check_constancy_invariants=False,  # would trace the block once more
     )
+
+
+def in_eights(tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Tokens `[B, S, d]`, filled up to a multiple of eight where that is quicker, and how many of each row count.
+
+    None is all of them.
+    """
+    surplus = -tokens.shape[1] % 8
+    if not surplus or not takes_eights(tokens):
+        return tokens, None
+    return jnp.pad(tokens, ((0, 0), (0, surplus), (0, 0))), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
+
+
+def takes_eights(tokens: jax.Array) -> bool:
+    """Whether XLA would fill up the rows of every single product, and cut them off again.
+
+    It does for NVIDIA's GPUs in half precision.
+    """
+    return tokens.dtype.itemsize == 2 and target.capability(target.device()) is not None

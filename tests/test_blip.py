@@ -13,7 +13,7 @@ from ses_jax.convert import blip as tables
 from ses_jax.convert import engine, matching, score_head
 from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.loading import network
-from ses_jax.models import blip
+from ses_jax.models import blip, layers
 from ses_jax.models import score_head as heads
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
@@ -69,6 +69,15 @@ def test_image_states_equal_the_reference(networks):
         expected = reference.blip.visual_encoder(torch_inputs(pixels, tokens)[0]).numpy()
     assert np.abs(expected[0] - expected[1]).max() > 2e-3
     np.testing.assert_allclose(embed_image(params, config, pixels), expected, **TOLERANCE)
+
+
+def test_tokens_that_only_fill_up_change_nothing(networks, monkeypatch):
+    _, config, params = networks
+    pixels = jnp.asarray(draw(3, config)[0])
+    expected = embed_image(params, config, pixels)
+    assert expected.shape[1] % 8
+    monkeypatch.setattr(layers, "takes_eights", lambda tokens: True)
+    np.testing.assert_allclose(blip.embed_image(params, config, pixels), expected, **TOLERANCE)
 
 
 def test_text_that_looks_at_images_equals_the_reference(networks):

@@ -1,5 +1,7 @@
 """CLIP's towers against transformers."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 
 from ses_jax.convert.clip import COMPONENT, TEXT_COMPONENT
 from ses_jax.loading import hub
-from ses_jax.models import clip
+from ses_jax.models import clip, layers, target
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 # Of the stand-in tokenizer, the end token is id 257, which is also the largest.
@@ -68,6 +70,39 @@ def test_images_equal_the_reference(networks):
         expected = torch.nn.functional.normalize(expected, dim=-1).numpy()
     assert np.abs(expected[0] - expected[1]).max() > 2e-3
     np.testing.assert_allclose(embed_image(params, config, pixels), expected, **TOLERANCE)
+
+
+def test_tokens_that_only_fill_up_change_nothing(networks, monkeypatch):
+    _, _, config, params = networks
+    images = jnp.asarray(draw_images(config.image_size))
+    count = 1 + (config.image_size // config.patch_size) ** 2
+    expected = embed_image(params, config, images)
+    monkeypatch.setattr(layers, "takes_eights", lambda tokens: True)
+    padded = jax.make_jaxpr(lambda images: clip.embed_image(params, config, images))(images)
+    assert f"[3,{count + -count % 8}," in str(padded)
+    np.testing.assert_allclose(clip.embed_image(params, config, images), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "count", "filled"),
+    [
+        *(("gpu", "bfloat16", 257, 264), ("gpu", "bfloat16", 256, None), ("gpu", "float32", 257, None)),
+        *(("tpu", "bfloat16", 257, None), ("cpu", "bfloat16", 257, None)),
+    ],
+)
+def test_tokens_are_filled_up_where_products_would_be(platform, dtype, count, filled):
+    device = types.SimpleNamespace(platform=platform, compute_capability="9.0")
+    tokens = jnp.ones((2, count, 4), dtype)
+    with target.compiled_for(device):
+        found, lengths = layers.in_eights(tokens)
+    np.testing.assert_array_equal(found[:, :count], tokens)
+    if filled is None:
+        assert found.shape == tokens.shape
+        assert lengths is None
+    else:
+        assert found.shape == (2, filled, 4)
+        assert not found[:, count:].any()
+        assert lengths.tolist() == [count, count]
 
 
 def test_similarity_equals_the_reference(networks):

@@ -152,8 +152,11 @@ def test_a_second_search_compiles_nothing(form, demo, compilations):
     assert compilations() == before
 
 
-@pytest.mark.parametrize("axes", [None, "data=1", "data=2"])
-@pytest.mark.parametrize("reward", [toy.brightness(), redness, on_host], ids=["a network", "a function", "on the host"])
+@pytest.mark.parametrize(
+    ("axes", "reward"),
+    [(None, toy.brightness()), ("data=1", toy.brightness()), ("data=2", redness), (None, on_host)],
+    ids=["a network", "a network on a mesh of one", "a function on a mesh", "on the host"],
+)
 def test_what_is_compiled_ahead_is_not_compiled_again(axes, reward, compilations, monkeypatch, fresh_programs):
     pipeline = toy.pipeline(partition.parse_mesh(axes, jax.devices()[: 2 if axes == "data=2" else 1]))
     reward = reward if isinstance(reward, Reward) else ses_jax.load_reward(reward)
