@@ -4,6 +4,7 @@ Nothing is compiled or allocated, so the count is the same on every device, what
 multiply-add is two operations, element-wise work is left out, and causal attention counts as if nothing were masked.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,9 +29,14 @@ def count(function: Callable[..., Any], *args: Any) -> int:
     return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
+@functools.lru_cache(maxsize=64)
 def count_jaxpr(jaxpr: core.Jaxpr) -> int:
-    """Model FLOPs of a jaxpr that is at hand already."""
-    return sum(_equation(equation) for equation in jaxpr.eqns)
+    """Model FLOPs of a jaxpr that is at hand already; every search asks for the same few."""
+    return _sum(jaxpr)
+
+
+def _sum(jaxpr: core.Jaxpr) -> int:
+    return sum(map(_equation, jaxpr.eqns))
 
 
 def inner_jaxprs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
@@ -50,7 +56,7 @@ def _equation(equation: core.JaxprEqn) -> int:
         return _convolution(equation)
     if name in FUSED_ATTENTION:
         return _attention(equation)
-    inner = [count_jaxpr(jaxpr) for jaxpr in inner_jaxprs(equation)]
+    inner = [_sum(jaxpr) for jaxpr in inner_jaxprs(equation)]
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "cond":
