@@ -67,6 +67,7 @@ def test_programs_are_kept_within_a_bound(compilations):
     assert compilations() - before == 3
     gc.collect()
     assert scaled.cache_size() == 2
+    assert [scaled.is_kept(factor) for factor in (1, 2, 3)] == [False, True, True]
     scaled(1, x)
     assert compilations() - before == 4
     programs.clear()
@@ -82,6 +83,7 @@ def test_what_is_lowered_and_compiled_is_not_compiled_again(compilations):
     x = jnp.arange(7)
     before = compilations()
     scaled.lower(5, x).compile()
+    assert scaled.is_kept(5)
     scaled(5, x)
     assert compilations() - before == 1
 
@@ -167,19 +169,21 @@ def test_what_is_compiled_ahead_is_not_compiled_again(axes, reward, compilations
         begun[-1].result()  # collectives of two programs at once can wait for each other on virtual devices
         return begun[-1]
 
+    monkeypatch.setattr(ahead, "_start", functools.partial(started, ahead._start))
     for is_worth_it in (False, True):
         programs.clear()
         jax.clear_caches()
         before = compilations()
-        with monkeypatch.context() as patched:
-            patched.setattr(ahead, "_is_worth_it", lambda mesh, is_worth_it=is_worth_it: is_worth_it)
-            patched.setattr(ahead, "_start", functools.partial(started, ahead._start))
-            results.append(ses_jax.search("a", model=pipeline, reward=reward, **SETTINGS))
+        monkeypatch.setattr(ahead, "_is_worth_it", lambda mesh, is_worth_it=is_worth_it: is_worth_it)
+        results.append(ses_jax.search("a", model=pipeline, reward=reward, **SETTINGS))
         counts.append(compilations() - before)
     assert len(begun) == 3
+    ses_jax.search("b", model=pipeline, reward=reward, seed=1, **SETTINGS)
+    assert len(begun) == 3  # all is there
     assert counts[1] == counts[0]
-    np.testing.assert_array_equal(results[1].noise, results[0].noise)
-    np.testing.assert_array_equal(results[1].image, results[0].image)
+    for found in results[1:]:
+        np.testing.assert_array_equal(found.noise, results[0].noise)
+        np.testing.assert_array_equal(found.image, results[0].image)
 
 
 def test_what_fails_ahead_fails_in_the_call(monkeypatch, caplog):

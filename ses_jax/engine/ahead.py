@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ses_jax.engine import generation, memory, outline
+from ses_jax.engine import generation, memory, outline, tasks
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.program import Shown
 from ses_jax.engine.tasks import FINALS, Task
@@ -30,11 +30,12 @@ def compile_generation(
 
     Returns:
       What is to be waited for before the programs are called; the first gives the bytes that the generation needs (see
-      `memory.working_bytes`). Empty where there is nothing to gain, or harm: devices that are this host's cores, which
-      are busy, and where a thread's compiler keeps memory; and several processes, which have to compile the same
-      programs in the same order.
+      `memory.working_bytes`). Empty where a search like this one has been compiled, and where there is nothing to gain,
+      or harm: devices that are this host's cores, which are busy, and where a thread's compiler keeps memory; and
+      several processes, which have to compile the same programs in the same order.
     """
-    if not _is_worth_it(pipeline.mesh):
+    program = tasks.program_of(pipeline, reward, config, prompts)._replace(shown=shown)
+    if not _is_worth_it(pipeline.mesh) or tasks.compiled_part(reward).is_kept(program):
         return []
     jobs = (functools.partial(_generation, pipeline, config, shown), functools.partial(_texts, pipeline.mesh))
     return [_start(functools.partial(job, reward, prompts)) for job in jobs]
@@ -42,7 +43,10 @@ def compile_generation(
 
 def compile_finals(task: Task) -> list[Future[Any]]:
     """Starts to compile the final renders and their scoring; returns what is to be waited for, as above."""
-    return [_start(functools.partial(_finals, task))] if _is_worth_it(task.program.model.mesh) else []
+    program = task.program
+    if not _is_worth_it(program.model.mesh) or generation.render.is_kept(program.model, program.chunk):
+        return []
+    return [_start(functools.partial(_finals, task))]
 
 
 def wait(begun: Sequence[Future[Any]]) -> list[Any]:

@@ -20,7 +20,7 @@ from ses_jax.engine.denoising import Model
 from ses_jax.engine.fidelity import CACHED, EARLY, HALF
 from ses_jax.engine.program import Inputs, Program, Shown, State
 from ses_jax.loading import partition
-from ses_jax.loading.programs import comparable, compiled
+from ses_jax.loading.programs import Compiled, comparable, compiled
 from ses_jax.pipelines import sampler
 from ses_jax.pipelines.base import Guidance, Pipeline
 from ses_jax.rewards import device_parts
@@ -129,7 +129,7 @@ def _sigmas_of_looks(pipeline: Pipeline, config: SearchConfig) -> tuple[Array | 
 def assemble(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str], inputs: Inputs) -> Task:
     """The task of what lies on its devices already; all rows at a time unless the config says how many."""
     params = image_params(pipeline), device_parts.device_params(reward)
-    return Task(_program(pipeline, reward, config, prompts), reward, params, inputs, None, tuple(prompts), config)
+    return Task(program_of(pipeline, reward, config, prompts), reward, params, inputs, None, tuple(prompts), config)
 
 
 def model_of(pipeline: Pipeline, config: RenderConfig, *, part: int = 1) -> Model:
@@ -145,7 +145,8 @@ def problem_of(pipeline: Pipeline, config: SearchConfig) -> Problem:
     return Problem(searched, config.population, config.elites)
 
 
-def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str]) -> Program:
+def program_of(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: Sequence[str]) -> Program:
+    """What a search's generations are compiled for, with all rows at a time unless the config says how many."""
     evaluated = min(config.population, config.budget)
     rows = evaluated * len(prompts)
     return Program(
@@ -163,10 +164,16 @@ def _program(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
     )
 
 
+def compiled_part(reward: Reward) -> Compiled:
+    """That of a generation."""
+    return generation.candidates if reward.on_host else generation.generation_step
+
+
 def lower_generation(task: Task, state: State, chunk: int) -> jax.stages.Lowered:
     """The compiled part of a generation, `chunk` candidates at a time."""
-    compiled = generation.candidates if task.reward.on_host else generation.generation_step
-    return compiled.lower(task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state)
+    return compiled_part(task.reward).lower(
+        task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state
+    )
 
 
 def initial_state(task: Task) -> State:

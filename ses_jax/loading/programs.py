@@ -55,12 +55,12 @@ class Compiled:
     def __init__(self, function: Callable[..., Any], static: int, keep: int):
         functools.update_wrapper(self, function)
         self._static = static
-        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._alive: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
         @functools.lru_cache(maxsize=keep)
         def jitted(options, *args):
             found = jax.jit(functools.partial(function, *args), compiler_options=dict(options))
-            self._alive.add(found)
+            self._alive[found] = args
             return found
 
         self._jitted = jitted
@@ -78,13 +78,22 @@ class Compiled:
         """The jaxpr of a call; what was traced is not traced again."""
         return self._of(args).trace(*args[self._static :]).jaxpr.jaxpr
 
+    def is_kept(self, *static: Any) -> bool:
+        """Whether there is something for such static arguments, called or lowered before."""
+        wanted = tuple(map(comparable, static))
+        return any(self._alive.get(jitted) == wanted for jitted in self._jitted_ones())
+
     def cache_size(self) -> int:
         """How many programs are kept."""
-        return sum(jitted._cache_size() for jitted in self._alive)
+        return sum(jitted._cache_size() for jitted in self._jitted_ones())
 
     def clear(self) -> None:
         """Drops every program."""
         self._jitted.cache_clear()
+
+    def _jitted_ones(self) -> list[Any]:
+        """Those that are alive; other threads may add some meanwhile."""
+        return [jitted for ref in self._alive.keyrefs() if (jitted := ref()) is not None]
 
     def _of(self, args: tuple[Any, ...]) -> Any:
         return self._jitted(compiler.options(args[self._static :]), *map(comparable, args[: self._static]))
