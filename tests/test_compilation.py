@@ -20,6 +20,7 @@ from ses_jax import cli
 from ses_jax.engine import generation, memory, outline
 from ses_jax.engine.config import SearchConfig
 from ses_jax.loading import partition
+from ses_jax.loading.programs import KEPT, Compiled
 from ses_jax.models import attention, blip, clip, score_head
 from ses_jax.planner import compilation, hlo, topologies, workload
 from ses_jax.rewards import scorers
@@ -35,15 +36,16 @@ def mesh(data, model=1):
     return Mesh(devices.reshape(data, model), partition.AXES)
 
 
-class Recorder:
+class Recorder(Compiled):
     """A compiled function that notes the text of every program it runs."""
 
     def __init__(self, compiled):
-        self.compiled, self.lower, self.texts = compiled, compiled.lower, []
+        super().__init__(compiled.__wrapped__, static=compiled._static, keep=KEPT)
+        self.texts = []
 
     def __call__(self, *args):
-        self.texts.append(self.compiled.lower(*args).as_text())
-        return self.compiled(*args)
+        self.texts.append(self.lower(*args).as_text())
+        return super().__call__(*args)
 
 
 @pytest.mark.parametrize("reward", [toy.brightness(), toy.mixture(red=1.0, blue=0.5)], ids=["one", "mixture"])
