@@ -49,6 +49,7 @@ from ses_jax.engine.settings import fields, shown
 from ses_jax.engine.watching import Shot
 from ses_jax.loading import hub, network
 from ses_jax.loading.configs import read_config
+from ses_jax.loading.tokenizers import load_tokenizer
 from ses_jax.pipelines.base import Defaults, Pipeline, in_chat_template
 
 SECONDS, BYTES = 60, 2 << 30
@@ -287,7 +288,7 @@ def tokenizers(rng: random.Random, folder: Path) -> None:
         file.write_text(rng.choice(fuzz_values.TEMPLATES))
     else:
         file.write_bytes(fuzz_values.damaged_bytes(rng, file.read_bytes()))
-    tokenizer = hub.load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
     text = in_chat_template(tokenizer, [{"role": "user", "content": "a red circle"}], add_generation_prompt=True)
     assert len(tokenizer([text])["input_ids"]) == 1, "another number of texts"
 

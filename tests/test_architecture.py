@@ -116,6 +116,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         {"ses_jax.convert", "ses_jax.models"},
         [
             "hub",
+            "tokenizers",
             "folder",
             "network",
             "configs",

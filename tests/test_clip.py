@@ -12,6 +12,7 @@ import torch
 
 from ses_jax.convert.clip import COMPONENT, TEXT_COMPONENT
 from ses_jax.loading import hub
+from ses_jax.loading.tokenizers import load_tokenizer
 from ses_jax.models import clip, layers, target
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
@@ -33,7 +34,7 @@ def networks(request, tmp_path_factory):
     reference = oracle.clip(**CONFIGS[request.param])
     folder = tmp_path_factory.mktemp("clip")
     oracle.save_clip(folder, reference)
-    return reference, hub.load_tokenizer(folder), *hub.load_component(folder, COMPONENT, dtype=jnp.float32)
+    return reference, load_tokenizer(folder), *hub.load_component(folder, COMPONENT, dtype=jnp.float32)
 
 
 def draw_images(size):

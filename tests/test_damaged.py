@@ -19,6 +19,7 @@ from ses_jax.convert.engine import ConversionError
 from ses_jax.engine import resume
 from ses_jax.engine.program import Scored, State
 from ses_jax.loading import hub, network
+from ses_jax.loading.tokenizers import load_tokenizer
 from ses_jax.models.config import check
 from ses_jax.pipelines.base import in_chat_template
 from ses_jax.pipelines.registry import load_pipeline
@@ -289,7 +290,7 @@ def test_an_index_leads_nowhere_else(tmp_path, place):
     ["{{ raise_exception('no') }}", "{{ nothing.at.all }}", "{{ ''.__class__.__mro__ }}", "{% bad", "{{ 1 // 0 }}"],
 )
 def test_a_chat_template_that_fails_is_named(template):
-    tokenizer = hub.load_tokenizer(hub.DEMO / "tokenizer")
+    tokenizer = load_tokenizer(hub.DEMO / "tokenizer")
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=r"the chat template of the tokenizer in .*demo/tokenizer fails"):
         in_chat_template(tokenizer, [{"role": "user", "content": "a"}], add_generation_prompt=True)

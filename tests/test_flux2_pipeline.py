@@ -25,7 +25,7 @@ from parity import (
 )
 
 import ses_jax
-from ses_jax.loading import hub
+from ses_jax.loading.tokenizers import load_tokenizer
 from ses_jax.models import autoencoder_kl_bn
 from ses_jax.pipelines import flux2
 from ses_jax.pipelines import registry as pipelines
@@ -135,7 +135,7 @@ def test_a_processors_folder_gives_its_tokenizer(tmp_path, processor):
     config |= {"processor_class": "PixtralProcessor", "tokenizer_class": processor}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "PixtralProcessor"}))
-    loaded = hub.load_tokenizer(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     expected = flux2.tokenize(flux2.DEV, oracle_flux2.mistral_tokenizer(), ["a cat\n\n 7"], guidance=4.0)
     tokens = flux2.tokenize(flux2.DEV, loaded, ["a cat\n\n 7"], guidance=4.0)
     np.testing.assert_array_equal(tokens.positive.ids, expected.positive.ids)

@@ -1,6 +1,7 @@
 """Weights and where they lie: from the hub or a folder, published or converted, onto devices that programs run on.
 
-hub          `resolve` a source to a folder; read one network or tokenizer of it
+hub          `resolve` a source to a folder; read one network of it
+tokenizers   transformers' tokenizers
 folder       convert whole checkpoint folders, either way
 network      one network's folder, in either form
 configs      what its config says, and which file its weights are in

@@ -1,7 +1,6 @@
 """Where weights come from: the packaged demo, a folder on disk (published or converted), or the Hugging Face hub."""
 
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from ses_jax.loading.configs import read_config
 __all__ = [
     "default_dtype",
     "load_component",
-    "load_tokenizer",
     "load_weights",
     "local",
     "on_host",
@@ -41,9 +39,6 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 PIPELINE_WEIGHTS, NETWORK_WEIGHTS = "*/*.safetensors", "model*.safetensors"
 DTYPES = ("bfloat16", "float16", "float32")
 VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")  # the same weights again, at another precision
-
-
-_importing = threading.Lock()
 
 
 def resolve(source: str | Path, *, weights: str | tuple[str, ...] | None = None) -> Path:
@@ -178,33 +173,6 @@ def load_weights(
       ValueError: naming the tensors that do not fit.
     """
     return network.read(weights, component, json, dtype=params_dtype(dtype), quantize=quantize).params
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer in a folder.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      ValueError: naming the folder, if its files can't be read.
-    """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json or tokenizer_config.json")
-    tokenizers = _auto_tokenizer()
-    try:
-        tokenizer = tokenizers.from_pretrained(folder, local_files_only=True)
-        tokenizer(["a"])  # settings of another kind show when they are used
-        return tokenizer
-    except Exception as error:  # the library raises anything from OSError to KeyError for damaged files
-        reason = " ".join(str(error).split())[:200]  # it may have all of a file in it
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {reason}") from error
-
-
-def _auto_tokenizer() -> Any:
-    """transformers' loader. The import takes two seconds, and threads that first do it at once see half a module."""
-    with _importing:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer
 
 
 def settings(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ses_jax.loading import adapters, hub, network, partition
 from ses_jax.loading.configs import config_of
 from ses_jax.loading.lora_files import Loras, open_adapters, pairs
+from ses_jax.loading.tokenizers import load_tokenizer
 from ses_jax.models import quantized
 from ses_jax.pipelines import flux1, flux2, qwen_image, z_image
 from ses_jax.pipelines.base import Parts, Pipeline, Published
@@ -90,7 +91,7 @@ def load_pipeline(
     places = {name: _place_of(folder / name, files.get(name)) for name in family.COMPONENTS}
     edits = _edits(places, family, lora)
     scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
-    tokenizers = {name: hub.load_tokenizer(folder / name) for name in family.TOKENIZERS}
+    tokenizers = {name: load_tokenizer(folder / name) for name in family.TOKENIZERS}
     mesh = partition.parse_mesh(mesh)
     rules = {name: part.partition for name, part in family.COMPONENTS.items()}
     loaded = {

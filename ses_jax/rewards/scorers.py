@@ -21,6 +21,7 @@ from ses_jax.convert import clip as clip_tables
 from ses_jax.convert import open_clip as open_clip_tables
 from ses_jax.convert import score_head as head_tables
 from ses_jax.loading import hub, network
+from ses_jax.loading.tokenizers import load_tokenizer
 from ses_jax.models import blip, clip, quantized, score_head
 from ses_jax.rewards.preprocess import Preprocessor
 
@@ -108,7 +109,7 @@ def load_clip(name: str, folder: Path, dtype: Any = None, quantize: str | None =
     return Scorer(
         name=name,
         params=params,
-        tokenize=functools.partial(_tokenize_clip, hub.load_tokenizer(folder), config.max_length),
+        tokenize=functools.partial(_tokenize_clip, load_tokenizer(folder), config.max_length),
         embed_text=functools.partial(embed_clip, config),
         score=functools.partial(clip_score, config, Preprocessor.from_folder(folder, config.image_size)),
     )
@@ -276,7 +277,7 @@ def _load_head(weights: Any, input_size: int) -> Any:
 def _load_tokenizer(folder: Path, default: str, added: Sequence[str], vocabulary: int) -> Any:
     """The folder's own tokenizer if it has one, else the published one, with the network's own tokens added."""
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = hub.load_tokenizer(folder if own else hub.resolve(default, weights=""))
+    tokenizer = load_tokenizer(folder if own else hub.resolve(default, weights=""))
     tokenizer.add_tokens(list(added), special_tokens=True)
     if len(tokenizer) > vocabulary:
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the network {vocabulary}")
