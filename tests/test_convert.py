@@ -699,10 +699,18 @@ def test_failed_conversion_leaves_nothing(tiny_folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_converted_params_that_are_not_finite_are_named(tiny_folder, tmp_path):
+@pytest.mark.parametrize("seen", ["by NumPy", "by a program", "on a mesh"])
+def test_converted_params_that_are_not_finite_are_named(tiny_folder, tmp_path, monkeypatch, seen):
+    """A CPU's are looked at by NumPy, a GPU's by one program for them all."""
     component = components()["vae"]
     loaded = network.load(tiny_folder / "vae", component)
-    loaded.params["decoder"]["conv_in"]["bias"] = loaded.params["decoder"]["conv_in"]["bias"].at[0].set(jnp.nan)
-    network.save_converted(tmp_path, loaded)
+    network.save_converted(tmp_path / "whole", loaded)
+    loaded.params["decoder"]["conv_in"]["bias"] = loaded.params["decoder"]["conv_in"]["bias"].at[-1].set(jnp.nan)
+    network.save_converted(tmp_path / "damaged", loaded)
+    if seen == "by a program":
+        monkeypatch.setattr(network, "_on_host", lambda leaf: leaf.ndim == 1 and len(leaf) > 8)
+    split = jax.sharding.NamedSharding(jax.make_mesh((2,), ("x",)), jax.sharding.PartitionSpec("x"))
+    place = {"sharding": lambda path, shape: split if shape[0] % 2 == 0 else None} if seen == "on a mesh" else {}
+    network.load(tmp_path / "whole", component, **place)
     with pytest.raises(ConversionError, match=r"decoder/conv_in/bias in .*params has NaN"):
-        network.load(tmp_path, component)
+        network.load(tmp_path / "damaged", component, **place)

@@ -260,16 +260,29 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _check_finite(folder: Path, params: Any) -> None:
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        # One leaf after the other, each where it lies.
-        if not (np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else _all_finite(leaf)):
+    """Raises ConversionError for values that no conversion leaves there; each leaf is looked at where it lies."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    elsewhere = [leaf for _, leaf in leaves if not _on_host(leaf)]
+    found = iter(jax.device_get(_all_finite(elsewhere)) if elsewhere else [])
+    for key_path, leaf in leaves:
+        if not (_finite_on_host(leaf) if _on_host(leaf) else next(found)):
             path = jax.tree_util.keystr(key_path, simple=True, separator="/")
             raise ConversionError(f"{path} in {folder / configs.PARAMS} has NaN or infinite values")
 
 
+def _on_host(leaf: np.ndarray | jax.Array) -> bool:
+    """Whether NumPy can look at it without a copy: compiling a program for every shape would take longer."""
+    return isinstance(leaf, np.ndarray) or (leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu")
+
+
+def _finite_on_host(leaf: np.ndarray | jax.Array) -> bool:
+    parts = [leaf] if isinstance(leaf, np.ndarray) else [shard.data for shard in leaf.addressable_shards]
+    return all(np.isfinite(part).all() for part in parts)
+
+
 @jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 def _read_all(weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
