@@ -67,7 +67,12 @@ class GatedMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = Dense(self.hidden_dim, use_bias=False, name="w1")(x)
         value = Dense(self.hidden_dim, use_bias=False, name="w3")(x)
-        return Dense(x.shape[-1], use_bias=False, name="w2")(self.act(gate) * value)
+        return Dense(x.shape[-1], use_bias=False, name="w2")(computed_once(self.act(gate) * value))
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+    """`x`, on a TPU computed before the product that takes it: as part of the product, every tile would do it again."""
+    return jax.lax.optimization_barrier(x) if target.device().platform == "tpu" else x
 
 
 class TimeEmbedder(nn.Module):

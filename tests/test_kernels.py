@@ -9,11 +9,12 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jaxprs import equations
 
-from ses_jax.models import blip, clip, score_head, splash
+from ses_jax.models import blip, clip, layers, score_head, splash
 from ses_jax.models.target import compiled_for, differentiated
 from ses_jax.pipelines.registry import abstract_pipeline
 from ses_jax.rewards import scorers
@@ -192,3 +193,23 @@ def check_gradient(name, program, place, device):
     fused = [equation for equation in equations(traced.jaxpr) if kernel in equation.primitive.name]
     assert bool(fused) == (fits or device == "tpu"), name
     traced.lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize(("device", "barriers"), [(TPU, 1), (GPU, 0)])
+def test_a_gated_product_is_computed_once_on_a_tpu(device, barriers):
+    """With the values and the derivatives that it has elsewhere, row by row too."""
+    layer, x = layers.GatedMLP(24), jax.random.normal(jax.random.key(1), (3, 5, 8))
+    params = layer.init(jax.random.key(0), x)
+
+    def summed(params, x):
+        return jnp.sin(layer.apply(params, x)).sum()
+
+    def traced(params, x):
+        with compiled_for(device):
+            return summed(params, x)
+
+    found = [e.primitive.name for e in equations(jax.make_jaxpr(traced)(params, x).jaxpr)]
+    assert found.count("optimization_barrier") == barriers
+    for transform in (jax.jit, lambda f: jax.grad(f, argnums=(0, 1)), lambda f: jax.vmap(f, in_axes=(None, 0))):
+        ours, plain = transform(traced)(params, x), transform(summed)(params, x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
