@@ -42,7 +42,8 @@ def _class_for(folder: Path) -> Any:
     with _importing:
         import transformers
 
-        return getattr(transformers, declared or "AutoTokenizer")
+        found = declared and getattr(transformers, declared, None)  # releases name them anew
+        return found or transformers.AutoTokenizer
 
 
 def _declared(folder: Path) -> str | None:
