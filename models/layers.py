@@ -3,6 +3,7 @@
 Activations run in the dtype of the weights; norms, embeddings of time and rotary positions compute in float32.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ses_jax.models import target
 from ses_jax.models.quantized import Dense, dtype_of
 
 IMAGES = ("NHWC", "HWIO", "NHWC")
+_MAKING = threading.Lock()  # Flax takes fields out of a class's bases while it makes one, and threads trace networks
 
 
 class RMSNorm(nn.Module):
@@ -155,14 +157,15 @@ def stack(block: type[nn.Module], length: int) -> type[nn.Module]:
     `block.__call__(x, *shared)` returns `(x, output)`; `shared` is the same for every copy. Where derivatives are
     taken, what a copy computes is not kept for them: it is computed once more from its input.
     """
-    return nn.scan(
-        nn.remat(block, prevent_cse=False) if target.is_differentiated() else block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=length,
-        check_constancy_invariants=False,  # would trace the block once more
-    )
+    with _MAKING:
+        return nn.scan(
+            nn.remat(block, prevent_cse=False) if target.is_differentiated() else block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=length,
+            check_constancy_invariants=False,  # would trace the block once more
+        )
 
 
 def in_eights(tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -15,6 +18,7 @@ import pytest
 import ses_jax
 from ses_jax.convert import autoencoder_kl, files
 from ses_jax.loading import hub, network
+from ses_jax.models import layers
 
 SIZES = oracle.ZImageSizes(vae_widths=(4, 8), vae_layers=1)
 
@@ -103,6 +107,21 @@ assert "torch" not in sys.modules
 
 def test_threads_of_a_fresh_process_may_load_at_once(tmp_path):
     subprocess.run([sys.executable, "-c", THREADS], check=True, cwd=tmp_path)
+
+
+def test_threads_that_trace_networks_stack_blocks_one_after_the_other(monkeypatch):
+    """Flax takes fields out of the bases of a class while it makes one, where another thread looks for them."""
+    making = threading.Semaphore(1)
+
+    def scan(block, **_):
+        assert making.acquire(blocking=False), "two at once"
+        time.sleep(0.01)
+        making.release()
+        return block
+
+    monkeypatch.setattr(layers.nn, "scan", scan)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda length: layers.stack(layers.RMSNorm, length), range(8))) == [layers.RMSNorm] * 8
 
 
 def remote(tmp_path, *names):
