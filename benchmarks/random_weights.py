@@ -52,7 +52,7 @@ def clip_h(dtype: Any = jnp.bfloat16) -> scorers.Scorer:
         params=params,
         tokenize=lambda prompts: np.zeros((len(prompts), CLIP_H.max_length), np.int32),
         embed_text=lambda params, tokens: clip.embed_text(params, CLIP_H, tokens),
-        score=functools.partial(scorers.clip_score, CLIP_H, Preprocessor()),
+        score=scorers.ImageScore(Preprocessor(), functools.partial(scorers.clip_score, CLIP_H)),
     )
 
 

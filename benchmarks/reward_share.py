@@ -20,7 +20,7 @@ import random_weights
 import tyro
 
 import ses_jax
-from ses_jax.engine import denoising, generation, memory, tasks
+from ses_jax.engine import denoising, generation, previews, tasks
 from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading.programs import compiled
 
@@ -93,18 +93,15 @@ def denoise(program: Program, params: Any, inputs: Inputs, noise: jax.Array) -> 
     model = program.model._replace(decode=lambda params, latents: latents)
     rows = denoising.Rows(noise, jnp.zeros(len(noise), jnp.int32))
     prompts = inputs.sigmas, inputs.condition
-    return denoising.images(model, program.chunk, params[0], prompts, rows, lambda latents, owner: latents)
+    return denoising.images(model, program.chunk, params[0], prompts, rows, denoising.IMAGES)[1]
 
 
 @compiled(static=1)
 def decode_and_score(program: Program, params: Any, inputs: Inputs, latents: jax.Array) -> jax.Array:
     """Latents to scores, as in a generation."""
-
-    def run(rows):
-        text = denoising.owned(inputs.text, jnp.zeros(len(rows), jnp.int32))
-        return program.score(params[1], program.model.decode(params[0], rows), text)
-
-    return denoising.in_chunks(run, latents, memory.even_part(len(latents), program.model.decoded))
+    rows = denoising.Rows(latents, jnp.zeros(len(latents), jnp.int32))
+    finish = previews.components_alone(program, params, inputs)
+    return denoising.decoded(program.model, params[0], rows, finish)[0]
 
 
 def median_seconds(function: Callable[[], Any], repeats: int) -> float:

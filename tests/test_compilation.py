@@ -277,13 +277,13 @@ KEY = jax.random.key(0)
 SMALL = {"height": 32, "width": 32, "population": 2, "budget": 2, "preview_steps": 2, "steps": 3}
 
 
-def clip_like(score):
+def clip_like(preprocess, score):
     return scorers.Scorer(
         name="clip",
         params=clip.init(KEY, CLIP),
         tokenize=lambda prompts: np.zeros((len(prompts), CLIP.max_length), np.int32),
         embed_text=functools.partial(scorers.embed_clip, CLIP),
-        score=score,
+        score=scorers.ImageScore(preprocess, functools.partial(score, CLIP)),
     )
 
 
@@ -293,7 +293,7 @@ def aesthetic():
         params={"clip": clip.init(KEY, CLIP), "head": score_head.init(KEY, score_head.Config(CLIP.projection_dim))},
         tokenize=lambda prompts: np.zeros((len(prompts), 0), np.int32),
         embed_text=lambda params, tokens: tokens,
-        score=functools.partial(scorers.aesthetic_score, CLIP, Preprocessor(half_to_even=True)),
+        score=scorers.ImageScore(Preprocessor(half_to_even=True), functools.partial(scorers.aesthetic_score, CLIP)),
     )
 
 
@@ -303,13 +303,13 @@ def image_reward():
         params={"blip": blip.init(KEY, BLIP), "head": score_head.init(KEY, score_head.Config(BLIP.text.hidden_size))},
         tokenize=lambda prompts: blip.Tokens(np.zeros((len(prompts), 35), np.int32), np.ones((len(prompts), 35), bool)),
         embed_text=lambda params, tokens: tokens,
-        score=functools.partial(scorers.image_reward, BLIP, Preprocessor(half_to_even=True)),
+        score=scorers.ImageScore(Preprocessor(half_to_even=True), functools.partial(scorers.image_reward, BLIP)),
     )
 
 
 SCORERS = {
-    "clip": lambda: clip_like(functools.partial(scorers.clip_score, CLIP, Preprocessor())),
-    "hps": lambda: clip_like(functools.partial(scorers.cosine, CLIP, Preprocessor(resize_floats=True))),
+    "clip": lambda: clip_like(Preprocessor(), scorers.clip_score),
+    "hps": lambda: clip_like(Preprocessor(resize_floats=True), scorers.cosine),
     "aesthetic": aesthetic,
     "imagereward": image_reward,
 }

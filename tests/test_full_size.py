@@ -63,7 +63,9 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
             functools.partial(family.velocity, z_image.Config()),
             functools.partial(family.decode, autoencoder_kl.Config()),
         ),
-        score=device_parts.DeviceScores((functools.partial(scorers.clip_score, CLIP_H, Preprocessor()),)),
+        score=device_parts.DeviceScores(
+            (scorers.ImageScore(Preprocessor(), functools.partial(scorers.clip_score, CLIP_H)),)
+        ),
         weights=(1.0,),
         standardize=False,
         searcher=Ses(),

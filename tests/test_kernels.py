@@ -97,7 +97,7 @@ def of_rewards(dtype):
         params = shapes(functools.partial(clip.init, key, config), dtype)
         text = jax.ShapeDtypeStruct((2, config.projection_dim), jnp.float32)
         ids = jax.ShapeDtypeStruct((2, config.max_length), jnp.int32)
-        score = functools.partial(scorers.clip_score, config, Preprocessor())
+        score = scorers.ImageScore(Preprocessor(), functools.partial(scorers.clip_score, config))
         programs[f"CLIP {name} text"] = (lambda p, i, c=config: clip.embed_text(p, c, i)), (params, ids), True
         programs[f"CLIP {name} score"] = score, (params, images, text), True
     config = blip.Config.from_json(BERT)
@@ -106,7 +106,7 @@ def of_rewards(dtype):
         "head": shapes(functools.partial(score_head.init, key, score_head.Config(768)), jnp.float32),
     }
     tokens = blip.Tokens(jax.ShapeDtypeStruct((2, 35), jnp.int32), jax.ShapeDtypeStruct((2, 35), bool))
-    score = functools.partial(scorers.image_reward, config, Preprocessor(half_to_even=True))
+    score = scorers.ImageScore(Preprocessor(half_to_even=True), functools.partial(scorers.image_reward, config))
     programs["ImageReward"] = score, (params, images, tokens), True
     return programs
 

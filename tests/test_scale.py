@@ -16,6 +16,7 @@ import ses_jax
 from ses_jax.engine import generation, generations, memory, output, tasks
 from ses_jax.loading import checkpoint, partition
 from ses_jax.rewards import reward as rewards
+from ses_jax.rewards import scorers
 
 PROMPTS = ["a cat", "two blue squares", "a red circle on a hill"]
 SETTINGS = {"budget": 23, "population": 10, "elites": 4, "progress": False}
@@ -125,22 +126,32 @@ def test_text_encoders_and_the_other_networks_are_never_on_the_device_together(f
 @pytest.mark.parametrize("mesh", [None, "data=2,model=4"])
 @pytest.mark.parametrize("images", [1, 3])
 def test_images_may_be_decoded_in_parts(monkeypatch, mesh, images):
-    """Ten rows, on each device at most so many at a time; parts are even, and what fills the last is dropped."""
+    """Ten rows, on each device at most so many at a time; parts are even, and what fills the last is dropped.
+
+    All ten are scored at a time.
+    """
     mesh = partition.parse_mesh(mesh)
-    run = {"reward": toy.brightness(), **SETTINGS}
-    expected = ses_jax.search(PROMPTS[:2], model=toy.pipeline(), **run)
+    expected = ses_jax.search(PROMPTS[:2], model=toy.pipeline(), reward=toy.brightness(), **SETTINGS)
     monkeypatch.setattr(memory, "DECODED_PIXELS", images * 16 * 16)
-    pipeline = toy.pipeline(mesh)
-    seen = []
+    pipeline, (own,) = toy.pipeline(mesh), toy.brightness().parts
+    seen, scored = [], []
 
     def decode(params, latents):
         seen.append(len(latents))
         return toy.pipeline().decode(params, latents)
 
-    found = ses_jax.search(PROMPTS[:2], model=dataclasses.replace(pipeline, decode=decode), **run)
+    def say(params, means, text):
+        scored.append(len(means))
+        return own.scorer.score.say(params, means, text)
+
+    score = scorers.ImageScore(own.scorer.score.see, say)
+    part = dataclasses.replace(own, scorer=dataclasses.replace(own.scorer, score=score))
+    pipeline = dataclasses.replace(pipeline, decode=decode)
+    found = ses_jax.search(PROMPTS[:2], model=pipeline, reward=rewards.Reward((part,)), **SETTINGS)
     assert_same(found, expected)
     devices = 1 if mesh is None else mesh.size
     assert max(seen) <= images * devices
+    assert 10 <= max(scored) < 10 + images * devices
 
 
 def test_decoding_in_parts_takes_less_memory(folder):

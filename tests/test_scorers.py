@@ -179,7 +179,7 @@ def test_equals_the_original(pair, size):
 def test_scores_follow_their_images_and_prompts(pair):
     scorer, _ = pair
     # Of the network's own size: a resize may round a pixel the other way in another batch.
-    size = scorer.score.args[1].size
+    size = scorer.score.see.size
     images = np.stack(list(draw_images((size, size))))
     scores = scores_of(scorer, images, PROMPTS)
     order = [2, 0, 3, 1]
@@ -275,13 +275,13 @@ def test_hps_in_transformers_layout(tmp_path):
     """The same network as CLIP's, with HPSv2's own preprocessing and without the logit scale."""
     oracle.save_clip(tmp_path, oracle.clip(act="gelu"))
     hps, clip = (scorers.load_scorer(kind, source=tmp_path) for kind in ("hps", "clip"))
-    size = clip.score.args[1].size
+    size = clip.score.see.size
     images = np.round(np.stack(list(draw_images((size, size)))) * 255) / 255  # no resize, and nothing to round
     prompts = ["a cat", "", "two dogs", "a red circle"]  # nothing for HPSv2 to clean
     cosines = scores_of(hps, images.astype(np.float32), prompts)
     scale = np.exp(float(clip.params["logit_scale"]))
     np.testing.assert_allclose(scale * cosines, scores_of(clip, images.astype(np.float32), prompts), rtol=1e-4)
-    assert hps.score.args[1].resize_floats
+    assert hps.score.see.resize_floats
 
 
 def test_aesthetic_head_may_lie_beside_its_clip(tmp_path):

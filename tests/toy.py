@@ -8,7 +8,7 @@ import numpy as np
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Defaults, Pipeline
 from ses_jax.rewards.reward import Part, Reward
-from ses_jax.rewards.scorers import Scorer
+from ses_jax.rewards.scorers import ImageScore, Scorer
 
 CHANNELS = 3
 
@@ -45,7 +45,7 @@ def scorer(name: str, score) -> Scorer:
         params=jnp.float32(1.0),
         tokenize=lambda prompts: np.zeros((len(prompts), 1), np.float32),
         embed_text=lambda params, tokens: tokens,
-        score=lambda params, images, text: params * score(images) + text[:, 0],
+        score=ImageScore(score, lambda params, seen, text: params * seen + text[:, 0]),
     )
 
 

@@ -18,7 +18,7 @@ class Model(NamedTuple):
 
     Attributes:
       mesh: None is the default device.
-      decoded: how many rows each device decodes, and scores, at a time; None is all of them.
+      decoded: how many rows each device decodes at a time; None is all of them.
     """
 
     velocity: Callable[..., Array]
@@ -32,6 +32,25 @@ class Rows(NamedTuple):
 
     noise: Array
     owner: Array
+
+
+class Finish(NamedTuple):
+    """What becomes of images.
+
+    Attributes:
+      see: `images -> tree`, what is to be known of those that are decoded at a time.
+      say: `(seen, owner) -> tree`, what is made of that, of all that are denoised at a time: small images of many rows
+        fill a network better than those of one.
+      show: `images -> tree`, what comes along.
+    """
+
+    see: Callable[[Array], Any]
+    say: Callable[[Any, Array], Any]
+    show: Callable[[Array], Any]
+
+
+# Images as they are.
+IMAGES = Finish(lambda images: None, lambda seen, owner: None, lambda images: images)
 
 
 class Paths(NamedTuple):
@@ -54,41 +73,46 @@ def images(
     params: Any,
     prompts: tuple[Array, Any],
     rows: Rows,
-    finish: Callable[[Array, Array], Any],
+    finish: Finish,
     denoise: Callable[..., Array] = sampler.denoise,
-) -> Any:
-    """`finish(images, owner)` of all rows, `chunk` rows at a time; `prompts` are sigmas or a plan, and conditions."""
+) -> tuple[Any, Any]:
+    """What is said of all rows' images, and what is shown of them.
+
+    Args:
+      chunk: how many rows are denoised at a time.
+      prompts: sigmas or a plan, and conditions.
+    """
 
     def sample(velocity, part):
         latents = denoise(velocity, part.noise, prompts[0])
         latents = partition.constrain(model.mesh, latents, partition.DATA)
-        return _decoded(model, params, Rows(latents, part.owner), finish)
+        return decoded(model, params, Rows(latents, part.owner), finish)
 
     return _sampled(model, chunk, (params, prompts[1]), rows, sample)
 
 
 def predicted(
-    model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows, finish: Callable[[Array, Array], Any]
-) -> tuple[Array, Any]:
-    """The latents of all rows at the last of the sigmas, and `finish(images, owner)` of what they will be at 0."""
+    model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows, finish: Finish
+) -> tuple[Array, tuple[Any, Any]]:
+    """The latents of all rows at the last of the sigmas, and as `images` of what they will be at 0."""
 
     def sample(velocity, part):
         both = sampler.predict(velocity, part.noise, prompts[0])
         latents, clean = partition.constrain(model.mesh, both, partition.DATA)
-        return latents, _decoded(model, params, Rows(clean, part.owner), finish)
+        return latents, decoded(model, params, Rows(clean, part.owner), finish)
 
     return _sampled(model, chunk, (params, prompts[1]), rows, sample)
 
 
 def followed(
-    model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows, finish: Callable[[Array, Array], Any]
-) -> tuple[Array, Any]:
+    model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows, finish: Finish
+) -> tuple[Array, tuple[Any, Any]]:
     """As `images`, with all latents on the way, `[r, steps + 1, C, h, w]`."""
 
     def sample(velocity, part):
         path = jnp.moveaxis(sampler.follow(velocity, part.noise, prompts[0]), 0, 1)
         path = partition.constrain(model.mesh, path, partition.DATA)
-        return path, _decoded(model, params, Rows(path[:, -1], part.owner), finish)
+        return path, decoded(model, params, Rows(path[:, -1], part.owner), finish)
 
     return _sampled(model, chunk, (params, prompts[1]), rows, sample)
 
@@ -124,7 +148,7 @@ def _pulled_back_images(model: Model, params: Any, last: Paths, score: Callable[
             with partition.compiled_for(model.mesh):
                 return score(model.decode(params, latents), part.owner)
 
-        return jax.vjp(scores, part.latents)[1](part.slopes)[0]
+        return partition.constrain(model.mesh, jax.vjp(scores, part.latents)[1](part.slopes)[0])
 
     return _on_all_devices(model, last, run)
 
@@ -156,27 +180,34 @@ def _sampled(
     return jax.tree.map(lambda x: x[:count], out)
 
 
-def _decoded(model: Model, params: Any, rows: Rows, finish: Callable[[Array, Array], Any]) -> Any:
-    """`finish(images, owner)` of denoised rows."""
+def decoded(model: Model, params: Any, rows: Rows, finish: Finish) -> tuple[Any, Any]:
+    """What is said and shown of denoised rows."""
 
-    def run(part: Rows) -> Any:
+    def see(part: Rows) -> tuple[Any, Any]:
         with partition.compiled_for(model.mesh):
             images = model.decode(params, part.noise)
-        return finish(images, part.owner)
+        seen = partition.constrain(model.mesh, finish.see(images), *partition.AXES)
+        return seen, partition.constrain(model.mesh, finish.show(images))
 
-    return _on_all_devices(model, rows, run)
+    def say(found: tuple[Any, Any], rows: Rows) -> tuple[Any, Any]:
+        seen, owner = partition.constrain(model.mesh, (found[0], rows.owner), *partition.AXES)
+        return partition.constrain(model.mesh, finish.say(seen, owner)), found[1]
+
+    return _on_all_devices(model, rows, see, say)
 
 
-def _on_all_devices(model: Model, rows: Any, run: Callable[[Any], Any]) -> Any:
-    """`run(part)` of rows that, on a mesh, are spread over all devices, which small networks have no other use for."""
+def _on_all_devices(
+    model: Model, rows: Any, run: Callable[[Any], Any], gather: Callable[[Any, Any], Any] = lambda found, rows: found
+) -> Any:
+    """`gather(found, rows)` of what `run(part)` finds of rows, which on a mesh are spread over all devices.
 
-    def spread(part):
-        return partition.constrain(model.mesh, run(partition.constrain(model.mesh, part, *partition.AXES)))
-
+    Small networks have no other use for them.
+    """
     devices, count = partition.size(model.mesh, *partition.AXES), len(rows.owner)
     chunk = devices * memory.even_part(-(-count // devices), model.decoded)
-    out = in_chunks(spread, _fill(rows, chunk), chunk)
-    return jax.tree.map(lambda x: x[:count], out)
+    filled = _fill(rows, chunk)
+    found = in_chunks(lambda part: run(partition.constrain(model.mesh, part, *partition.AXES)), filled, chunk)
+    return jax.tree.map(lambda x: x[:count], gather(found, filled))
 
 
 def _fill(rows: Any, multiple: int) -> Any:

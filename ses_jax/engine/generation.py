@@ -61,7 +61,7 @@ def generation_step(
     elif program.fidelity.looks:
         components, seen, shown = looks.previewed(program, params, inputs, generation, points)
     else:
-        finish = functools.partial(previews.scored, program, params, inputs)
+        finish = previews.scored(program, params, inputs)
         found = previews.preview(program, params[0], inputs, points, finish)
         components, shown = jax.tree.map(lambda x: x.reshape(-1, program.evaluated, *x.shape[1:]), found)
     new, scored = tell(program, inputs, generation, state, points, components, slopes)
@@ -77,11 +77,11 @@ def candidates(
     """For a reward with parts on the host, `update` being the rest of the generation.
 
     Returns:
-      Points `[P, n, *S]`, and by row their previews `[P * n, H, W, 3]` and the device parts' components
-      `[P * n, device parts]`.
+      Points `[P, n, *S]`, and by row the device parts' components of their previews `[P * n, device parts]`, and the
+      previews `[P * n, H, W, 3]`.
     """
     points = propose(program, inputs, generation, state)
-    finish = functools.partial(previews.with_images, program, params, inputs)
+    finish = previews.with_images(program, params, inputs)
     return points, *previews.preview(program, params[0], inputs, points, finish)
 
 
@@ -157,7 +157,7 @@ def render(
     rows: Rows,
 ) -> Float[Array, "r H W 3"]:
     """Images of rows; `prompts` are `(sigmas, condition)`, the condition of all the rows' owners."""
-    return denoising.images(model, chunk, params, prompts, rows, lambda images, owner: images)
+    return denoising.images(model, chunk, params, prompts, rows, denoising.IMAGES)[1]
 
 
 score = compiled(static=1)(previews.components)

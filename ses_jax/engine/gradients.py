@@ -29,7 +29,7 @@ def previewed(
     """
     noise, pull = jax.vjp(functools.partial(previews.noise_of, program, inputs), points)
     rows, prompts = previews.rows_of(noise), (inputs.sigmas, inputs.condition)
-    finish = functools.partial(previews.scored, program, params, inputs)
+    finish = previews.scored(program, params, inputs)
     latents, found = denoising.followed(program.model, program.chunk, params[0], prompts, rows, finish)
     components, shown = jax.tree.map(lambda x: x.reshape(*noise.shape[:2], *x.shape[1:]), found)
     components = partition.constrain(program.model.mesh, components)

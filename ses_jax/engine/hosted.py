@@ -1,6 +1,5 @@
 """A generation of a reward with parts on the host: compiled programs, and the host between them."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ def step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
         points = propose(program, inputs, index, state)
         components, seen, shown = _looked(task, index, points)
     else:
-        points, images, device = generation.candidates(program, task.params, inputs, index, state)
+        points, device, images = generation.candidates(program, task.params, inputs, index, state)
         components = _by_prompt(task, _scored(task, images, device, program.evaluated))
         shown = None if program.shown is None else _by_prompt(task, generation.pixels(program.shown.side, images))
     new, scored = generation.update(program, inputs, index, state, points, components)
@@ -39,11 +38,11 @@ def _looked(
     program, inputs, said, taken = task.program, task.inputs, [], 0
     field = everyone(program, inputs, index, points)
     for place, look in enumerate(program.fidelity.looks):
-        field, (images, device) = taken_look(program, (place, taken), task.params, inputs, field)
+        field, (device, images) = taken_look(program, (place, taken), task.params, inputs, field)
         column, field = best(program, place, index, field, _components(task, images, device))
         said.append(column)
         taken = looks.steps_after(look, taken)
-    images, device = finished(program, taken, task.params, inputs, field)
+    device, images = finished(program, taken, task.params, inputs, field)
     found, shown = in_place(program, field, _components(task, images, device), images)
     return found, jnp.stack(said, axis=-1), shown
 
@@ -73,15 +72,15 @@ best = compiled(static=2)(looks.best)
 
 @compiled(static=2)
 def taken_look(program: Program, at: tuple[int, int], params: Any, inputs: Inputs, field: Field) -> tuple[Field, Any]:
-    """`looks.taken_look` with images and the device parts' components."""
-    finish = functools.partial(previews.with_images, program, params, inputs)
+    """`looks.taken_look` with the device parts' components and images."""
+    finish = previews.with_images(program, params, inputs)
     return looks.taken_look(program, params[0], inputs, at, field, finish)
 
 
 @compiled(static=2)
 def finished(program: Program, taken: int, params: Any, inputs: Inputs, field: Field) -> Any:
-    """`looks.finished` with images and the device parts' components."""
-    finish = functools.partial(previews.with_images, program, params, inputs)
+    """`looks.finished` with the device parts' components and images."""
+    finish = previews.with_images(program, params, inputs)
     return looks.finished(program, params[0], inputs, taken, field, finish)
 
 

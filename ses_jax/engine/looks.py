@@ -4,8 +4,6 @@ All shapes are static: how many candidates go on follows from the population. Wh
 the candidates beyond it come last, and count nowhere.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,16 +12,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from ses_jax.engine import denoising
+from ses_jax.engine.denoising import Finish
 from ses_jax.engine.fidelity import CACHED, EARLY, HALF, Look
-from ses_jax.engine.previews import components, noise_of, rows_of, scored
+from ses_jax.engine.previews import components_alone, noise_of, rows_of, scored
 from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading import partition
 from ses_jax.pipelines import sampler
 from ses_jax.pipelines.guidance import unguided
 from ses_jax.rewards import mixture
 from ses_jax.searchers import elites, wavelet
-
-Finish = Callable[[Array, Array], Any]
 
 
 class Field(NamedTuple):
@@ -65,15 +62,14 @@ def previewed(
     What a look says is -inf where it is not finite.
     """
     field = everyone(program, inputs, generation, points)
-    score = functools.partial(components, program, params, inputs)
+    score = components_alone(program, params, inputs)
     looks, taken = [], 0
     for place, look in enumerate(program.fidelity.looks):
-        field, seen = taken_look(program, params[0], inputs, (place, taken), field, score)
+        field, (seen, _) = taken_look(program, params[0], inputs, (place, taken), field, score)
         said, field = best(program, place, generation, field, seen)
         looks.append(said)
         taken = steps_after(look, taken)
-    finish = functools.partial(scored, program, params, inputs)
-    found, shown = finished(program, params[0], inputs, taken, field, finish)
+    found, shown = finished(program, params[0], inputs, taken, field, scored(program, params, inputs))
     shown = None if shown is None else field.shown(shown, program.evaluated)
     return field.in_place(found, program.evaluated), jnp.stack(looks, axis=-1), shown
 
@@ -89,7 +85,7 @@ def everyone(program: Program, inputs: Inputs, generation: Array, points: Any) -
 def taken_look(
     program: Program, params: Any, inputs: Inputs, at: tuple[int, int], field: Field, finish: Finish
 ) -> tuple[Field, Any]:
-    """The field after a look, and `finish(images, owner)` of what it shows, `[P, m, ...]`.
+    """The field after a look, and what is said and shown of its images, `[P, m, ...]`.
 
     `at` is the look's place, and how many steps of the preview were taken before it.
     """
@@ -122,7 +118,7 @@ def steps_after(look: Look, taken: int) -> int:
 
 
 def finished(program: Program, params: Any, inputs: Inputs, taken: int, field: Field, finish: Finish) -> Any:
-    """`finish(images, owner)` of full previews, `[P, m, ...]`, after the steps that were taken."""
+    """What is said and shown of full previews, `[P, m, ...]`, after the steps that were taken."""
     prompts = inputs.sigmas[taken:], inputs.condition
     found = denoising.images(program.model, program.chunk, params, prompts, rows_of(field.latents), finish)
     return _by_prompt(field, found)

@@ -1,6 +1,5 @@
 """Candidates to components: few-step images of their noise, scored by the reward's parts on the device."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,26 +7,46 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from ses_jax.engine import denoising
-from ses_jax.engine.denoising import Rows
+from ses_jax.engine.denoising import Finish, Rows
 from ses_jax.engine.program import Inputs, Program
 from ses_jax.loading import partition
 
 
-def preview(program: Program, params: Any, inputs: Inputs, points: Any, finish: Callable) -> Any:
-    """`finish(images, owner)` of the few-step images of points `[P, n, *S]`, by row."""
+def preview(program: Program, params: Any, inputs: Inputs, points: Any, finish: Finish) -> tuple[Any, Any]:
+    """What is said, and shown, of the few-step images of points `[P, n, *S]`, by row."""
     rows = rows_of(noise_of(program, inputs, points))
     return denoising.images(program.model, program.chunk, params, (inputs.sigmas, inputs.condition), rows, finish)
 
 
-def scored(program: Program, params: Any, inputs: Inputs, images: Array, owner: Array) -> tuple[Array, Array | None]:
+def components_alone(program: Program, params: Any, inputs: Inputs) -> Finish:
+    """The components of images; no columns if the reward has no parts on the device."""
+    if program.score is None:
+        return Finish(lambda images: jnp.zeros((len(images), 0), jnp.float32), lambda seen, owner: seen, _nothing)
+
+    def see(images: Array) -> Any:
+        with partition.compiled_for(program.model.mesh):
+            return program.score.see(images)
+
+    def say(seen: Any, owner: Array) -> Float[Array, "n parts"]:
+        with partition.compiled_for(program.model.mesh):
+            return program.score.say(params[1], seen, denoising.owned(inputs.text, owner))
+
+    return Finish(see, say, _nothing)
+
+
+def scored(program: Program, params: Any, inputs: Inputs) -> Finish:
     """The components of images, and what is shown of them."""
-    shown = None if program.shown is None else pixels(images, program.shown.side)
-    return components(program, params, inputs, images, owner), shown
+    finish = components_alone(program, params, inputs)
+    return finish if program.shown is None else finish._replace(show=lambda images: pixels(images, program.shown.side))
 
 
-def with_images(program: Program, params: Any, inputs: Inputs, images: Array, owner: Array) -> tuple[Array, Array]:
-    """Images, for the reward's parts on the host, and what the others say of them."""
-    return images, components(program, params, inputs, images, owner)
+def with_images(program: Program, params: Any, inputs: Inputs) -> Finish:
+    """What the reward's parts on the device say, and the images, for those on the host."""
+    return components_alone(program, params, inputs)._replace(show=lambda images: images)
+
+
+def _nothing(images: Array) -> None:
+    return None
 
 
 def pixels(images: Float[Array, "n H W 3"], side: int | None) -> UInt8[Array, "n h w 3"]:
@@ -64,7 +83,5 @@ def within_budget(
 
 def components(program: Program, params: Any, inputs: Inputs, images: Array, owner: Array) -> Float[Array, "n parts"]:
     """The device parts' scores; no columns if there are none."""
-    if program.score is None:
-        return jnp.zeros((len(images), 0), jnp.float32)
-    with partition.compiled_for(program.model.mesh):
-        return program.score(params[1], images, denoising.owned(inputs.text, owner))
+    finish = components_alone(program, params, inputs)
+    return finish.say(finish.see(images), owner)

@@ -1,12 +1,12 @@
 """What a compiled generation is given and gives: its static facts, the prompts' arrays, the search's state."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
 from ses_jax.engine.denoising import Model
 from ses_jax.engine.fidelity import FULL, Fidelity
+from ses_jax.rewards.device_parts import DeviceScores
 from ses_jax.searchers.elites import Elites
 from ses_jax.searchers.searcher import Problem, Searcher, needs_gradient
 
@@ -31,7 +31,7 @@ class Program(NamedTuple):
     """All that a compiled generation depends on besides arrays; equal programs share one compilation.
 
     Attributes:
-      score: `(params, images, texts) -> [n, parts]`, the reward's parts on the device; None if there are none.
+      score: the reward's parts on the device; None if there are none.
       weights: of all parts in the sum.
       standardize: whether parts are standardised over all candidates so far before they are summed.
       searcher: what proposes points.
@@ -44,7 +44,7 @@ class Program(NamedTuple):
     """
 
     model: Model
-    score: Callable[..., Array] | None
+    score: DeviceScores | None
     weights: tuple[float, ...]
     standardize: bool
     searcher: Searcher

@@ -43,7 +43,7 @@ def clip_scorer(dtype: Any, quantize: str | None = None) -> Scorer:
         params=quantized.abstract(cast, quantize and quantized.Quantization(quantize, clip.QUANTIZED)),
         tokenize=lambda prompts: np.zeros((len(prompts), config.max_length), np.int32),
         embed_text=functools.partial(scorers.embed_clip, config),
-        score=functools.partial(scorers.clip_score, config, Preprocessor()),
+        score=scorers.ImageScore(Preprocessor(), functools.partial(scorers.clip_score, config)),
     )
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.loading.programs import comparable
 from ses_jax.rewards import host
 from ses_jax.rewards.reward import Batch, Function, Part, Reward, column, embedded, lower_embedded
+from ses_jax.rewards.scorers import ImageScore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +19,22 @@ class DeviceScores:
     """The parts that run on the device, as one pure function; equal for equal parts, so that programs are shared.
 
     Attributes:
-      scores: of each part, `(params, images, text) -> [B]`.
+      scores: of each part.
     """
 
-    scores: tuple[Callable[[Any, Array, Any], Array], ...]
+    scores: "tuple[ImageScore | TracedFunction, ...]"
 
     def __call__(self, params: Sequence[Any], images: Array, texts: Sequence[Any]) -> Float[Array, "b parts"]:
-        columns = [score(p, images, t) for score, p, t in zip(self.scores, params, texts, strict=True)]
+        """The scores of images."""
+        return self.say(params, self.see(images), texts)
+
+    def see(self, images: Array) -> tuple[Any, ...]:
+        """What the parts need of images, see `ImageScore`."""
+        return tuple(score.see(images) for score in self.scores)
+
+    def say(self, params: Sequence[Any], seen: Sequence[Any], texts: Sequence[Any]) -> Float[Array, "b parts"]:
+        """The scores of images of which so much is kept."""
+        columns = [score.say(*given) for score, *given in zip(self.scores, params, seen, texts, strict=True)]
         return jnp.stack([column.astype(jnp.float32) for column in columns], axis=1)
 
     def driving(self, weights: Sequence[float]) -> tuple["DeviceScores", Callable[[Sequence[Any]], tuple[Any, ...]]]:
@@ -46,10 +55,15 @@ class TracedFunction:
     function: Function
     prompt: str | None
 
-    def __call__(self, params: None, images: Array, text: None) -> Array:
+    def see(self, images: Array) -> Array:
+        """Its scores, for which it is given images as they are."""
         prompts = UnreadPrompts(len(images)) if self.prompt is None else [self.prompt] * len(images)
         with host.raised_by(getattr(self.function, "__name__", "custom")):
             return self.function(images, prompts)
+
+    def say(self, params: None, seen: Array, text: None) -> Array:
+        """They are what it said already."""
+        return seen
 
 
 class UnreadPrompts(Sequence):
@@ -69,7 +83,7 @@ class UnreadPrompts(Sequence):
 def device_scores(reward: Reward, prompt: str) -> DeviceScores | None:
     """The device parts for one prompt; None if there are none."""
     parts = [part for part in reward.parts if not part.on_host]
-    scores = tuple(comparable(p.scorer.score) if p.scorer else _traced(p, prompt) for p in parts)
+    scores = tuple(p.scorer.score if p.scorer else _traced(p, prompt) for p in parts)
     return DeviceScores(scores) if scores else None
 
 

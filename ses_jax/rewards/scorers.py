@@ -21,10 +21,12 @@ from ses_jax.convert import clip as clip_tables
 from ses_jax.convert import open_clip as open_clip_tables
 from ses_jax.convert import score_head as head_tables
 from ses_jax.loading import hub, network
+from ses_jax.loading.programs import comparable
 from ses_jax.loading.tokenizers import load_tokenizer
 from ses_jax.models import blip, clip, quantized, score_head
 from ses_jax.rewards.preprocess import Preprocessor
 
+Pixels = Float[Array, "b size size 3"]  # as a `Preprocessor` gives them
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "openai/clip-vit-large-patch14"
 BERT = "google-bert/bert-base-uncased"
@@ -39,6 +41,26 @@ PLAIN = {code: unicodedata.normalize("NFKC", chr(code)) for code in (*range(0xFB
 PLAIN |= dict.fromkeys([0x2BC, *range(0x2018, 0x201C)], "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageScore:
+    """A score of images in two parts, so that images need not be kept until all that are to be scored are there.
+
+    Attributes:
+      see: `images [B, H, W, 3] in [0, 1] -> seen`, all that is needed of each image; far smaller than images.
+      say: `(params, seen, text) -> [B]`.
+    """
+
+    see: Callable[[Array], Any]
+    say: Callable[[Any, Any, Any], Array]
+
+    def __post_init__(self):
+        object.__setattr__(self, "say", comparable(self.say))
+
+    def __call__(self, params: Any, images: Float[Array, "b h w 3"], text: Any) -> Float[Array, "b"]:
+        """The scores of images."""
+        return self.say(params, self.see(images), text)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scorer:
     """A scorer as pure functions and their params.
@@ -48,14 +70,14 @@ class Scorer:
       params: pytree of weights.
       tokenize: `(prompts) -> tokens`, on the host.
       embed_text: `(params, tokens) -> text`, arrays with the prompts as their leading axis; once a prompt.
-      score: `(params, images [B, H, W, 3] in [0, 1], text) -> [B]`, pure; text of one prompt or of one an image.
+      score: `(params, images, text) -> [B]`, pure; text of one prompt or of one an image.
     """
 
     name: str
     params: Any = dataclasses.field(repr=False)
     tokenize: Callable[[Sequence[str]], Any]
     embed_text: Callable[[Any, Any], Any]
-    score: Callable[[Any, Array, Any], Array]
+    score: ImageScore
 
 
 class Kind(NamedTuple):
@@ -111,7 +133,7 @@ def load_clip(name: str, folder: Path, dtype: Any = None, quantize: str | None =
         params=params,
         tokenize=functools.partial(_tokenize_clip, load_tokenizer(folder), config.max_length),
         embed_text=functools.partial(embed_clip, config),
-        score=functools.partial(clip_score, config, Preprocessor.from_folder(folder, config.image_size)),
+        score=ImageScore(Preprocessor.from_folder(folder, config.image_size), functools.partial(clip_score, config)),
     )
 
 
@@ -123,22 +145,18 @@ def abstract_clip(folder: Path, dtype: Any, quantize: str | None = None) -> Scor
         params=params,
         tokenize=lambda prompts: np.zeros((len(prompts), config.max_length), np.int32),
         embed_text=functools.partial(embed_clip, config),
-        score=functools.partial(clip_score, config, Preprocessor.from_folder(folder, config.image_size)),
+        score=ImageScore(Preprocessor.from_folder(folder, config.image_size), functools.partial(clip_score, config)),
     )
 
 
-def clip_score(
-    config: clip.Config, preprocess: Preprocessor, params: Any, images: Float[Array, "b h w 3"], text: Array
-) -> Float[Array, "b"]:
+def clip_score(config: clip.Config, params: Any, pixels: Pixels, text: Array) -> Float[Array, "b"]:
     """`exp(logit_scale) * cosine` of each image and its text embedding, float32 `[B]`."""
-    return clip.logit_scale(params) * cosine(config, preprocess, params, images, text)
+    return clip.logit_scale(params) * cosine(config, params, pixels, text)
 
 
-def cosine(
-    config: clip.Config, preprocess: Preprocessor, params: Any, images: Float[Array, "b h w 3"], text: Array
-) -> Float[Array, "b"]:
+def cosine(config: clip.Config, params: Any, pixels: Pixels, text: Array) -> Float[Array, "b"]:
     """Cosine of each image and its text embedding, float32 `[B]`."""
-    return jnp.sum(clip.embed_image(params, config, preprocess(images)) * text, axis=-1)
+    return jnp.sum(clip.embed_image(params, config, pixels) * text, axis=-1)
 
 
 def _tokenize_clip(tokenizer: Any, length: int, prompts: Sequence[str]) -> np.ndarray:
@@ -177,7 +195,7 @@ def load_hps(name: str, path: Path, dtype: Any = None, quantize: str | None = No
         params=params,
         tokenize=lambda prompts: _tokenize_clip(tokenizer, config.max_length, [clean(prompt) for prompt in prompts]),
         embed_text=functools.partial(embed_clip, config),
-        score=functools.partial(cosine, config, preprocess),
+        score=ImageScore(preprocess, functools.partial(cosine, config)),
     )
 
 
@@ -209,15 +227,13 @@ def load_aesthetic(name: str, path: Path, dtype: Any = None, quantize: str | Non
         params={"clip": {part: leaf for part, leaf in params.items() if not part.startswith("text")}, "head": head},
         tokenize=lambda prompts: np.zeros((len(prompts), 0), np.int32),
         embed_text=_as_tokens,
-        score=functools.partial(aesthetic_score, config, preprocess),
+        score=ImageScore(preprocess, functools.partial(aesthetic_score, config)),
     )
 
 
-def aesthetic_score(
-    config: clip.Config, preprocess: Preprocessor, params: Any, images: Float[Array, "b h w 3"], text: Any = None
-) -> Float[Array, "b"]:
+def aesthetic_score(config: clip.Config, params: Any, pixels: Pixels, text: Any = None) -> Float[Array, "b"]:
     """Aesthetic scores, about 1 to 10, float32 `[B]`."""
-    return score_head.score(params["head"], clip.embed_image(params["clip"], config, preprocess(images)))
+    return score_head.score(params["head"], clip.embed_image(params["clip"], config, pixels))
 
 
 def _clip_beside(folder: Path) -> Path:
@@ -248,15 +264,13 @@ def load_image_reward(name: str, path: Path, dtype: Any = None, quantize: str | 
         },
         tokenize=functools.partial(_tokenize_bert, tokenizer),
         embed_text=_as_tokens,
-        score=functools.partial(image_reward, config, Preprocessor(config.image_size, half_to_even=True)),
+        score=ImageScore(Preprocessor(config.image_size, half_to_even=True), functools.partial(image_reward, config)),
     )
 
 
-def image_reward(
-    config: blip.Config, preprocess: Preprocessor, params: Any, images: Float[Array, "b h w 3"], text: blip.Tokens
-) -> Float[Array, "b"]:
+def image_reward(config: blip.Config, params: Any, pixels: Pixels, text: blip.Tokens) -> Float[Array, "b"]:
     """ImageReward of each image for its prompt, standardised by the authors' mean and deviation, float32 `[B]`."""
-    state = blip.encode(params["blip"], config, preprocess(images), text)
+    state = blip.encode(params["blip"], config, pixels, text)
     return (score_head.score(params["head"], state) - IMAGE_REWARD_MEAN) / IMAGE_REWARD_STD
 
 
