@@ -19,7 +19,7 @@ import ses_jax
 from ses_jax import cli
 from ses_jax.engine import generation, memory, outline
 from ses_jax.engine.config import SearchConfig
-from ses_jax.loading import partition
+from ses_jax.loading import compiler, partition
 from ses_jax.loading.programs import KEPT, Compiled
 from ses_jax.models import attention, blip, clip, score_head
 from ses_jax.planner import compilation, hlo, topologies, workload
@@ -40,7 +40,7 @@ class Recorder(Compiled):
     """A compiled function that notes the text of every program it runs."""
 
     def __init__(self, compiled):
-        super().__init__(compiled.__wrapped__, static=compiled._static, keep=KEPT)
+        super().__init__(compiled.__wrapped__, static=compiled._static, keep=KEPT, denoises=compiled._denoises)
         self.texts = []
 
     def __call__(self, *args):
@@ -49,11 +49,13 @@ class Recorder(Compiled):
 
 
 @pytest.mark.parametrize("reward", [toy.brightness(), toy.mixture(red=1.0, blue=0.5)], ids=["one", "mixture"])
-def test_a_search_runs_what_is_lowered_from_shapes(reward, monkeypatch):
+@pytest.mark.parametrize("generations", [["generation_step"], ["denoised", "judged"]], ids=["whole", "in two"])
+def test_a_search_runs_what_is_lowered_from_shapes(reward, generations, monkeypatch):
     """Word for word, whatever lies where: encoding, generations and final images."""
+    monkeypatch.setattr(compiler, "denoises_apart", lambda mesh: len(generations) == 2)
     pipeline = toy.pipeline(mesh(2))
     settings = {"budget": 8, "population": 4, "elites": 2, "chunk": 2, "steps": 3, "preview_steps": 2}
-    recorders = {name: Recorder(getattr(generation, name)) for name in ("encode", "generation_step", "render")}
+    recorders = {name: Recorder(getattr(generation, name)) for name in ("encode", *generations, "render")}
     for name, recorder in recorders.items():
         monkeypatch.setattr(generation, name, recorder)
     ses_jax.search(PROMPTS, model=pipeline, reward=reward, prompts_at_once=2, progress=False, **settings)
@@ -64,7 +66,7 @@ def test_a_search_runs_what_is_lowered_from_shapes(reward, monkeypatch):
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((task.params, task.inputs)))
     lowered = {
         "encode": outline.lower_encode(pipeline, tokens),
-        "generation_step": outline.lower_generation(task, 2),
+        **dict(zip(generations, outline.lower_generation(task, 2), strict=True)),
         "render": outline.lower_render(task, 2),
     }
     for name, recorder in recorders.items():
@@ -206,7 +208,7 @@ def test_a_refused_program_says_how_much_it_needs():
     shape = jax.ShapeDtypeStruct((50000, 1000, 1024), jnp.float32, sharding=NamedSharding(target, P()))
     lowered = jax.jit(lambda x: jnp.sort(x, axis=0) + 1).lower(shape)
     with topologies.no_flags():
-        needed = memory.working_bytes(lowered)
+        needed = memory.working_bytes([lowered])
     assert needed >= 4 * 50000 * 1000 * 1024 > topologies.limit_bytes("v6e")
     with pytest.raises(jax.errors.JaxRuntimeError, match="other words"):
         memory.refused_bytes(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: other words"))

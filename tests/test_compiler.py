@@ -1,4 +1,4 @@
-"""What compilers are told: for NVIDIA GPUs alone, and no more than they know."""
+"""What compilers are told: for NVIDIA GPUs, and TPUs that denoise, and no more than they know."""
 
 import types
 
@@ -55,6 +55,21 @@ def test_the_users_own_flags_and_unknown_options_are_left_alone(gpu, monkeypatch
     assert compiler.options(WEIGHTS) == ()
 
 
+def test_a_tpu_denoises_with_options_of_its_own(monkeypatch):
+    known = dict(compiler.DENOISING)["TPU v6"]
+    monkeypatch.setattr(compiler, "_is_known", lambda option, device: option in known)
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    for kind, expected in (("TPU v6 lite", known), ("TPU v5 lite", ()), ("TPU v5", ()), ("", ())):
+        device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+        monkeypatch.setattr(target, "device", lambda device=device: device)
+        assert compiler.options(WEIGHTS, denoises=True) == expected
+        assert compiler.denoises_apart(None) == bool(expected)
+        assert compiler.options(WEIGHTS) == ()
+    monkeypatch.setattr(target, "device", lambda: types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite"))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{known[0][0]}=16384")
+    assert compiler.options(WEIGHTS, denoises=True) == known[1:]
+
+
 def test_arrays_decide_by_where_they_lie(gpu):
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     shape = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
@@ -79,7 +94,7 @@ def test_the_compiler_itself_is_asked_what_it_knows():
 
 def test_programs_are_compiled_with_the_options_and_kept_apart_by_them(monkeypatch):
     given, compiled = [()], []
-    monkeypatch.setattr(compiler, "options", lambda args: given[0])
+    monkeypatch.setattr(compiler, "options", lambda args, denoises: given[0])
     monkeypatch.setattr(jax, "jit", lambda function, compiler_options: compiled.append(compiler_options) or function)
     double = programs.compiled(static=1)(lambda factor, x: factor * x)
     for given[0] in ((), (("a", 1),), ()):

@@ -330,9 +330,10 @@ def test_an_outline_is_of_the_program_that_runs():
     model = pipeline(mesh=partition.parse_mesh("data=2,model=1", jax.devices()[:2]))
     config = ses_jax.SearchConfig(fidelity=PLAN, chunk=7, budget=13, preview_steps=4).resolve(model)
     task = tasks.prepare(model, REWARD, config, PROMPTS, [0, 1], shown=program.FILM)
-    runs = tasks.lower_generation(task, tasks.initial_state(task), 7).as_text()
+    (runs,) = tasks.lower_generation(task, tasks.initial_state(task), 7)
     shapes = outline.outline(model, REWARD, config, model.tokenize(PROMPTS))
-    assert outline.lower_generation(shapes, 7).as_text() == runs
+    (lowered,) = outline.lower_generation(shapes, 7)
+    assert lowered.as_text() == runs.as_text()
 
 
 def test_rows_of_a_file_may_have_their_own_looks(tmp_path):

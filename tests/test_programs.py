@@ -16,7 +16,7 @@ import toy
 import ses_jax
 from ses_jax.engine import ahead, memory, models, outline, tasks
 from ses_jax.engine.config import SearchConfig
-from ses_jax.loading import partition, programs
+from ses_jax.loading import compiler, partition, programs
 from ses_jax.loading.programs import comparable, compiled
 from ses_jax.rewards import scorers
 from ses_jax.rewards.reward import Reward
@@ -154,12 +154,14 @@ def test_a_second_search_compiles_nothing(form, demo, compilations):
     assert compilations() == before
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["whole", "in two"])
 @pytest.mark.parametrize(
     ("axes", "reward"),
     [(None, toy.brightness()), ("data=1", toy.brightness()), ("data=2", redness), (None, on_host)],
     ids=["a network", "a network on a mesh of one", "a function on a mesh", "on the host"],
 )
-def test_what_is_compiled_ahead_is_not_compiled_again(axes, reward, compilations, monkeypatch, fresh_programs):
+def test_what_is_compiled_ahead_is_not_compiled_again(axes, reward, apart, compilations, monkeypatch, fresh_programs):
+    monkeypatch.setattr(compiler, "denoises_apart", lambda mesh: apart)
     pipeline = toy.pipeline(partition.parse_mesh(axes, jax.devices()[: 2 if axes == "data=2" else 1]))
     reward = reward if isinstance(reward, Reward) else ses_jax.load_reward(reward)
     results, counts, begun = [], [], []
@@ -198,7 +200,7 @@ def test_what_fails_ahead_fails_in_the_call(monkeypatch, caplog):
 def test_compiles_ahead_where_the_host_has_time(platform, processes, count, monkeypatch):
     pipeline = toy.pipeline()
     config = SearchConfig().resolve(pipeline)
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=platform)])
+    monkeypatch.setattr(jax, "devices", lambda *_: [SimpleNamespace(platform=platform)])
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(ahead, "_start", lambda job: Future())
     assert len(ahead.compile_generation(pipeline, toy.brightness(), config, ["a"], None)) == count

@@ -14,7 +14,7 @@ import toy
 
 import ses_jax
 from ses_jax.engine import generation, generations, memory, output, tasks
-from ses_jax.loading import checkpoint, partition
+from ses_jax.loading import checkpoint, compiler, partition
 from ses_jax.rewards import reward as rewards
 from ses_jax.rewards import scorers
 
@@ -28,7 +28,7 @@ def scores(result):
 
 def assert_same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(scores(a), scores(b), atol=1e-5)
+        np.testing.assert_allclose(*(np.array(scores(each), float) for each in (a, b)), atol=1e-5)  # None is NaN
         np.testing.assert_allclose(a.noise, b.noise, atol=1e-5)
         np.testing.assert_allclose(a.final_score, b.final_score, atol=1e-5)
         assert a.components.keys() == b.components.keys()
@@ -154,6 +154,27 @@ def test_images_may_be_decoded_in_parts(monkeypatch, mesh, images):
     assert 10 <= max(scored) < 10 + images * devices
 
 
+@pytest.mark.parametrize("mesh", [None, "data=2,model=4"])
+@pytest.mark.parametrize("settings", [{}, {"fidelity": "cached2:0.5"}, {"searcher": "gradient"}], ids=str)
+def test_a_generation_in_two_programs_is_the_same(monkeypatch, mesh, settings):
+    """Where it can be: looks and gradients stay one program."""
+    run = {"reward": toy.mixture(red=1.0, blue=-0.5, green=0.0), "prompts_at_once": 2, **SETTINGS, **settings}
+    pipeline = toy.pipeline(partition.parse_mesh(mesh))
+    expected = ses_jax.search(PROMPTS, model=pipeline, **run)
+    used = []
+
+    def noted(name):
+        function = getattr(generation, name)
+        monkeypatch.setattr(generation, name, lambda *args: used.append(name) or function(*args))
+
+    for name in ("generation_step", "denoised", "judged"):
+        noted(name)
+    monkeypatch.setattr(compiler, "denoises_apart", lambda mesh: True)
+    found = ses_jax.search(PROMPTS, model=pipeline, chunk=7, **run)
+    assert_same(found, expected)
+    assert set(used) == ({"generation_step"} if settings else {"denoised", "judged"})
+
+
 def test_decoding_in_parts_takes_less_memory(folder):
     pipeline = ses_jax.load_pipeline(str(folder))
     noise = jnp.zeros((8, *pipeline.noise_shape(128, 128)), jnp.float32)
@@ -225,7 +246,7 @@ def test_what_lies_on_the_device_takes_room(monkeypatch):
     assert memory.device_room() is None
 
 
-def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog):
+def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog, fresh_programs):
     """On this small model a generation of ten needs some tens of megabytes; with less to give, fewer go at a time."""
     pipeline = ses_jax.load_pipeline(str(folder))
     reward = ses_jax.load_reward("clip", source=folder / "clip")
@@ -240,7 +261,7 @@ def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog):
     assert task.program.chunk == 8
     arguments = task.params, task.inputs, np.int32(0), tasks.initial_state(task)
     needed = {
-        chunk: memory.working_bytes(generation.generation_step.lower(task.program._replace(chunk=chunk), *arguments))
+        chunk: memory.working_bytes([generation.generation_step.lower(task.program._replace(chunk=chunk), *arguments)])
         for chunk in (8, 4, 1)
     }
     assert needed[8] > needed[4] > needed[1]

@@ -35,7 +35,7 @@ def compile_generation(
       several processes, which have to compile the same programs in the same order.
     """
     program = tasks.program_of(pipeline, reward, config, prompts)._replace(shown=shown)
-    if not _is_worth_it(pipeline.mesh) or tasks.compiled_part(reward).is_kept(program):
+    if not _is_worth_it(pipeline.mesh) or tasks.compiled_part(program, reward).is_kept(program):
         return []
     jobs = (functools.partial(_generation, pipeline, config, shown), functools.partial(_texts, pipeline.mesh))
     return [_start(functools.partial(job, reward, prompts)) for job in jobs]

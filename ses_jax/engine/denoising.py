@@ -19,12 +19,14 @@ class Model(NamedTuple):
     Attributes:
       mesh: None is the default device.
       decoded: how many rows each device decodes at a time; None is all of them.
+      apart: whether denoising is a program of its own where that is possible, see `compiler.denoises_apart`.
     """
 
     velocity: Callable[..., Array]
     decode: Callable[..., Array]
     mesh: Mesh | None = None
     decoded: int | None = None
+    apart: bool = False
 
 
 class Rows(NamedTuple):
@@ -89,6 +91,16 @@ def images(
         return decoded(model, params, Rows(latents, part.owner), finish)
 
     return _sampled(model, chunk, (params, prompts[1]), rows, sample)
+
+
+def latents(model: Model, chunk: int, params: Any, prompts: tuple[Array, Any], rows: Rows) -> Array:
+    """The denoised latents of all rows, `chunk` rows at a time, whole on every device; `prompts` as for `images`."""
+
+    def sample(velocity, part):
+        found = sampler.denoise(velocity, part.noise, prompts[0])
+        return partition.constrain(model.mesh, found, partition.DATA)
+
+    return partition.constrain(model.mesh, _sampled(model, chunk, (params, prompts[1]), rows, sample))
 
 
 def predicted(

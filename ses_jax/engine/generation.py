@@ -1,8 +1,9 @@
 """The compiled part of a search: pure functions from a state and arrays to the next state.
 
-`generation_step` is one generation of one or more prompts as one program; everything else here is a piece of it, or a
-small program that runs once a prompt. The functions of a model are static arguments, its params and the prompts' arrays
-are traced ones: new prompts of the same token-length bucket run what is already compiled.
+`generation_step` is one generation of one or more prompts as one program, `denoised` and `judged` are the same as two;
+everything else here is a piece of it, or a small program that runs once a prompt. The functions of a model are static
+arguments, its params and the prompts' arrays are traced ones: new prompts of the same token-length bucket run what is
+already compiled.
 
 Prompts stand along a leading axis P of states and inputs. For the networks, P prompts with N candidates each are P * N
 rows, prompt after prompt, which a mesh spreads over its data axis.
@@ -65,9 +66,36 @@ def generation_step(
         found = previews.preview(program, params[0], inputs, points, finish)
         components, shown = jax.tree.map(lambda x: x.reshape(-1, program.evaluated, *x.shape[1:]), found)
     new, scored = tell(program, inputs, generation, state, points, components, slopes)
+    return new, _with(program, inputs, points, scored._replace(looks=seen, previews=shown))
+
+
+@compiled(static=1, denoises=True)
+def denoised(program: Program, params: Any, inputs: Inputs, generation: Array, state: State) -> tuple[Any, Array]:
+    """The first half of a generation that is two programs: points `[P, n, *S]`, and their previews' latents by row."""
+    points = propose(program, inputs, generation, state)
+    rows = previews.rows_of(previews.noise_of(program, inputs, points))
+    prompts = inputs.sigmas, inputs.condition
+    return points, denoising.latents(program.model, program.chunk, params[0], prompts, rows)
+
+
+@compiled(static=1)
+def judged(
+    program: Program, params: Any, inputs: Inputs, generation: Array, state: State, found: tuple[Any, Array]
+) -> tuple[State, Scored]:
+    """The other half, of what the first one gives: decode, score, tell."""
+    points, latents = found
+    owner = jnp.repeat(jnp.arange(len(inputs.key)), program.evaluated)
+    finish = previews.scored(program, params, inputs)
+    seen = denoising.decoded(program.model, params[0], Rows(latents, owner), finish)
+    components, shown = jax.tree.map(lambda x: x.reshape(-1, program.evaluated, *x.shape[1:]), seen)
+    new, scored = tell(program, inputs, generation, state, points, components)
+    return new, _with(program, inputs, points, scored._replace(previews=shown))
+
+
+def _with(program: Program, inputs: Inputs, points: Any, scored: Scored) -> Scored:
+    """What is known of a generation, with the noise where it is shown; all of it whole on every device."""
     noise = previews.noise_of(program, inputs, points) if program.shown and program.shown.noise else None
-    more = partition.constrain(program.model.mesh, {"looks": seen, "previews": shown, "noise": noise})
-    return new, scored._replace(**more)
+    return partition.constrain(program.model.mesh, scored._replace(noise=noise))
 
 
 @compiled(static=1)

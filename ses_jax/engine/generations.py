@@ -106,7 +106,10 @@ def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State,
 
 
 def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
-    """One generation, as one compiled program, or as several with the parts on the host between them."""
+    """One generation, as one compiled program, or as two, or as several with the parts on the host between them."""
     if task.reward.on_host:
         return hosted.step(task, index, state)
-    return generation.generation_step(task.program, task.params, task.inputs, index, state)
+    given = task.program, task.params, task.inputs, index, state
+    if task.program.apart:
+        return generation.judged(*given, generation.denoised(*given))
+    return generation.generation_step(*given)

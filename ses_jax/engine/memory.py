@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -69,12 +69,16 @@ def fitting_chunk(working: Callable[[int], int], rows: int, room: int | None) ->
     return chunk
 
 
-def working_bytes(lowered: Any) -> int:
-    """Bytes that a program needs on each device beside its arguments: its temporaries and results.
+def working_bytes(programs: Iterable[Any]) -> int:
+    """Bytes that the largest of lowered programs needs on each device beside its arguments: temporaries and results.
 
-    Where the compiler refuses it for want of memory they are those that it names. What is compiled here is not compiled
-    again by the search.
+    Where the compiler refuses one for want of memory they are those that it names. What is compiled here is not
+    compiled again by the search.
     """
+    return max(map(_working_bytes, programs))
+
+
+def _working_bytes(lowered: Any) -> int:
     try:
         analysis = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:

@@ -63,8 +63,8 @@ def lower_encode(pipeline: Pipeline, tokens: Any) -> jax.stages.Lowered:
     return generation.encode.lower(pipeline.encode, pipeline.mesh, params, tokens)
 
 
-def lower_generation(task: Task, chunk: int) -> jax.stages.Lowered:
-    """The compiled part of a generation, `chunk` candidates at a time."""
+def lower_generation(task: Task, chunk: int) -> list[jax.stages.Lowered]:
+    """The compiled part of a generation, `chunk` candidates at a time: one program or two."""
     state = jax.eval_shape(lambda: tasks.first_state(task))
     return tasks.lower_generation(task, partition.replicate(task.program.model.mesh, state), chunk)
 

@@ -56,6 +56,11 @@ class Program(NamedTuple):
     shown: Shown | None = None
 
     @property
+    def apart(self) -> bool:
+        """Whether a generation is two programs, one that denoises and one that does all else."""
+        return self.model.apart and not self.fidelity.looks and not self.needs_gradient
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether the searcher learns from gradients too."""
         return needs_gradient(self.searcher)

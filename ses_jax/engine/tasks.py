@@ -19,7 +19,7 @@ from ses_jax.engine.config import RenderConfig, SearchConfig
 from ses_jax.engine.denoising import Model
 from ses_jax.engine.fidelity import CACHED, EARLY, HALF
 from ses_jax.engine.program import Inputs, Program, Shown, State
-from ses_jax.loading import partition
+from ses_jax.loading import compiler, partition
 from ses_jax.loading.programs import Compiled, comparable, compiled
 from ses_jax.pipelines import sampler
 from ses_jax.pipelines.base import Guidance, Pipeline
@@ -135,7 +135,8 @@ def assemble(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
 def model_of(pipeline: Pipeline, config: RenderConfig, *, part: int = 1) -> Model:
     """What compiled programs know of a pipeline, for images of the config's size, or half of it: part 2."""
     decoded = memory.decoded_at_once(config.height // part, config.width // part)
-    return Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh, decoded)
+    apart = compiler.denoises_apart(pipeline.mesh)
+    return Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh, decoded, apart)
 
 
 def problem_of(pipeline: Pipeline, config: SearchConfig) -> Problem:
@@ -164,16 +165,21 @@ def program_of(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts
     )
 
 
-def compiled_part(reward: Reward) -> Compiled:
-    """That of a generation."""
-    return generation.candidates if reward.on_host else generation.generation_step
+def compiled_part(program: Program, reward: Reward) -> Compiled:
+    """That of a generation, or its first half where it is two programs."""
+    if reward.on_host:
+        return generation.candidates
+    return generation.denoised if program.apart else generation.generation_step
 
 
-def lower_generation(task: Task, state: State, chunk: int) -> jax.stages.Lowered:
-    """The compiled part of a generation, `chunk` candidates at a time."""
-    return compiled_part(task.reward).lower(
-        task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state
-    )
+def lower_generation(task: Task, state: State, chunk: int) -> list[jax.stages.Lowered]:
+    """The compiled part of a generation, `chunk` candidates at a time: one program or two."""
+    given = task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state
+    first = compiled_part(task.program, task.reward).lower(*given)
+    if task.reward.on_host or not task.program.apart:
+        return [first]
+    found = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), first.out_info)
+    return [first, generation.judged.lower(*given, partition.replicate(task.program.model.mesh, found))]
 
 
 def initial_state(task: Task) -> State:

@@ -3,11 +3,12 @@
 import functools
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from ses_jax.models import quantized, target
 
@@ -20,22 +21,40 @@ Options = tuple[tuple[str, bool | int], ...]
 # Triton's products, and those of cuBLAS that are chosen in their place, take a copy of each, and products that are
 # joined copy them once more. Without these products there is also less to compile and to try out.
 NVIDIA: Options = (("xla_gpu_enable_triton_gemm", False), ("xla_gpu_dot_merger_threshold_mb", 0))
+# For programs of TPUs that do nothing but denoise, by what their kind begins with. Products of a layer get more of the
+# vector memory, and so larger tiles; a decoder does not gain from it, and takes far longer to compile.
+DENOISING: Mapping[str, Options] = {"TPU v6": (("xla_tpu_scoped_vmem_limit_kib", 81920),)}
 
 
-def options(args: Any) -> Options:
+def options(args: Any, *, denoises: bool = False) -> Options:
     """Compiler options for a program with such arguments, arrays or shapes; none for most devices.
 
     Weights in eight bits are left to Triton's products, which cast them as they read them. What the user says in
-    `XLA_FLAGS` stays, and an option that this XLA does not know is left out.
+    `XLA_FLAGS` or `LIBTPU_INIT_ARGS` stays, and an option that the compiler does not know is left out.
+
+    Args:
+      denoises: whether the program does nothing else, see `denoises_apart`.
     """
     leaves = jax.tree.leaves(args)
     placed = (sharding for leaf in leaves if (sharding := getattr(leaf, "sharding", None)) is not None)
     sharding = next(placed, None)
     device = target.device() if sharding is None else _one_of(sharding)
-    if target.capability(device) is None or any(_is_quantized(leaf) for leaf in leaves):
-        return ()
-    said = os.environ.get("XLA_FLAGS", "")
-    return tuple(option for option in NVIDIA if option[0] not in said and _is_known(option, device))
+    wanted = _denoising(device) if denoises else ()
+    if target.capability(device) is not None and not any(_is_quantized(leaf) for leaf in leaves):
+        wanted = NVIDIA
+    said = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
+    return tuple(option for option in wanted if option[0] not in said and _is_known(option, device))
+
+
+def denoises_apart(mesh: Mesh | None) -> bool:
+    """Whether the devices gain from a program that does nothing but denoise, for it has options of its own."""
+    device = target.device() if mesh is None else mesh.devices.flat[0]
+    return bool(_denoising(device))
+
+
+def _denoising(device: Any) -> Options:
+    kind = getattr(device, "device_kind", "")
+    return next((options for start, options in DENOISING.items() if kind.startswith(start)), ())
 
 
 def _one_of(sharding: Any) -> Any:

@@ -52,9 +52,9 @@ class Compiled:
     The most recent ones are kept.
     """
 
-    def __init__(self, function: Callable[..., Any], static: int, keep: int):
+    def __init__(self, function: Callable[..., Any], static: int, keep: int, denoises: bool):
         functools.update_wrapper(self, function)
-        self._static = static
+        self._static, self._denoises = static, denoises
         self._alive: weakref.WeakKeyDictionary[Any, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
         @functools.lru_cache(maxsize=keep)
@@ -96,17 +96,19 @@ class Compiled:
         return [jitted for ref in self._alive.keyrefs() if (jitted := ref()) is not None]
 
     def _of(self, args: tuple[Any, ...]) -> Any:
-        return self._jitted(compiler.options(args[self._static :]), *map(comparable, args[: self._static]))
+        options = compiler.options(args[self._static :], denoises=self._denoises)
+        return self._jitted(options, *map(comparable, args[: self._static]))
 
 
-def compiled(*, static: int, keep: int = KEPT) -> Callable[[Callable[..., Any]], Compiled]:
+def compiled(*, static: int, keep: int = KEPT, denoises: bool = False) -> Callable[[Callable[..., Any]], Compiled]:
     """Decorates a function to be compiled.
 
     Args:
       static: how many of its leading arguments are static, and hashable.
       keep: for how many different ones its programs are kept.
+      denoises: whether it does nothing but denoise, see `compiler.options`.
     """
-    return lambda function: Compiled(function, static, keep)
+    return lambda function: Compiled(function, static, keep, denoises)
 
 
 def clear() -> None:

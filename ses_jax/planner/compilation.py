@@ -6,9 +6,11 @@ hand-written kernels cost is added at the rate that fused attention was measured
 """
 
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -116,10 +118,10 @@ def compile_search(
     """
     task = outline.outline(pipeline, reward, config, tokens)
     limit = topologies.limit_bytes(target.device)
-    programs = {"encode": _compile(target, "encode", lambda: outline.lower_encode(pipeline, tokens))}
+    programs = {"encode": _compile(target, "encode", lambda: [outline.lower_encode(pipeline, tokens)])}
     chunk, tried = _fitting(task, target, int(memory.USABLE * limit))
     programs[GENERATION] = tried.pop(chunk)
-    programs["render"] = _compile(target, "render", lambda: outline.lower_render(task, chunk))
+    programs["render"] = _compile(target, "render", lambda: [outline.lower_render(task, chunk)])
     working = {name: program.working_bytes for name, program in programs.items()}
     needed = target.encode + working["encode"], target.search + max(working[GENERATION], working["render"])
     return Compilation(
@@ -155,9 +157,31 @@ def _fitting(task: Task, target: Target, limit: int) -> tuple[int, dict[int, Pro
     return chunk, tried
 
 
-def _compile(target: Target, name: str, lower: Callable[[], jax.stages.Lowered]) -> Program:
-    """One program, or how it was refused."""
-    lowered = lower()
+def _compile(target: Target, name: str, lower: Callable[[], Sequence[jax.stages.Lowered]]) -> Program:
+    """One program, or how it was refused; of several that run one after the other, what they come to."""
+    *before, last = (_compile_one(target, name, lowered) for lowered in lower())
+    return functools.reduce(_then, before, last)
+
+
+def _then(a: Program, b: Program) -> Program:
+    """Two programs that run one after the other, as one."""
+    kinds = {*a.collectives, *b.collectives}
+    zero = {"count": 0, "bytes": 0}
+    found = {kind: (a.collectives.get(kind, zero), b.collectives.get(kind, zero)) for kind in sorted(kinds)}
+    larger = {name: max(getattr(a, name), getattr(b, name)) for name in ("argument_bytes", "temporary_bytes")}
+    return Program(
+        compile_seconds=a.compile_seconds + b.compile_seconds,
+        **larger,
+        output_bytes=max(a.working_bytes, b.working_bytes) - larger["temporary_bytes"],
+        refusal=a.refusal or b.refusal,
+        collectives={kind: {key: x[key] + y[key] for key in zero} for kind, (x, y) in found.items()},
+        kernels=dict(Counter(a.kernels) + Counter(b.kernels)),
+        seconds=None if None in (a.seconds, b.seconds) else a.seconds + b.seconds,
+        readable=a.readable and b.readable,
+    )
+
+
+def _compile_one(target: Target, name: str, lowered: jax.stages.Lowered) -> Program:
     start = time.perf_counter()
     try:
         with topologies.no_flags():
