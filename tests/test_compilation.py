@@ -73,6 +73,22 @@ def test_a_search_runs_what_is_lowered_from_shapes(reward, generations, monkeypa
         assert set(recorder.texts) == {lowered[name].as_text()}, name
 
 
+def test_programs_that_run_one_after_the_other_come_to_one():
+    sums = {"all-reduce": {"count": 2, "bytes": 8}}
+    first = compilation.Program(10.0, 100, 50, 5, collectives=sums, kernels={"a": 1, "b": 2}, seconds=3.0)
+    second = compilation.Program(
+        1.0, 90, 20, 40, collectives=sums | {"all-gather": {"count": 1, "bytes": 4}}, kernels={"b": 1}, seconds=0.5
+    )
+    both = compilation._then(first, second)
+    assert both == compilation._then(second, first)
+    assert (both.compile_seconds, both.argument_bytes, both.seconds) == (11.0, 100, 3.5)
+    assert both.working_bytes == max(first.working_bytes, second.working_bytes) == 60
+    assert both.collectives == {"all-reduce": {"count": 4, "bytes": 16}, "all-gather": {"count": 1, "bytes": 4}}
+    assert both.kernels == {"a": 1, "b": 3}
+    refused = compilation._then(first, compilation.Program(1.0, 0, 1000, refusal="too large"))
+    assert (refused.refusal, refused.working_bytes, refused.seconds) == ("too large", 1000, None)
+
+
 # What is read from programs.
 
 

@@ -23,7 +23,7 @@ Options = tuple[tuple[str, bool | int], ...]
 NVIDIA: Options = (("xla_gpu_enable_triton_gemm", False), ("xla_gpu_dot_merger_threshold_mb", 0))
 # For programs of TPUs that do nothing but denoise, by what their kind begins with. Products of a layer get more of the
 # vector memory, and so larger tiles; a decoder does not gain from it, and takes far longer to compile.
-DENOISING: Mapping[str, Options] = {"TPU v6": (("xla_tpu_scoped_vmem_limit_kib", 81920),)}
+DENOISING: Mapping[str, Options] = {"TPU v6": (("xla_tpu_scoped_vmem_limit_kib", 73728),)}
 
 
 def options(args: Any, *, denoises: bool = False) -> Options:

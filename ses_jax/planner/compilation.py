@@ -5,6 +5,7 @@ the final images. A TPU's cycles become seconds at its clock; they leave out cop
 hand-written kernels cost is added at the rate that fused attention was measured at.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -159,8 +160,11 @@ def _fitting(task: Task, target: Target, limit: int) -> tuple[int, dict[int, Pro
 
 def _compile(target: Target, name: str, lower: Callable[[], Sequence[jax.stages.Lowered]]) -> Program:
     """One program, or how it was refused; of several that run one after the other, what they come to."""
-    *before, last = (_compile_one(target, name, lowered) for lowered in lower())
-    return functools.reduce(_then, before, last)
+    # What options a compiler knows is asked of it on the way, and a TPU's must not see flags of other devices then.
+    is_tpu = topologies.platform(target.device) == "tpu"
+    with topologies.no_flags() if is_tpu else contextlib.nullcontext():
+        programs = lower()
+    return functools.reduce(_then, [_compile_one(target, name, lowered) for lowered in programs])
 
 
 def _then(a: Program, b: Program) -> Program:
