@@ -175,6 +175,23 @@ def test_a_generation_in_two_programs_is_the_same(monkeypatch, mesh, settings):
     assert set(used) == ({"generation_step"} if settings else {"denoised", "judged"})
 
 
+def test_the_half_that_judges_is_the_same_for_any_chunk(monkeypatch):
+    """It is compiled once while a chunk is found that fits."""
+    monkeypatch.setattr(compiler, "denoises_apart", lambda mesh: True)
+    pipeline = toy.pipeline()
+    config = ses_jax.SearchConfig(**{key: SETTINGS[key] for key in ("budget", "population", "elites")})
+    task = tasks.prepare(pipeline, toy.brightness(), config.resolve(pipeline), PROMPTS[:1], [0])
+    all_at_once, some = (tasks.lower_generation(task, tasks.initial_state(task), chunk) for chunk in (10, 3))
+    assert all_at_once[1].as_text() == some[1].as_text()
+    assert all_at_once[0].as_text() != some[0].as_text()
+    size = generation.judged.cache_size()
+    task = task._replace(program=task.program._replace(chunk=3))
+    generations._step(task, np.int32(0), tasks.initial_state(task))
+    assert generation.judged.cache_size() == size + 1
+    generations._step(task._replace(program=task.program._replace(chunk=5)), np.int32(0), tasks.initial_state(task))
+    assert generation.judged.cache_size() == size + 1
+
+
 def test_decoding_in_parts_takes_less_memory(folder):
     pipeline = ses_jax.load_pipeline(str(folder))
     noise = jnp.zeros((8, *pipeline.noise_shape(128, 128)), jnp.float32)

@@ -109,7 +109,7 @@ def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
     """One generation, as one compiled program, or as two, or as several with the parts on the host between them."""
     if task.reward.on_host:
         return hosted.step(task, index, state)
-    given = task.program, task.params, task.inputs, index, state
-    if task.program.apart:
-        return generation.judged(*given, generation.denoised(*given))
-    return generation.generation_step(*given)
+    program, given = task.program, (task.params, task.inputs, index, state)
+    if program.apart:
+        return generation.judged(program.other_half, *given, generation.denoised(program, *given))
+    return generation.generation_step(program, *given)

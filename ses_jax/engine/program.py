@@ -61,6 +61,11 @@ class Program(NamedTuple):
         return self.model.apart and not self.fidelity.looks and not self.needs_gradient
 
     @property
+    def other_half(self) -> "Program":
+        """What does all else: the same for any chunk, so that it is compiled once while one is found that fits."""
+        return self._replace(chunk=0)
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether the searcher learns from gradients too."""
         return needs_gradient(self.searcher)

@@ -174,12 +174,13 @@ def compiled_part(program: Program, reward: Reward) -> Compiled:
 
 def lower_generation(task: Task, state: State, chunk: int) -> list[jax.stages.Lowered]:
     """The compiled part of a generation, `chunk` candidates at a time: one program or two."""
-    given = task.program._replace(chunk=chunk), task.params, task.inputs, np.int32(0), state
-    first = compiled_part(task.program, task.reward).lower(*given)
+    given = task.params, task.inputs, np.int32(0), state
+    first = compiled_part(task.program, task.reward).lower(task.program._replace(chunk=chunk), *given)
     if task.reward.on_host or not task.program.apart:
         return [first]
     found = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), first.out_info)
-    return [first, generation.judged.lower(*given, partition.replicate(task.program.model.mesh, found))]
+    found = partition.replicate(task.program.model.mesh, found)
+    return [first, generation.judged.lower(task.program.other_half, *given, found)]
 
 
 def initial_state(task: Task) -> State:
