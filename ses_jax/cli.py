@@ -272,7 +272,8 @@ def main(args: list[str] | None = None) -> int:
 
         print(f"ses-jax {ses_jax.__version__}")
         return 0
-    _keep_compiled_programs()
+    if next((word for word in args if not word.startswith("-")), None) != "plan":
+        _keep_compiled_programs()  # those for devices that are not here cannot be read back
     commands = {"search": search, "batch": batch, "generate": generate, "plan": plan, "convert": convert}
     commands |= {"models": models, "show": show, "export": export, "doctor": doctor, "studio": studio}
     verbose = False

@@ -1,9 +1,11 @@
 """What the shell has beside the calls of Python, and what a search shows while it runs."""
 
+import contextlib
 import io
 import re
 import sys
 
+import jax
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -15,6 +17,7 @@ from ses_jax.engine.progress import Step, Work
 from ses_jax.exports import pictures
 from ses_jax.shell import doctor, dry_run
 
+CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 WORK = Work("a [red] circle\nof many words " * 9, 40, 4, 2.0)
 STEPS = [Step(0, 10, 1.5, 2.0, 70.4, rough=True), Step(1, 20, 1.75, 2.5, 40.0)]
 
@@ -82,6 +85,24 @@ def test_the_time_that_is_left_counts_compilation():
     # Three more generations of 2 s, final images of 1.5 of them, and 28 s to compile those.
     assert progress.seconds_left([30.0, 2.0], 5, 1.5) == 3 * 2 + 1.5 * 2 + 28
     assert progress.seconds_left([2.0, 3.0], 2, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [(["plan", "demo"], False), (["-q", "plan", "demo"], False), (["doctor"], True), (["search", "plan"], True)],
+)
+def test_programs_are_kept_but_those_for_other_devices(monkeypatch, tmp_path, arguments, kept):
+    before = {name: getattr(jax.config, name) for name in CACHE}
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(ses_jax, "search", lambda *_, **__: sys.exit())
+    try:
+        with contextlib.suppress(SystemExit):
+            cli.main(arguments)
+        assert jax.config.jax_compilation_cache_dir == (str(tmp_path / "ses_jax" / "xla") if kept else None)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 @pytest.fixture
