@@ -56,7 +56,7 @@ def attention(
     lengths = None if key_lengths is None else jnp.asarray(key_lengths, jnp.int32)
 
     def attend(queries):
-        return jax.nn.dot_product_attention(
+        return scaled_products(
             queries,
             k,
             v,
@@ -72,6 +72,15 @@ def attention(
         seen = jnp.cumsum(key_mask, axis=1) > 0 if causal else jnp.any(key_mask, axis=1, keepdims=True)
         out = jnp.where(seen[:, :, None, None], out, 0)
     return out[:, :count].reshape(len(out), count, -1)
+
+
+def scaled_products(q: jax.Array, k: jax.Array, v: jax.Array, *, bias: jax.Array | None = None, **how) -> jax.Array:
+    """`jax.nn.dot_product_attention`; XLA has no such products of float16 on a CPU, so there they are float32's."""
+    if q.dtype != jnp.float16 or target.device().platform != "cpu":
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, **how)
+    wide = (None if x is None else x.astype(jnp.float32) for x in (q, k, v, bias))
+    q32, k32, v32, bias32 = wide
+    return jax.nn.dot_product_attention(q32, k32, v32, bias=bias32, **how).astype(q.dtype)
 
 
 def rotate_interleaved(x: Float[Array, "b s n d"], cos: Angles, sin: Angles) -> Float[Array, "b s n d"]:

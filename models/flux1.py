@@ -24,6 +24,7 @@ from ses_jax.models.mmdit import (
     ModulatedOutput,
     Modulation,
     SelfAttention,
+    added,
     axes_rope,
     grid_positions,
     modulate,
@@ -164,9 +165,9 @@ class SingleBlock(nn.Module):
         shift, scale, gate = Modulation(c.dim, 3, name="modulation")(vector)
         h = modulate(x, shift, scale)
         hidden = jax.nn.gelu(Dense(MLP_RATIO * c.dim, name="mlp_in")(h), approximate=True)
-        mlp = Dense(c.dim, use_bias=False, name="mlp_out")(hidden)
-        attend = SelfAttention(c.num_attention_heads, c.attention_head_dim, name="attention")
-        return x + gate * (attend(h, cos, sin) + mlp), None
+        mlp = Dense(c.dim, use_bias=False, wide=True, name="mlp_out")(hidden)
+        attend = SelfAttention(c.num_attention_heads, c.attention_head_dim, wide=True, name="attention")
+        return added(x, gate * (attend(h, cos, sin) + mlp).astype(x.dtype)), None
 
 
 def positions(grid: tuple[int, int], text_length: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from ses_jax.models.mmdit import (
     ModulatedOutput,
     Modulation,
     SelfAttention,
+    added,
     axes_rope,
     grid_positions,
     modulate,
@@ -145,7 +146,7 @@ class DualBlock(nn.Module):
             streams, attended, modulations, ("image_mlp", "text_mlp"), strict=True
         ):
             x = x + gate * h
-            out.append(x + gate_mlp * GatedMLP(c.mlp_dim, name=name)(modulate(x, shift, scale)))
+            out.append(added(x, gate_mlp * GatedMLP(c.mlp_dim, name=name)(modulate(x, shift, scale))))
         return tuple(out), None
 
 
@@ -162,8 +163,9 @@ class SingleBlock(nn.Module):
         c = self.config
         shift, scale, gate = modulation
         h = modulate(x, shift, scale)
-        attend = SelfAttention(c.num_attention_heads, c.attention_head_dim, use_bias=False, name="attention")
-        return x + gate * (attend(h, cos, sin) + GatedMLP(c.mlp_dim, name="mlp")(h)), None
+        attend = SelfAttention(c.num_attention_heads, c.attention_head_dim, use_bias=False, wide=True, name="attention")
+        out = attend(h, cos, sin) + GatedMLP(c.mlp_dim, wide=True, name="mlp")(h)
+        return added(x, gate * out.astype(x.dtype)), None
 
 
 def positions(grid: tuple[int, int], length: int) -> np.ndarray:

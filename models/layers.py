@@ -60,16 +60,24 @@ class GroupNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Gated feed-forward, `w2(act(w1 x) * w3 x)`, without biases; SwiGLU unless told otherwise."""
+    """Gated feed-forward, `w2(act(w1 x) * w3 x)`, without biases; SwiGLU unless told otherwise.
+
+    Attributes:
+      hidden_dim: of what lies between.
+      act: activation.
+      wide: of `w2`, see `Dense`.
+    """
 
     hidden_dim: int
     act: Callable[[jax.Array], jax.Array] = jax.nn.silu
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = Dense(self.hidden_dim, use_bias=False, name="w1")(x)
         value = Dense(self.hidden_dim, use_bias=False, name="w3")(x)
-        return Dense(x.shape[-1], use_bias=False, name="w2")(computed_once(self.act(gate) * value))
+        hidden = computed_once(self.act(gate) * value)
+        return Dense(x.shape[-1], use_bias=False, wide=self.wide, name="w2")(hidden)
 
 
 def computed_once(x: jax.Array) -> jax.Array:

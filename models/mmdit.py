@@ -95,8 +95,8 @@ class JointBlock(nn.Module):
         image_out, text_out = attention(image_normed, text_normed, cos, sin, text_lengths)
         image, text = image + i_gate1 * image_out, text + t_gate1 * text_out
 
-        image = image + i_gate2 * MLP(name="image_mlp")(modulate(image, i_shift2, i_scale2))
-        text = text + t_gate2 * MLP(name="text_mlp")(modulate(text, t_shift2, t_scale2))
+        image = added(image, i_gate2 * MLP(name="image_mlp")(modulate(image, i_shift2, i_scale2)))
+        text = added(text, t_gate2 * MLP(name="text_mlp")(modulate(text, t_shift2, t_scale2)))
         return (image, text), None
 
 
@@ -138,12 +138,20 @@ class JointAttention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention within one sequence; queries and keys are normed per head, then rotated."""
+    """Attention within one sequence; queries and keys are normed per head, then rotated.
+
+    Attributes:
+      heads, head_dim: how many, and how wide each.
+      use_bias: of all projections.
+      eps: of the norms.
+      wide: of the last projection, see `Dense`.
+    """
 
     heads: int
     head_dim: int
     use_bias: bool = True
     eps: float = NORM_EPS
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x, cos, sin, key_lengths=None):
@@ -156,7 +164,7 @@ class SelfAttention(nn.Module):
         q = rotate_interleaved(RMSNorm(self.eps, name="norm_q")(q), cos, sin)
         k = rotate_interleaved(RMSNorm(self.eps, name="norm_k")(k), cos, sin)
         out = attention(q, k, v, key_lengths=key_lengths)
-        return Dense(x.shape[-1], self.use_bias, name="to_out")(out)
+        return Dense(x.shape[-1], self.use_bias, wide=self.wide, name="to_out")(out)
 
 
 class ConditionEmbedder(nn.Module):
@@ -211,6 +219,14 @@ class ModulatedOutput(nn.Module):
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """LayerNorm without affine parameters, then `x * (1 + scale) + shift`."""
     return layer_norm(x, NORM_EPS) * (1 + scale) + shift
+
+
+def added(x: jax.Array, update: jax.Array) -> jax.Array:
+    """`x + update`; float16 stays finite, as in the references."""
+    if x.dtype != jnp.float16:
+        return x + update
+    largest = jnp.finfo(x.dtype).max
+    return jnp.clip(x + update, -largest, largest)
 
 
 def thousandfold(x: Float[Array, " b"], rounding: str, dtype: Any) -> Float[Array, " b"]:

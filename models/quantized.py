@@ -63,21 +63,24 @@ class Dense(nn.Module):
       use_bias: whether there is one.
       bias_apart: whether the bias is left to what follows, where that goes over every number anyway. As part of the
         product it costs nothing, but then a GPU copies the weights of a layer out of those of the stack.
+      wide: whether float16 gives float32, for what is part of a sum that float16 may hold where it does not hold that.
     """
 
     features: int
     use_bias: bool = True
     bias_apart: bool = False
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", KERNEL, (x.shape[-1], self.features))
         bias = self.param("bias", BIAS, (self.features,)) if self.use_bias else None
         scale = self.get_variable("params", "kernel" + SUFFIX)
+        sums = jnp.float32 if self.wide and x.dtype == jnp.float16 else None
         if scale is not None:
-            return product(x, Quantized(kernel, scale), bias)
+            return product(x, Quantized(kernel, scale), bias, sums)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
-        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=sums)
         if bias is None:
             return y
         wide = jnp.float32 if self.bias_apart else y.dtype  # products take no sum in another dtype
@@ -85,15 +88,15 @@ class Dense(nn.Module):
 
 
 def product(
-    x: Float[Array, "*batch i"], weights: Quantized, bias: Float[Array, " o"] | None = None
+    x: Float[Array, "*batch i"], weights: Quantized, bias: Float[Array, " o"] | None = None, dtype: Any = None
 ) -> Float[Array, "*batch o"]:
-    """`x @ weights + bias` in the dtype of `x`; scale and bias are applied in float32."""
+    """`x @ weights + bias` in `dtype`, by default that of `x`; scale and bias are applied in float32."""
     # Unscaled sums are hundreds of times larger than scaled ones, which float16 may not hold.
     sums = jnp.float32 if x.dtype == jnp.float16 else None
     axes = (((x.ndim - 1,), (0,)), ((), ()))
     y = jax.lax.dot_general(x, weights.values.astype(x.dtype), axes, preferred_element_type=sums)
     y = y.astype(jnp.float32) * weights.scale
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(dtype or x.dtype)
 
 
 def empty(shape: tuple[int, ...], kind: str) -> Quantized:

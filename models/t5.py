@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from ses_jax.models.attention import scaled_products
 from ses_jax.models.config import known_fields
 from ses_jax.models.layers import GatedMLP, RMSNorm, stack
 from ses_jax.models.quantized import Dense
@@ -80,10 +81,12 @@ class T5Encoder(nn.Module):
     def __call__(self, token_ids):
         c = self.config
         x = nn.Embed(c.vocab_size, c.d_model, name="embed_tokens")(token_ids)
+        dtype = x.dtype
+        x = x.astype(jnp.float32) if dtype == jnp.float16 else x  # which could not hold what large models add up
         buckets = nn.Embed(c.relative_attention_num_buckets, c.num_heads, name="relative_attention_bias")
         bias = jnp.moveaxis(buckets(relative_buckets(c, token_ids.shape[1])), -1, 0)[None]
         x, _ = stack(EncoderBlock, c.num_layers)(c, name="blocks")(x, bias)
-        return RMSNorm(c.layer_norm_epsilon, name="final_layer_norm")(x)
+        return RMSNorm(c.layer_norm_epsilon, name="final_layer_norm")(x).astype(dtype)
 
 
 class EncoderBlock(nn.Module):
@@ -94,9 +97,10 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x, bias):
         c = self.config
-        x = x + SelfAttention(c, name="attention")(RMSNorm(c.layer_norm_epsilon, name="attention_norm")(x), bias)
-        h = RMSNorm(c.layer_norm_epsilon, name="ffn_norm")(x)
-        return x + GatedMLP(c.d_ff, act=jax.nn.gelu, name="feed_forward")(h), None
+        h = RMSNorm(c.layer_norm_epsilon, name="attention_norm")(x).astype(bias.dtype)
+        x = x + SelfAttention(c, name="attention")(h, bias)
+        h = RMSNorm(c.layer_norm_epsilon, name="ffn_norm")(x).astype(bias.dtype)
+        return x + GatedMLP(c.d_ff, act=jax.nn.gelu, wide=True, name="feed_forward")(h), None
 
 
 class SelfAttention(nn.Module):
@@ -109,7 +113,7 @@ class SelfAttention(nn.Module):
         c = self.config
         split = (*x.shape[:2], c.num_heads, c.d_kv)
         q, k, v = (Dense(c.num_heads * c.d_kv, use_bias=False, name=name)(x).reshape(split) for name in ("q", "k", "v"))
-        out = jax.nn.dot_product_attention(q, k, v, bias=bias, scale=1.0)
+        out = scaled_products(q, k, v, bias=bias, scale=1.0)
         return Dense(c.d_model, use_bias=False, name="o")(out.reshape(*x.shape[:2], -1))
 
 

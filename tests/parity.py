@@ -11,6 +11,7 @@ import torch
 
 import ses_jax
 from ses_jax.engine.result import export_noise
+from ses_jax.loading import hub
 
 
 def pair(reference, folder, *, shard_size=None):
@@ -127,3 +128,17 @@ def assert_a_search_previews_what_is_generated(pipeline, *, size, **settings):
     assert result.score >= result.baseline_score
     assert result.noise.shape == pipeline.noise_shape(*size)
     return result
+
+
+def in_float16(reference, folder, component, layer, largest=8e3):
+    """Both sides in float16, a layer's weights so large that what it adds to a stream is more than that holds."""
+    with torch.no_grad():
+        layer.weight *= largest / layer.weight.abs().max()
+    reference.save_pretrained(folder)
+    return reference.half(), *hub.load_component(folder, component, dtype=jnp.float16)
+
+
+def assert_close_in_float16(ours, expected):
+    assert np.isfinite(expected).all()
+    expected = expected.astype(np.float32)
+    assert np.linalg.norm(ours - expected) < 0.02 * np.linalg.norm(expected)

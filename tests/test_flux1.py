@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from oracle_flux1 import Flux1Sizes
+from parity import assert_close_in_float16, in_float16
 
 from ses_jax.convert.flux1 import COMPONENT
 from ses_jax.loading import hub
@@ -61,12 +62,15 @@ def reference_velocity(reference, latents, sigmas, prompt, guidance):
     """The reference packs and numbers tokens in its pipeline."""
     batch, channels, height, width = latents.shape
     ids = FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32)
+    latents, features, pooled, times = (
+        torch.from_numpy(x).to(reference.dtype) for x in (latents, prompt.features, prompt.pooled, sigmas)
+    )
     with torch.no_grad():
         out = reference(
-            hidden_states=FluxPipeline._pack_latents(torch.from_numpy(latents), batch, channels, height, width),
-            encoder_hidden_states=torch.from_numpy(prompt.features),
-            pooled_projections=torch.from_numpy(prompt.pooled),
-            timestep=torch.from_numpy(sigmas),
+            hidden_states=FluxPipeline._pack_latents(latents, batch, channels, height, width),
+            encoder_hidden_states=features,
+            pooled_projections=pooled,
+            timestep=times,
             guidance=torch.from_numpy(guidance) if reference.config.guidance_embeds else None,
             img_ids=ids,
             txt_ids=torch.zeros(prompt.features.shape[1], 3),
@@ -121,6 +125,17 @@ def test_bfloat16_stays_close(small):
     rounded = run(jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params), config, *arguments)
     assert rounded.dtype == np.float32
     assert np.linalg.norm(rounded - exact) < 0.1 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("stream", ["text", "joint"])
+def test_what_float16_cannot_hold_is_cut_off(tmp_path, stream):
+    reference = oracle_flux1.flux1(Flux1Sizes(layers=1, single_layers=1), seed=1)
+    text, joint = reference.transformer_blocks[0].ff_context.net[2], reference.single_transformer_blocks[0].proj_out
+    sides = in_float16(reference, tmp_path, COMPONENT, {"text": text, "joint": joint}[stream])
+    reference, config, params = sides
+    (latents, prompt, guidance), sigmas = draw(config, (4, 6), 9, 2), np.float32([0.75, 0.25])
+    ours = run(params, config, latents, sigmas, prompt, guidance)
+    assert_close_in_float16(ours, reference_velocity(reference, latents, sigmas, prompt, guidance))
 
 
 @pytest.mark.parametrize(

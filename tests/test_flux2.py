@@ -11,6 +11,7 @@ import oracle_flux2
 import pytest
 import torch
 from diffusers import Flux2Pipeline
+from parity import assert_close_in_float16, in_float16
 
 from ses_jax.convert.flux2 import COMPONENT
 from ses_jax.loading import hub
@@ -61,12 +62,12 @@ def draw(config, grid, length, sigmas, seed=0):
 
 
 def reference_velocity(reference, latents, sigma, text, guidance):
-    latents, text = torch.from_numpy(latents), torch.from_numpy(text)
+    latents, text, sigma = (torch.from_numpy(x).to(reference.dtype) for x in (latents, text, sigma))
     with torch.no_grad():
         out = reference(
             hidden_states=Flux2Pipeline._pack_latents(latents),
             encoder_hidden_states=text,
-            timestep=torch.from_numpy(sigma),
+            timestep=sigma,
             guidance=None if guidance is None else torch.from_numpy(guidance),
             img_ids=Flux2Pipeline._prepare_latent_ids(latents),
             txt_ids=Flux2Pipeline._prepare_text_ids(text),
@@ -144,6 +145,17 @@ def test_bfloat16_stays_close(networks):
     exact, rounded = run(params, config, *inputs), run(half, config, *inputs)
     assert rounded.dtype == jnp.float32
     assert np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("stream", ["text", "joint"])
+def test_what_float16_cannot_hold_is_cut_off(tmp_path, stream):
+    reference = oracle_flux2.transformer(oracle_flux2.Sizes(layers=1, single_layers=1), seed=1)
+    text = reference.transformer_blocks[0].ff_context.linear_out
+    layer = {"text": text, "joint": reference.single_transformer_blocks[0].attn.to_out}[stream]
+    reference, config, params = in_float16(reference, tmp_path, COMPONENT, layer)
+    *inputs, guidance = draw(config, (3, 4), 8, (0.75, 0.25))
+    inputs.append(guidance.round())  # times a thousand it is not rounded
+    assert_close_in_float16(run(params, config, *inputs), reference_velocity(reference, *inputs))
 
 
 def test_a_megapixel_in_bfloat16_multiplies_bfloat16_only():

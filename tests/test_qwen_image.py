@@ -8,6 +8,7 @@ import numpy as np
 import oracle_qwen_image as oracle
 import pytest
 import torch
+from parity import assert_close_in_float16, in_float16
 
 from ses_jax.convert.qwen_image import COMPONENT
 from ses_jax.loading import network
@@ -65,13 +66,14 @@ def reference_velocity(reference, latents, sigmas, features):
     batch, channels, height, width = latents.shape
     longest = max(map(len, features))
     mask = np.arange(longest) < np.array([len(feature) for feature in features])[:, None]
+    latents, text = (torch.from_numpy(x).to(reference.dtype) for x in (latents, pad(features, longest)))
     pipeline = oracle.QwenImagePipeline
     with torch.no_grad():
         out = reference(
-            hidden_states=pipeline._pack_latents(torch.from_numpy(latents), batch, channels, height, width),
-            encoder_hidden_states=torch.from_numpy(pad(features, longest)),
+            hidden_states=pipeline._pack_latents(latents, batch, channels, height, width),
+            encoder_hidden_states=text,
             encoder_hidden_states_mask=None if mask.all() else torch.from_numpy(mask),
-            timestep=torch.tensor(sigmas),
+            timestep=torch.tensor(sigmas).to(text.dtype),
             img_shapes=[[(1, height // 2, width // 2)]] * batch,
             return_dict=False,
         )[0]
@@ -175,3 +177,14 @@ def test_bfloat16_stays_close(small):
     rounded = our_velocity(half, config, latents, sigmas, features)
     assert rounded.dtype == np.float32
     assert np.linalg.norm(rounded - exact) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("stream", ["img_mlp", "txt_mlp"])
+def test_what_float16_cannot_hold_is_cut_off(tmp_path, stream):
+    reference = oracle.transformer(oracle.Sizes(layers=2), seed=1)
+    layer = getattr(reference.transformer_blocks[0], stream).net[2]
+    reference, config, params = in_float16(reference, tmp_path, COMPONENT, layer)
+    size, lengths, _ = RAGGED
+    (latents, features), sigmas = draw(config, size, lengths), np.float32([1.0, 0.25, 0.5])
+    ours = our_velocity(params, config, latents, sigmas, features)
+    assert_close_in_float16(ours, reference_velocity(reference, latents, sigmas, features))

@@ -7,6 +7,7 @@ import oracle_flux1
 import pytest
 import torch
 from oracle_flux1 import Flux1Sizes
+from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from ses_jax.convert.t5 import COMPONENT
@@ -90,3 +91,23 @@ def test_bfloat16_stays_close(tmp_path):
 def test_unsupported_options_are_refused(change, complaint):
     with pytest.raises(ValueError, match=complaint):
         t5.Config.from_json(oracle_flux1.t5().config.to_dict() | change)
+
+
+def test_float16_has_room_for_what_large_models_add_up(tmp_path):
+    """The reference computes the last product of each feed-forward in float32 and adds up there from then on."""
+    sizes = Flux1Sizes()
+    reference = oracle_flux1.t5(sizes, seed=3)
+    with torch.no_grad():
+        last = reference.encoder.block[0].layer[1].DenseReluDense.wo.weight
+        last *= 6e4 / last.abs().max()
+    reference.save_pretrained(tmp_path)
+    ids = draw(3, 40)
+    with torch.no_grad():
+        states = T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16)(
+            torch.from_numpy(ids), output_hidden_states=True
+        )
+    assert states.hidden_states[1].abs().max() > np.finfo(np.float16).max
+    config, params = hub.load_component(tmp_path, COMPONENT, dtype=jnp.float16)
+    ours = encode(params, config, ids)
+    assert ours.dtype == jnp.float16
+    np.testing.assert_allclose(ours.astype(np.float32), states.last_hidden_state.float().numpy(), atol=0.02)
