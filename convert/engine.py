@@ -54,7 +54,7 @@ def load(
       plan: from `plan`, for the same weights.
       abstract: the params tree as shapes.
       weights: where the tensors are read from.
-      dtype: of the params; None keeps each leaf in the dtype of its file.
+      dtype: of the params, but for single numbers, which are float32; None keeps each leaf in the dtype of its file.
       sharding: `(path, shape)` of a leaf to where it is placed, None being NumPy on the host; without it, the default
         device.
       edits: changes of pieces on their way; None is none.
@@ -75,8 +75,9 @@ def load(
         if quantization is not None and quantization.takes(path):
             stored = _assemble_quantized(slots, leaf.shape, quantization.kind, weights, values)
             return place_quantized(stored, path, sharding)
-        leaf_dtype = dtype or np.result_type(*(DTYPES[weights.headers[s.name].dtype] for s in slots))
-        return place(_assemble(slots, np.empty(leaf.shape, leaf_dtype), weights, values), path, sharding)
+        own = np.result_type(*(DTYPES[weights.headers[s.name].dtype] for s in slots))
+        empty = np.empty(leaf.shape, quantized.leaf_dtype(leaf.shape, dtype) if dtype else own)
+        return place(_assemble(slots, empty, weights, values), path, sharding)
 
     return quantized.spread(jax.tree_util.tree_map_with_path(fill, abstract))
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention
-from ses_jax.models.layers import in_eights, stack
+from ses_jax.models.layers import in_eights, stack, weights_dtype
 from ses_jax.models.quantized import Dense
 
 # open_clip's "ViT-H-14".
@@ -162,7 +162,7 @@ class CLIP(nn.Module):
         return self.image_features(pixels), self.text_features(token_ids)
 
     def image_features(self, pixels):
-        return self.visual_projection(self.vision(pixels.astype(self.logit_scale.dtype)))
+        return self.visual_projection(self.vision(pixels))
 
     def text_features(self, token_ids):
         return self.text_projection(self.text(token_ids))
@@ -176,7 +176,7 @@ class VisionTower(nn.Module):
     @nn.compact
     def __call__(self, pixels):
         c, tower = self.config, self.config.vision
-        patch = (c.patch_size, c.patch_size)
+        patch, pixels = (c.patch_size, c.patch_size), pixels.astype(weights_dtype(self))
         x = nn.Conv(tower.hidden_size, patch, patch, padding="VALID", use_bias=False, name="patch_embedding")(pixels)
         x = x.reshape(x.shape[0], -1, tower.hidden_size)
         cls = self.param("class_embedding", nn.initializers.normal(0.02), (tower.hidden_size,))

@@ -188,10 +188,20 @@ def abstract(tree: Any, rule: Quantization | None) -> Any:
     return map_kernels(tree, rule, shapes)
 
 
+def cast(abstract: Any, dtype: Any) -> Any:
+    """Params as shapes, with the dtypes that they are loaded in."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf_dtype(leaf.shape, dtype)), abstract)
+
+
+def leaf_dtype(shape: tuple[int, ...], dtype: Any) -> Any:
+    """The dtype of a leaf in params of some dtype: single numbers, such as the exponent of a scale, stay in float32."""
+    return dtype if shape else jnp.float32
+
+
 def dtype_of(params: Any) -> Any:
-    """The dtype of params that are not in eight bits; float32 where there are none."""
+    """The dtype of params that are neither in eight bits nor single numbers; float32 where there are none."""
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not keeps_dtype(jax.tree_util.keystr(key_path, simple=True, separator="/"), leaf.dtype):
+        if leaf.shape and not keeps_dtype(jax.tree_util.keystr(key_path, simple=True, separator="/"), leaf.dtype):
             return leaf.dtype
     return jnp.zeros(()).dtype
 

@@ -106,7 +106,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     ),
     "ses_jax.rewards": (
         {"ses_jax.loading", "ses_jax.convert", "ses_jax.models"},
-        ["spec", "device_parts", "reward", "scorers", "preprocess", "resample", "mixture", "images", "host"],
+        ["spec", "device_parts", "reward", "scorers", "preprocess", "resample", "mixture", "images", "host", "meaning"],
     ),
     "ses_jax.pipelines": (
         {"ses_jax.loading", "ses_jax.convert", "ses_jax.models"},

@@ -240,6 +240,11 @@ def test_all_scores_non_finite_is_an_error(search):
         search(reward=broken)
 
 
+@pytest.mark.parametrize(("searcher", "population"), [("zero-order", 1), ("best-of-n", 4), ("evosax", 9)])
+def test_elites_bound_the_population_of_ses_alone(search, searcher, population):
+    assert len(search(searcher=searcher, population=population, budget=3).history) == 3
+
+
 @pytest.mark.parametrize("shape", [(3,), (10, 1), ()])
 def test_a_reward_of_the_wrong_shape_is_named(search, shape):
     def wrong(images, prompts):

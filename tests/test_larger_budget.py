@@ -1,5 +1,6 @@
 """Going on with a larger budget: as if it had been given from the start, and only what is missing is scored."""
 
+import dataclasses
 import json
 
 import batch_runs
@@ -10,7 +11,7 @@ from batch_runs import PIPELINE, PROMPTS, REWARD, SETTINGS
 
 import ses_jax
 from ses_jax.engine import kept
-from ses_jax.rewards.reward import Reward
+from ses_jax.rewards.reward import Part, Reward
 
 POPULATION = SETTINGS["population"]
 MIXTURE = Reward((*REWARD.parts, *toy.mixture(green=0.5).parts))
@@ -156,3 +157,34 @@ def test_a_run_of_many_prompts_goes_on(tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["budget"] == 9
     with pytest.raises(ValueError, match="started with budget=9, now budget=6"):
         batch_runs.run(rows, tmp_path / "out", budget=6, resume=True)
+
+
+def channel(name, place):
+    """A function by that name that looks at one channel."""
+
+    def score(images, prompts):
+        return images[..., place].mean((1, 2))
+
+    score.__name__ = name
+    return score
+
+
+@pytest.mark.parametrize("now", [[channel("blue", 2)], [], [channel("red", 0), channel("green", 1)]])
+def test_one_that_reported_something_else_is_not_gone_on_with(tmp_path, now):
+    reward, _ = counting(fails_at=3)
+    settings = {"budget": 9, "out": tmp_path, "resume": True}
+    with pytest.raises(RuntimeError, match="judge is down"):
+        search(reward=reward, report=[channel("green", 1)], **settings)
+    with pytest.raises(ValueError, match=r"unfinished search with other settings \(.*rewards"):
+        search(report=now, **settings)
+
+
+def test_a_scorer_of_the_same_name_from_elsewhere_is_another(tmp_path):
+    scorer = toy.scorer("clip", lambda images: images.mean(axis=(1, 2, 3)))
+    one, other = (
+        Reward((Part("clip", scorer=dataclasses.replace(scorer, source=source)),)) for source in ("here", "there")
+    )
+    search(reward=one, out=tmp_path, budget=6)
+    assert json.loads((tmp_path / "result.json").read_text())["config"]["reward_sources"] == {"clip": "here"}
+    with pytest.raises(ValueError, match="reward_sources {'clip': 'here'} -> {'clip': 'there'}"):
+        search(reward=other, out=tmp_path, budget=6, resume=True)

@@ -241,6 +241,33 @@ def test_a_function_that_reads_its_prompts_gets_them():
     assert not ses_jax.load_reward(redness).one_prompt_at_a_time
 
 
+class Weighted:
+    """A reward whose weights change between searches, in whichever way it has them."""
+
+    def __init__(self):
+        self.number, self.array, self.large = 1.0, np.ones(3, np.float32), jnp.ones((600, 600))
+
+    def __call__(self, images, prompts):
+        return jax.nn.silu((images * self.array).mean((1, 2, 3)) * self.number * self.large.mean())
+
+
+def test_what_a_function_takes_from_elsewhere_counts_as_it_is_now(compilations):
+    function, pipeline = Weighted(), toy.pipeline()
+    loaded = ses_jax.load_reward(function)
+
+    def search():
+        return [ses_jax.search("a", model=pipeline, reward=r, **SETTINGS).score for r in (function, loaded)]
+
+    first, before = search(), compilations()
+    assert search() == first
+    assert compilations() == before
+    for name, value in {"number": -1.0, "array": np.full(3, 2, np.float32), "large": jnp.zeros((600, 600))}.items():
+        before = search()
+        setattr(function, name, value)
+        now = search()
+        assert now[0] == now[1] != before[0]
+
+
 def test_models_are_kept_until_others_are_wanted(monkeypatch, tmp_path):
     loaded = []
 

@@ -103,3 +103,12 @@ def test_derivatives_are_those_of_what_is_rounded():
     expected[0, 0, 0, [0, 2]] = 0
     for rounded in (True, False):
         np.testing.assert_allclose(gradient(images, rounded), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (30, 20), (5, 5)])
+def test_what_is_no_number_stays_none(size):
+    pixels = jnp.full((2, 10, 10, 3), 128.0).at[1, 4, 4, 1].set(jnp.nan)
+    plain, broken = resample.resize(pixels, size)
+    assert jnp.isfinite(plain).all()
+    assert jnp.isnan(broken[..., 1]).any()
+    assert jnp.isfinite(broken[..., 0]).all()

@@ -316,6 +316,14 @@ def test_strategies_of_evosax_learn_from_points_and_scores_alone(strategy):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), at_once, state)
 
 
+def test_less_than_a_population_teaches_evosax_nothing():
+    searcher = evosax.Evosax()
+    over = problem(searcher)
+    state = searcher.init(over)
+    points = searcher.ask(over, jax.random.key(0), state, jnp.int32(0))[:2]
+    jax.tree.map(np.testing.assert_array_equal, searcher.tell(over, state, points, jnp.arange(2.0)), state)
+
+
 def test_evosax_is_asked_for_where_it_lacks(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(

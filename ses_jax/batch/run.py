@@ -140,7 +140,7 @@ def _name(thing: Any) -> Any:
         changes = f" {json.dumps(thing.changes)}" if thing.changes else ""
         return f"{thing.family} {thing.folder}{changes}"
     if isinstance(thing, Reward):
-        return thing.name
+        return {part.name: [part.weight, thing.sources.get(part.name)] for part in thing.parts}
     if isinstance(thing, Mapping):
         return {_name(part): weight for part, weight in thing.items()}
     return f"{getattr(thing, '__module__', '')}:{getattr(thing, '__qualname__', type(thing).__qualname__)}"

@@ -29,6 +29,7 @@ from ses_jax.pipelines.guidance import forwards
 from ses_jax.rewards.reward import Reward
 from ses_jax.searchers import wavelet
 from ses_jax.searchers.searcher import Searcher, needs_gradient, own_population
+from ses_jax.searchers.ses import Ses
 
 SEEDS = 2**64
 BUDGET = 50
@@ -113,7 +114,7 @@ class SearchConfig(RenderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if own_population(self.searcher) is None and self.elites >= self.population:
+        if isinstance(self.searcher, Ses) and self.elites >= self.population:
             raise ValueError(f"elites={self.elites} must be at least 1 and less than population={self.population}")
         if self.budget is not None and self.nfe is not None:
             raise ValueError(f"budget={self.budget} and nfe={self.nfe} exclude each other; give one of them")

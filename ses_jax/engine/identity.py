@@ -19,6 +19,7 @@ def settings_of(
         "load": dict(pipeline.options),
         "reward": reward.name,
         "rewards": {part.name: part.weight for part in reward.parts},
+        "reward_sources": reward.sources,
         "sigmas": [float(sigma) for sigma in pipeline.sigmas(config.steps, config.height, config.width)],
     }
     return config.as_json() | facts | dict(pipeline.changes) | {"prompt_index": int(index), "base_noise": base}
@@ -38,7 +39,8 @@ def identity_of(
         **pipeline.changes,
         "load": dict(pipeline.options),
         "model": str(pipeline.folder),
-        "reward": reward.name,
+        "rewards": [[part.name, part.weight] for part in reward.parts],  # in the order of the saved scores' columns
+        "reward_sources": reward.sources,
         "prompts": list(prompts),
         "indices": [int(index) for index in indices],
         **noises,

@@ -183,7 +183,8 @@ def _target(saved: Any, abstract: Any, dtype: Any, sharding: Placement | None) -
     def leaf_target(key_path, leaf):
         path = _path(key_path)
         target = place(path, leaf.shape)
-        wanted = dtypes[path] if dtype is None or quantized.keeps_dtype(path, dtypes[path]) else dtype
+        kept = dtype is None or quantized.keeps_dtype(path, dtypes[path])
+        wanted = dtypes[path] if kept else quantized.leaf_dtype(leaf.shape, dtype)
         if target is None:
             return np.empty(leaf.shape, wanted)  # asks for NumPy; its memory is never touched
         return jax.ShapeDtypeStruct(leaf.shape, wanted, sharding=target)

@@ -31,6 +31,7 @@ __all__ = [
     "resolve_file",
     "resolve_weights",
     "settings",
+    "told",
 ]
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -211,6 +212,12 @@ def _folder_of(file: Path) -> Path:
     raise ValueError(
         f"{file} is a file without a model_index.json or config.json beside it; expected the checkpoint's folder"
     )
+
+
+def told(source: str | Path) -> str:
+    """A source in words that are the same wherever the demo is installed."""
+    path = Path(source)
+    return str("demo" / path.relative_to(DEMO)) if path.is_relative_to(DEMO) else str(source)
 
 
 def _existing(folder: Path, complaint: str) -> Path:

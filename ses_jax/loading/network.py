@@ -122,8 +122,7 @@ def shapes(folder: Path, component: Component, *, dtype: Any, quantize: str | No
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     saved = _facts(folder).get("quantize") if (folder / CONVERSION).is_file() else None
     _check_saved(folder, saved, quantize)
-    cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
-    return config, quantized.abstract(cast, component.quantization(saved or quantize))
+    return config, quantized.abstract(quantized.cast(abstract, dtype), component.quantization(saved or quantize))
 
 
 def read(

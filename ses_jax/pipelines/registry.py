@@ -7,7 +7,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -220,9 +219,7 @@ def _placed(family: ModuleType, pipeline: Pipeline, mesh: Mesh | None) -> Pipeli
 
 def _abstract_parts(family: ModuleType, published: Published, dtype: Any, quantize: str | None) -> Parts:
     def shapes(name, component):
-        cast = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), component.abstract(published.configs[name])
-        )
+        cast = quantized.cast(component.abstract(published.configs[name]), dtype)
         return quantized.abstract(cast, component.quantization(quantize))
 
     params = {name: shapes(name, component) for name, component in family.COMPONENTS.items()}

@@ -37,7 +37,7 @@ def clip_scorer(dtype: Any, quantize: str | None = None) -> Scorer:
     """CLIP ViT-H/14 as shapes; its tokens are blank."""
     config = clip.Config.from_open_clip({})
     shapes = jax.eval_shape(lambda: clip.init(jax.random.key(0), config))
-    cast = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    cast = quantized.cast(shapes, dtype)
     return Scorer(
         name="clip",
         params=quantized.abstract(cast, quantize and quantized.Quantization(quantize, clip.QUANTIZED)),

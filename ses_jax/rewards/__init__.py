@@ -2,6 +2,7 @@
 
 spec          `load_reward`, `RewardSpec`: rewards from names, functions and mappings of these to weights
 device_parts  the parts that run on the device, as one pure function
+meaning       what a user's function computes, to be compared
 reward        `Reward`: one or more parts, published scorers or functions of the user
 scorers       the published scorers, `KINDS`
 host          calls of users' functions

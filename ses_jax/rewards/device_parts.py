@@ -1,7 +1,7 @@
 """The parts of a reward that run on the device, as one pure function, and what it is given."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ses_jax.rewards import host
+from ses_jax.rewards import host, meaning
 from ses_jax.rewards.reward import Batch, Function, Part, Reward, column, embedded, lower_embedded
 from ses_jax.rewards.scorers import ImageScore
 
@@ -50,10 +50,12 @@ class TracedFunction:
 
     Attributes:
       prompt: None where the function does not look at it.
+      meaning: what it computes, with the values that it takes from elsewhere: those may be others in the next search.
     """
 
     function: Function
     prompt: str | None
+    meaning: Hashable = None
 
     def see(self, images: Array) -> Array:
         """Its scores, for which it is given images as they are."""
@@ -134,4 +136,5 @@ def host_components(reward: Reward, device: np.ndarray, images: Batch, prompts: 
 
 
 def _traced(part: Part, prompt: str) -> TracedFunction:
-    return TracedFunction(part.function, prompt if part.reads_prompt else None)
+    traced = TracedFunction(part.function, prompt if part.reads_prompt else None)
+    return dataclasses.replace(traced, meaning=meaning.of(traced.see))

@@ -84,14 +84,19 @@ def _float_pass(product: str, pixels: jax.Array, weights: np.ndarray) -> jax.Arr
 
 
 def _integer_pass(product: str, pixels: jax.Array, weights: np.ndarray) -> jax.Array:
-    """One pass over integer pixels, rounded to the nearest and clipped as Pillow does."""
+    """One pass over integer pixels, rounded to the nearest and clipped as Pillow does; NaN stays NaN.
+
+    What is not a number has no integer, and an image of it would be taken for a black one.
+    """
     fixed = np.trunc(weights * 2**BITS + np.copysign(0.5, weights)).astype(np.int64)
     upper = (fixed + 2 ** (HALF - 1)) >> HALF
     halves = (upper, fixed - (upper << HALF))
 
     def exact(pixels):
-        high, low = (_float_pass(product, pixels, half).astype(jnp.int32) for half in halves)
-        return jnp.clip(((high << HALF) + low + (1 << (BITS - 1))) >> BITS, 0, 255).astype(jnp.float32)
+        sums = [_float_pass(product, pixels, half) for half in halves]
+        high, low = (half.astype(jnp.int32) for half in sums)
+        rounded = jnp.clip(((high << HALF) + low + (1 << (BITS - 1))) >> BITS, 0, 255).astype(jnp.float32)
+        return jnp.where(jnp.isnan(sums[1]), sums[1], rounded)
 
     return _differentiated_as(lambda pixels: jnp.clip(_float_pass(product, pixels, weights), 0, 255), exact)(pixels)
 

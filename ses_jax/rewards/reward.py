@@ -75,6 +75,11 @@ class Reward:
         return tuple(part.weight for part in self.parts)
 
     @property
+    def sources(self) -> dict[str, str]:
+        """Where the weights of its scorers are from, by their names."""
+        return {part.name: part.scorer.source for part in self.parts if part.scorer is not None}
+
+    @property
     def on_host(self) -> bool:
         return any(part.on_host for part in self.parts)
 

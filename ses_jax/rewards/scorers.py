@@ -71,6 +71,7 @@ class Scorer:
       tokenize: `(prompts) -> tokens`, on the host.
       embed_text: `(params, tokens) -> text`, arrays with the prompts as their leading axis; once a prompt.
       score: `(params, images, text) -> [B]`, pure; text of one prompt or of one an image.
+      source: where its weights are from, as it was asked for.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Scorer:
     tokenize: Callable[[Sequence[str]], Any]
     embed_text: Callable[[Any, Any], Any]
     score: ImageScore
+    source: str = ""
 
 
 class Kind(NamedTuple):
@@ -117,9 +119,11 @@ def load_scorer(
     chosen = KINDS[kind]
     dtype, quantize = hub.params_dtype(dtype), quantized.check_kind(quantize)
     if chosen.weights is None:
-        return chosen.load(kind, hub.resolve(source or chosen.source), dtype, quantize)
-    weights = chosen.weights if source is None else (chosen.weights, hub.NETWORK_WEIGHTS)
-    return chosen.load(kind, hub.resolve_weights(source or chosen.source, weights=weights), dtype, quantize)
+        place = hub.resolve(source or chosen.source)
+    else:
+        weights = chosen.weights if source is None else (chosen.weights, hub.NETWORK_WEIGHTS)
+        place = hub.resolve_weights(source or chosen.source, weights=weights)
+    return dataclasses.replace(chosen.load(kind, place, dtype, quantize), source=hub.told(source or chosen.source))
 
 
 # CLIP score and PickScore: exp(logit_scale) * cosine.

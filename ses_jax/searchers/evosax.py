@@ -49,7 +49,9 @@ class Evosax(Options):
         return points if self.renormalise is None else to_shell(points, AXES[self.renormalise])
 
     def tell(self, problem: Problem, state: Any, points: Array, scores: Float[Array, " n"]) -> Any:
-        """Generation by generation: a strategy's weights are for a population."""
+        """Generation by generation: a strategy's weights are for a population. Less than one ends a search."""
+        if len(scores) < problem.population:
+            return state
         strategy, params = self._strategy(problem)
         # Some derive what they need to learn from when they are asked, from the state alone.
         key = jax.random.key(0)
