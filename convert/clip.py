@@ -44,7 +44,12 @@ TABLE = Table(
     ignored=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
 )
 
-TEXT_TABLE = Table(_text(), ignored=("embeddings.position_ids",), prefixes=("text_model.", ""))
+# Of a whole CLIP a file may have more: FLUX.1 reads the state before the projection.
+TEXT_TABLE = Table(
+    _text(),
+    ignored=("embeddings.position_ids", "text_projection.weight", "logit_scale"),
+    prefixes=("text_model.", ""),
+)
 
 COMPONENT = Component(clip.Config.from_json, clip.init, lambda config: TABLE, stem="model", quantized=clip.QUANTIZED)
 TEXT_COMPONENT = Component(clip.TextConfig.from_json, clip.init_text, lambda config: TEXT_TABLE, stem="model")

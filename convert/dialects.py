@@ -31,6 +31,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 SCALES = (".scale_weight", ".weight_scale")
 UNUSED = (".scale_input", ".input_scale", ".comfy_quant", ".weight_format")  # of activations, and what a file says
 MARKER = "scaled_fp8"
+TOKENIZERS = ("tekken_model", "spiece_model", "tokenizer_json")  # which files for Comfy bring along, as bytes
 COMFY = "_quantization_metadata"
 COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 NF4 = ".quant_state.bitsandbytes__nf4"
@@ -74,10 +75,10 @@ def logical(weights: Weights) -> Weights:
     Raises:
       ConversionError: naming file and tensor, for packings that are not known.
     """
-    headers = weights.headers
-    if all(header.dtype in DTYPES for header in headers.values()):
+    if all(header.dtype in DTYPES for header in weights.headers.values()):
         return weights
     _refuse(weights)
+    headers = {name: header for name, header in weights.headers.items() if name not in TOKENIZERS}
     tensors = {name: found for name, header in headers.items() if (found := _tensor(weights, name, header))}
     helpers = {name for found in tensors.values() for name in found.helpers}
     kept = {

@@ -35,13 +35,15 @@ ENDINGS = {
     **{f".lora_A{end}": "down" for end in (".weight", ".default.weight", "")},
     **{f".lora_B{end}": "up" for end in (".weight", ".default.weight", "")},
     **{f"{stem}{role}.weight": role for stem in (".lora_", ".lora.", "_lora.", ".") for role in ("down", "up")},
+    **{f".lora_{role}.default.weight": role for role in ("down", "up")},
     **{f".lora_linear_layer.{role}.weight": role for role in ("down", "up")},
     **{f".lora_B{end}": "up_bias" for end in (".bias", ".default.bias")},
     **{f".{role}": role for role in ("alpha", "diff", "diff_b", *LOHA, *set().union(*LOKR))},
 }
 DORA = re.compile(r".*\.(dora_scale|lora_magnitude_vector(\.default)?(\.weight)?)")
+NUMBERS = ("F64", "I64", "I32", "I16")  # in which an alpha may lie as well
 # Ways in which peft begins an adapter by changing the weights that it stands beside.
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq")
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Layer(NamedTuple):
@@ -89,7 +91,7 @@ def layers(headers: Mapping[str, Header]) -> tuple[list[Layer], list[Problem]]:
             problems.append(Problem("DoRA is not supported", key))
         elif ending is None:
             problems.append(Problem("unknown kind of tensor", key))
-        elif header.dtype not in DTYPES:
+        elif header.dtype not in (*DTYPES, *(NUMBERS if ENDINGS[ending] == "alpha" else ())):
             problems.append(Problem(f"{header.dtype} is none of {', '.join(DTYPES)}", key))
         else:
             roles = found.setdefault(key.removesuffix(ending), {})

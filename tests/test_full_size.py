@@ -80,7 +80,7 @@ def test_a_generation_of_z_image_with_clip_h(size, guided):
         rest=rest,
         condition=condition,
         text=(jax.ShapeDtypeStruct((1, 1024), jnp.float32),),
-        sigmas=schedule.static_shift_sigmas(STEPS, 3.0),
+        sigmas=schedule.static_shift_sigmas(schedule.even(STEPS), 3.0),
         budget=jnp.int32(50),
     )
     state = generation.init(program, 1, 5)

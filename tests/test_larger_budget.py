@@ -186,5 +186,5 @@ def test_a_scorer_of_the_same_name_from_elsewhere_is_another(tmp_path):
     )
     search(reward=one, out=tmp_path, budget=6)
     assert json.loads((tmp_path / "result.json").read_text())["config"]["reward_sources"] == {"clip": "here"}
-    with pytest.raises(ValueError, match="reward_sources {'clip': 'here'} -> {'clip': 'there'}"):
+    with pytest.raises(ValueError, match=r"reward_sources \{'clip': 'here'\} -> \{'clip': 'there'\}"):
         search(reward=other, out=tmp_path, budget=6, resume=True)

@@ -16,6 +16,7 @@ import torch
 import toy
 from adapted import assert_a_search_with_an_adapter_in_eight_bits
 from diffusers import Flux2Pipeline, FluxPipeline, QwenImagePipeline, ZImagePipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from layouts import assert_bit_equal, original_tensors
 from lora_files import dense, low_rank, same, save, write
 from parity import assert_same_images, pair
@@ -58,6 +59,10 @@ def assert_close(params, expected, atol=1e-6):
 LAYOUTS = {
     "peft": (("transformer.", (".lora_A.weight", ".lora_B.weight"), None), False),
     "peft with a name": (("", (".lora_A.default.weight", ".lora_B.default.weight"), None), False),
+    "comfy with a name": (
+        ("diffusion_model.", (".lora_down.default.weight", ".lora_up.default.weight"), 2.0),
+        True,
+    ),
     "bare with alpha": (("", KOHYA, 8.0), False),
     "transformer with alpha": (("transformer.", KOHYA, 3.0), False),
     "comfy": (("diffusion_model.", (".lora_A.weight", ".lora_B.weight"), None), True),
@@ -426,12 +431,32 @@ def test_a_schedule_may_be_overridden(pipelines):
     np.testing.assert_allclose(same_again.sigmas(4, 64, 64), pipeline.sigmas(4, 64, 64), rtol=1e-6)
     assert pipeline.changes == {"schedule": shift}
     for wrong, complaint in (
-        ({"shfit": 3}, r"unknown entries \['shfit'\]; known: use_dynamic_shifting, shift"),
+        ({"shfit": 3}, r"unknown entries \['shfit'\]; known: sigmas, use_dynamic_shifting, shift"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, r'sampler, FlowMatchLCMScheduler, .* schedule=\{"_class_name": "Fl'),
+        ({"sigmas": [1.0, 0.5, 0.5]}, r"sigmas=\[1.0, 0.5, 0.5\] are not numbers that fall from at most 1 to above 0"),
+        ({"sigmas": [1.0, 0.5, 0.0]}, "are not numbers that fall"),
+        ({"sigmas": "1.0"}, "sigmas='1.0' are not numbers"),
         ({"shift": "3"}, "shift='3' is not a number"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas are not supported"),
     ):
         with pytest.raises(ValueError, match=complaint):
             ses_jax.load_pipeline(folder, schedule=wrong)
+
+
+SHIFT = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+
+
+def test_noise_levels_may_be_given_one_by_one(pipelines):
+    reference, folder = pipelines[0], str(pipelines[1].folder)
+    levels = [1.0, 0.6509, 0.2932, 0.0495]
+    pipeline = ses_jax.load_pipeline(folder, schedule={"sigmas": levels})
+    tokens = (128 // pipeline.size_multiple) * (192 // pipeline.size_multiple)
+    mu = calculate_shift(tokens, *(reference.scheduler.config[name] for name in SHIFT))
+    reference.scheduler.set_timesteps(sigmas=levels, mu=mu)
+    np.testing.assert_allclose(pipeline.sigmas(4, 128, 192), reference.scheduler.sigmas.numpy(), rtol=1e-6)
+    assert (pipeline.defaults.steps, pipeline.defaults.preview_steps) == (4, 4)
+    with pytest.raises(ValueError, match="the schedule has 4 sigmas, one a step, and 3 steps are asked for"):
+        ses_jax.search("a", model=pipeline, preview_steps=3, reward=toy.brightness(), budget=1)
 
 
 # What is refused, and how it is said.
@@ -519,12 +544,20 @@ def test_made_up_layers_of_zeros_may_stay(flux1, tmp_path):
         flux1.load(save(tmp_path / "none.safetensors", nothing))
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.float64])
+def test_an_alpha_of_any_kind_is_a_number(flux1, tmp_path, dtype):
+    alpha = "transformer_blocks.0.attn.to_q.alpha"
+    expected = flux1.load(save(tmp_path / "lora.safetensors", GOOD | {alpha: np.array(3, np.float32)}))
+    assert_bit_equal(flux1.load(save(tmp_path / "other.safetensors", GOOD | {alpha: np.array(3, dtype)})), expected)
+
+
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
         ({"use_dora": True}, "DoRA is not supported"),
         ({"peft_type": "OFT"}, "peft_type 'OFT' is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' needs weights"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga' needs weights"),
     ],
 )
 def test_what_peft_says_is_heard(flux1, tmp_path, config, complaint):

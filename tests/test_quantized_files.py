@@ -193,6 +193,12 @@ def test_norms_and_biases_in_float8_are_read_too(tmp_path):
     assert_loads(dialects.open_file(file), {name: array.astype(np.float32) for name, array in tensors.items()})
 
 
+def test_a_tokenizer_among_the_tensors_is_not_taken_for_one(tmp_path):
+    tensors, _ = content(plain(ml_dtypes.bfloat16))
+    file = write(tmp_path / "it.safetensors", tensors | {"tekken_model": np.zeros(9, np.uint8)})
+    assert_loads(dialects.open_file(file), {name: array.astype(np.float32) for name, array in tensors.items()})
+
+
 def test_files_that_are_not_quantised_are_left_alone(tmp_path):
     tensors, _ = content(plain(ml_dtypes.bfloat16))
     weights = hub.open_files([write(tmp_path / "it.safetensors", tensors)])

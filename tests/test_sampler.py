@@ -53,7 +53,7 @@ def test_latents_stay_float32_under_a_bfloat16_network():
     ],
 )
 def test_published_sigmas(shift, steps, expected):
-    sigmas = schedule.static_shift_sigmas(steps, shift)
+    sigmas = schedule.static_shift_sigmas(schedule.even(steps), shift)
     assert sigmas.shape == (steps + 1,)
     assert sigmas[-1] == 0
     np.testing.assert_allclose(sigmas[: len(expected)], expected, atol=1e-6)
@@ -67,4 +67,6 @@ def test_sigmas_equal_the_reference_scheduler(shift, steps):
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
-    np.testing.assert_allclose(schedule.static_shift_sigmas(steps, shift), scheduler.sigmas.numpy(), atol=1e-6)
+    np.testing.assert_allclose(
+        schedule.static_shift_sigmas(schedule.even(steps), shift), scheduler.sigmas.numpy(), atol=1e-6
+    )

@@ -56,7 +56,8 @@ def load_pipeline(
         {"style.safetensors": 0.8}, a sequence of such pairs, or one of them alone, at strength 1. All are added in
         float32, and the sum is cast once.
       schedule: entries of the checkpoint's scheduler_config.json to override, for adapters that were distilled with
-        another schedule, such as {"use_dynamic_shifting": False, "shift": 3.0, "shift_terminal": None}.
+        another schedule, such as {"use_dynamic_shifting": False, "shift": 3.0, "shift_terminal": None}; and `sigmas`,
+        the noise levels before the shift, one a step, as diffusers' pipelines take them.
       options: the family's own, see its module in `ses_jax.pipelines`.
       quantize: "int8" or "fp8" puts the linear layers of the transformer's blocks and of large text encoders into eight
         bits as they are read, with a scale for each output; None leaves them as they are, also those of a folder that
@@ -127,7 +128,11 @@ def _assembled(family: ModuleType, parts: Parts, options: Mapping[str, Any]) -> 
     """The pipeline of parts that were read from files, which may say anything."""
     try:
         pipeline = family.assemble(parts, **options)
-        if not np.isfinite(pipeline.sigmas(1, pipeline.defaults.height, pipeline.defaults.width)).all():
+        if steps := len(parts.schedule.get("sigmas", ())):
+            defaults = dataclasses.replace(pipeline.defaults, steps=steps, preview_steps=steps)
+            pipeline = dataclasses.replace(pipeline, defaults=defaults)
+        sizes = pipeline.defaults.height, pipeline.defaults.width
+        if not np.isfinite(pipeline.sigmas(steps or 1, *sizes)).all():
             raise ValueError("its scheduler gives noise levels that are not finite")
         return pipeline
     except ValueError as error:
