@@ -12,6 +12,8 @@ import torch
 import ses_jax
 from ses_jax.rewards import host
 from ses_jax.rewards.host import Calls
+from ses_jax.rewards.reward import Part, Reward
+from ses_jax.rewards.scorers import ImageScore, Scorer
 
 pytestmark = pytest.mark.quick
 
@@ -151,6 +153,34 @@ def test_load_reward_takes_them():
     assert (plain.on_host, pooled.on_host) == (False, True)
     np.testing.assert_allclose(pooled(IMAGES, PROMPTS), plain(IMAGES, PROMPTS), rtol=1e-6)
     assert repr(pooled) == "Reward(brightness)"
+
+
+def test_a_loaded_reward_keeps_what_is_not_given_anew():
+    def judge(images, prompts):
+        return [0.0] * len(prompts)
+
+    loaded = ses_jax.load_reward(judge, workers=4, timeout=5.0, retries=2)
+    for again in (loaded, {loaded: 1.0, (lambda images, prompts: [0.0] * len(prompts)): 1.0}):
+        assert ses_jax.load_reward(again).parts[0].calls == Calls(4, 5.0, 2)
+    assert ses_jax.load_reward(loaded, name="x").parts[0].calls == Calls(4, 5.0, 2)
+    assert ses_jax.load_reward(loaded, workers=1, retries=3).parts[0].calls == Calls(1, 5.0, 3)
+
+
+def test_a_loaded_function_that_jax_could_trace_is_called_on_the_host_too():
+    traced = ses_jax.load_reward(lambda images, prompts: images.mean(axis=(1, 2, 3)))
+    (part,) = ses_jax.load_reward(traced, retries=1).parts
+    assert not traced.on_host
+    assert (part.on_host, part.reads_prompt, part.calls) == (True, True, Calls(retries=1))
+
+
+def test_a_network_is_not_called():
+    with pytest.raises(ValueError, match="'clip': no function that retries could be for"):
+        ses_jax.load_reward("clip", retries=2)
+    loaded = Reward((Part("second", scorer=Scorer("clip", None, len, len, ImageScore(len, len))),))
+    with pytest.raises(ValueError, match="'clip', 'second': no function that workers and timeout could be for"):
+        ses_jax.load_reward({"clip": 1.0, loaded: 1.0}, workers=2, timeout=1.0)
+    parts = ses_jax.load_reward({loaded: 1.0, (lambda images, prompts: [0.0]): 1.0}, retries=2).parts
+    assert [part.calls for part in parts] == [host.PLAIN, Calls(retries=2)]
 
 
 @pytest.mark.parametrize(

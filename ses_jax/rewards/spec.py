@@ -27,9 +27,9 @@ def load_reward(
     traceable: bool | None = None,
     quantize: str | None = None,
     name: str | None = None,
-    workers: int = 1,
+    workers: int | None = None,
     timeout: float | None = None,
-    retries: int = 0,
+    retries: int | None = None,
 ) -> Reward:
     """Loads a reward.
 
@@ -46,18 +46,20 @@ def load_reward(
       workers: how many calls of a function are made at once, each with its share of the images, from threads.
       timeout: seconds that a call may take.
       retries: how often a call is made again that raised or took too long; each one is logged, and in the result's
-        `notes`. Functions that workers, timeout or retries are given for run on the host.
+        `notes`. Left out, these three are 1, any and 0, and those of a loaded reward stay. Functions that they are
+        given for run on the host.
 
     Raises:
-      ValueError: for an unknown kind, a name for several parts, or a broken checkpoint.
+      ValueError: for an unknown kind, a name for several parts, workers, timeout or retries without a function, or a
+        broken checkpoint.
     """
     check(kind)
-    calls = Calls(workers, timeout, retries).check()
-    if calls != host.PLAIN:
-        if traceable:
-            raise ValueError("workers, timeout and retries are for functions on the host; leave traceable out")
-        traceable = False
     weights = dict(kind) if isinstance(kind, Mapping) else {kind: 1.0}
+    given = {"workers": workers, "timeout": timeout, "retries": retries}
+    given = {name: value for name, value in given.items() if value is not None}
+    if Calls(**given).check() != host.PLAIN:
+        _check_called(weights, traceable, given)
+        traceable = False
     if source is not None and not isinstance(source, Mapping):
         if len(weights) > 1:
             raise ValueError("several rewards need a source each: pass source={kind: source, ...}")
@@ -67,10 +69,10 @@ def load_reward(
         for name in weights
         if not callable(name)
     }
-    parts = assemble(weights, known, traceable=traceable).parts
+    parts = [_called(part, given) for part in assemble(weights, known, traceable=traceable).parts]
     if name is not None and len(parts) > 1:
         raise ValueError(f"name={name!r} is for one part, and the reward has {len(parts)}; load them one by one")
-    return Reward(tuple(dataclasses.replace(p, name=p.name if name is None else name, calls=calls) for p in parts))
+    return Reward(tuple(dataclasses.replace(p, name=p.name if name is None else name) for p in parts))
 
 
 def assemble(spec: RewardSpec | Reward, known: Mapping[str, Scorer], *, traceable: bool | None = None) -> Reward:
@@ -130,6 +132,25 @@ def with_report(reward: Reward, report: Reward | None) -> Reward:
             )
         extra += [] if same in reward.parts else [dataclasses.replace(part, weight=0.0)]
     return Reward((*reward.parts, *extra))
+
+
+def _check_called(weights: Mapping[Any, float], traceable: bool | None, given: Mapping[str, Any]) -> None:
+    """Raises ValueError where no function would be called as is given."""
+    if traceable:
+        raise ValueError("workers, timeout and retries are for functions on the host; leave traceable out")
+    parts = [part for kind in weights for part in (kind.parts if isinstance(kind, Reward) else [kind])]
+    if not any(part.function if isinstance(part, Part) else callable(part) for part in parts):
+        titles = ", ".join(repr(title) for kind in weights for title in _titles(kind))
+        raise ValueError(f"{titles}: no function that {' and '.join(given)} could be for; leave them out")
+
+
+def _called(part: Part, given: Mapping[str, Any]) -> Part:
+    """A part whose function is called as is given, on the host if that asks for more than plain calls."""
+    if part.function is None:
+        return part
+    if Calls(**given) != host.PLAIN:
+        part = dataclasses.replace(part, traceable=False, reads_prompt=True)
+    return dataclasses.replace(part, calls=part.calls._replace(**given))
 
 
 def _part(name: str | Function, weight: float, known: Mapping[str, Scorer], traceable: bool | None) -> Part:
