@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,14 @@ import safetensors.torch
 import torch
 from PIL import Image
 from torch.nn import functional
-from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from ses_jax.loading import hub, partition
 from ses_jax.models import clip
@@ -331,8 +339,62 @@ def test_preprocessor_reads_its_file(tmp_path):
     )
     processor.save_pretrained(tmp_path)
     assert Preprocessor.from_folder(tmp_path, 32).mean == (0.1, 0.2, 0.3)
-    with pytest.raises(ValueError, match="the network needs 64 for both"):
+    with pytest.raises(ValueError, match=r"size is \{'shortest_edge': 32\}; expected \{'shortest_edge': 64\}"):
         Preprocessor.from_folder(tmp_path, 64)
+
+
+def test_preprocessor_reads_the_file_of_a_whole_processor(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0]}')
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    assert Preprocessor.from_folder(tmp_path, 224).mean == (0.0, 0.0, 0.0)
+    image_processor = CLIPImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[1.0, 1.0, 0.5])
+    tokenizer = AutoTokenizer.from_pretrained(hub.DEMO / "clip")
+    CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(tmp_path)
+    assert Preprocessor.from_folder(tmp_path, 224) == Preprocessor(224, (0.1, 0.2, 0.3), (1.0, 1.0, 0.5))
+
+
+STANDARD = {"image_mean": list(Preprocessor.mean), "image_std": list(Preprocessor.std)}
+TODAYS = {
+    **dict.fromkeys(("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # As OpenAI and LAION published theirs, and as PickScore's is.
+        {"size": 224, "crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3},
+        {**TODAYS, "feature_extractor_type": "CLIPFeatureExtractor", "image_processor_type": "CLIPImageProcessor"},
+        {"rescale_factor": 0.003921569, "do_resize": None},
+    ],
+)
+def test_published_preprocessing_is_ours(tmp_path, config):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**STANDARD, **config}))
+    assert Preprocessor.from_folder(tmp_path, 224) == Preprocessor()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        *((f"do_{step}", False, "True") for step in ("resize", "center_crop", "rescale", "normalize")),
+        *(("resample", value, "3") for value in (2, 0, "bicubic")),
+        ("rescale_factor", 1 / 127.5, "0.0039"),
+        # Not even where it is square and as large as it should be: transformers squeezes other images then.
+        ("size", {"height": 224, "width": 224}, "{'shortest_edge': 224}"),
+        ("size", {"longest_edge": 224}, "{'shortest_edge': 224}"),
+        ("size", 336, "{'shortest_edge': 224}"),
+        ("crop_size", {"height": 224, "width": 200}, "{'height': 224, 'width': 224}"),
+        ("image_std", 0.5, "three numbers"),
+    ],
+)
+def test_preprocessing_that_is_not_ours_is_refused(tmp_path, key, value, expected):
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {key: value}}))
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {key} is {value!r}; expected {expected}")):
+        Preprocessor.from_folder(tmp_path, 224)
 
 
 def test_preprocessing_equals_the_slow_processor(tmp_path):

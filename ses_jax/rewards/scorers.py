@@ -130,7 +130,7 @@ def load_scorer(
 
 
 def load_clip(name: str, folder: Path, dtype: Any = None, quantize: str | None = None) -> Scorer:
-    """A CLIP checkpoint of transformers, with its tokenizer and, optionally, `preprocessor_config.json`."""
+    """A CLIP checkpoint of transformers, with its tokenizer and, optionally, the config of its image processor."""
     config, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype, quantize=quantize)
     return Scorer(
         name=name,
