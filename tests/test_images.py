@@ -72,6 +72,22 @@ def test_modes_become_rgb_and_transparency_white():
     np.testing.assert_array_equal(batches([palette])[0][1], np.ones((1, 2, 2, 3)))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
+def test_greys_of_16_bits_are_greys(mode):
+    values = np.array([[0, 257 * 3 + 100, 257 * 200 - 100], [256 * 128, 65535, 7]], np.uint16)
+    image = Image.frombytes(mode, (3, 2), values.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    for transparent in (False, True):
+        image.info |= {"transparency": 7} if transparent else {}
+        expected = np.array([[0, 3, 200], [128, 255, 255 if transparent else 0]])
+        np.testing.assert_allclose(batches([image])[0][1][0] * 255, np.stack([expected] * 3, -1), atol=1e-4)
+
+
+def test_greys_of_premultiplied_transparency_are_laid_on_white():
+    image = Image.new("LA", (2, 1), (100, 0))
+    image.putpixel((1, 0), (100, 128))
+    np.testing.assert_allclose(batches([image.convert("La")])[0][1], batches([image])[0][1], atol=1.01 / 255)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -81,6 +97,8 @@ def test_modes_become_rgb_and_transparency_white():
         (np.ones((8, 8, 3), np.float32), r"shape \[B, H, W, 3\], got \[8, 8, 3\]"),
         (np.ones((1, 3, 8, 8), np.float32), r"shape \[B, H, W, 3\], got \[1, 3, 8, 8\]"),
         ([np.ones((1, 8, 8, 3), np.float32)], r"shape \[H, W, 3\], got \[1, 8, 8, 3\]"),
+        ([Image.new("I", (4, 4))], "mode 'I' may be on any scale; pass"),
+        ([Image.new("F", (4, 4))], "mode 'F' may be"),
         (Image.new("RGB", (4, 4)), r"pass \[image\]"),
     ],
 )

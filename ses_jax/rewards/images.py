@@ -19,13 +19,14 @@ def batches(images: Any) -> list[tuple[np.ndarray, Any]]:
 
     Args:
       images: `[B, H, W, 3]` floats in [0, 1] or bytes; or a sequence of PIL images and `[H, W, 3]` arrays, of any
-        sizes. Transparent PIL images are laid on white; other modes become RGB.
+        sizes. Transparent PIL images are laid on white; other modes become RGB, but for "I" and "F", whose scale is
+        not known.
 
     Returns:
       Pairs of places `[n]` and images `[n, H, W, 3]` in [0, 1].
 
     Raises:
-      ValueError: for other shapes, and for floats that lie on another scale, such as 0 to 255 or -1 to 1.
+      ValueError: for other shapes and those modes, and for floats on another scale, such as 0 to 255 or -1 to 1.
     """
     if isinstance(images, Image.Image):
         raise ValueError("images must be a sequence, got one image; pass [image]")
@@ -43,10 +44,23 @@ def _pixels(image: Any) -> np.ndarray:
     """One image of a sequence as an array."""
     if not isinstance(image, Image.Image):
         return np.asarray(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"images of mode {image.mode!r} may be on any scale; pass [H, W, 3] floats in [0, 1] or uint8")
+    if image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    elif image.mode == "La":
+        image = image.convert("LA")  # the only mode that it becomes
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB"))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits as 8, those that stand for transparency as white; Pillow would clip them."""
+    values = np.asarray(image)
+    greys = np.where(values == image.info.get("transparency", -1), 255, np.round(values / 257))
+    return Image.fromarray(greys.astype(np.uint8))
 
 
 def _check_shape(array: Any, dimensions: int) -> Any:
