@@ -1,5 +1,7 @@
 """What people hand to a reward as images: arrays of floats and bytes, PIL images of any size and mode."""
 
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -7,7 +9,7 @@ import pytest
 from PIL import Image
 
 import ses_jax
-from ses_jax.rewards.images import batches
+from ses_jax.rewards.images import batches, pairs
 
 SIZES = [(40, 56), (56, 56), (40, 56), (64, 31)]
 
@@ -100,11 +102,30 @@ def test_greys_of_premultiplied_transparency_are_laid_on_white():
         ([Image.new("I", (4, 4))], "mode 'I' may be on any scale; pass"),
         ([Image.new("F", (4, 4))], "mode 'F' may be"),
         (Image.new("RGB", (4, 4)), r"pass \[image\]"),
+        ((image for image in ()), "an array, or a list of arrays and PIL images; got <generator"),
+        (Path("a.png"), r"or a list of arrays and PIL images; got \w+\('a.png'\)"),
+        ("a.png", "or a list of arrays and PIL images; got 'a.png'"),
+        (None, "or a list of arrays and PIL images; got None"),
+        (["a.png"], "'a.png' is no image; open files with PIL.Image.open"),
+        ([None], "None is no image"),
     ],
 )
 def test_what_is_no_image_is_refused(images, message):
     with pytest.raises(ValueError, match=message):
-        batches(images)
+        pairs(images, "a cat")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        *((bad, "prompts must be strings, got") for bad in (5, None, [5], [None], b"a cat", {"a cat": 1})),
+        (["a cat", "\ud83d"], r"the prompt '\\ud83d' is not Unicode: surrogates not allowed at character 0"),
+        ([], "1 images need as many prompts or a single one, got 0"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        pairs(np.zeros((1, 4, 4, 3), np.uint8), prompts)
 
 
 def test_a_little_overshoot_of_a_resize_passes():

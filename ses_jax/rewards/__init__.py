@@ -7,7 +7,7 @@ reward        `Reward`: one or more parts, published scorers or functions of the
 scorers       the published scorers, `KINDS`
 host          calls of users' functions
 mixture       parts to one score
-images        what people hand over as images, as arrays
+images        what people hand over as images and prompts, as arrays and strings
 preprocess    images to the pixels that a scorer sees
 resample      the resize of Pillow, on the device
 """

@@ -19,7 +19,7 @@ from ses_jax.loading.programs import compiled
 from ses_jax.models import target
 from ses_jax.rewards import host, mixture
 from ses_jax.rewards.host import Calls
-from ses_jax.rewards.images import Images, batches
+from ses_jax.rewards.images import Images, pairs
 from ses_jax.rewards.scorers import Scorer
 
 Function = Callable[[Array, Sequence[str]], Any]
@@ -96,19 +96,16 @@ class Reward:
           prompts: one an image, or a single one for all.
 
         Raises:
-          ValueError: for images of other shapes or scales, and unless there is one prompt and one score an image.
+          ValueError: for anything else, for images of other shapes or scales, and unless there is one prompt and one
+            score an image.
         """
         return mixture.plain_sum(self.components(images, prompts), self.weights)
 
     def components(self, images: Images, prompts: str | Sequence[str]) -> np.ndarray:
         """The parts' own scores, float32 `[B, parts]`; takes and raises what `__call__` does."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        count = len(images)
-        if len(prompts) not in (1, count):
-            raise ValueError(f"{count} images need as many prompts or a single one, got {len(prompts)}")
-        prompts = prompts * count if len(prompts) == 1 else prompts
-        scores = np.empty((count, len(self.parts)), np.float32)
-        for places, batch in batches(images):
+        found, prompts = pairs(images, prompts)
+        scores = np.empty((len(prompts), len(self.parts)), np.float32)
+        for places, batch in found:
             columns = [column(part, batch, [prompts[i] for i in places]) for part in self.parts]
             scores[places] = np.stack(columns, axis=1)
         return scores
