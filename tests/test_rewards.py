@@ -1,11 +1,15 @@
 """Rewards as a user calls them: names, functions and mixtures of both, on images and prompts."""
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
 import ses_jax
+from ses_jax.engine import models
 from ses_jax.rewards import spec
 
 PROMPTS = ["a cat", "", "\u732b on a caf\u00e9 table \U0001f431", "many words " * 30]
@@ -100,3 +104,25 @@ def test_unknown_kinds_are_named():
         spec.check({"clip": 1.0, "aesthetics": 2.0})
     with pytest.raises(ValueError, match="at least one part"):
         spec.check({})
+
+
+def judge(weights, **options):
+    @dataclasses.dataclass(**options)
+    class Judge:
+        weights: Any
+
+        def __call__(self, images, prompts):
+            return [0.0] * len(prompts)
+
+    return Judge(weights)
+
+
+def test_a_function_that_is_not_hashable_is_told_how():
+    told = "a Judge can be called but is not hashable; a dataclass is with eq=False or frozen=True"
+    for kind in (judge(1.0), judge(np.ones(2), frozen=True)):
+        with pytest.raises(ValueError, match=f"reward: {told}"):
+            ses_jax.load_reward(kind)
+        with pytest.raises(ValueError, match=f"report: {told}"):
+            models.check_rewards(None, ["clip", kind])
+    for kind in (judge(1.0, frozen=True), judge(np.ones(2), eq=False)):
+        assert ses_jax.load_reward(kind).on_host

@@ -55,6 +55,8 @@ def check_rewards(reward: Any, report: Any) -> RewardSpec | Reward | None:
     """The report as something to load, after both have been checked as far as that goes without loading them."""
     try:
         listed = isinstance(report, Sequence | Set) and not isinstance(report, str)
+        for name in report if listed else ():
+            spec.check_hashable(name, "report")
         if listed and not all(isinstance(name, Hashable) for name in report):
             raise ValueError(f"report={report!r} must be names or functions")
         report = dict.fromkeys(report, 1.0) if listed else report

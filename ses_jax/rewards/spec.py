@@ -93,6 +93,7 @@ def check(kind: Any, setting: str = "reward") -> None:
     """Raises ValueError for a reward that `load_reward` does not know, before anything is loaded."""
     if isinstance(kind, Reward):
         return
+    check_hashable(kind, setting)
     parts = kind if isinstance(kind, Mapping) else {kind: 1.0} if isinstance(kind, Hashable) else None
     if parts is None:
         raise ValueError(f"{setting}={kind!r} is no name, function or mapping of these to weights")
@@ -107,6 +108,18 @@ def check(kind: Any, setting: str = "reward") -> None:
         for title in _titles(name):
             if titles.setdefault(title, name) is not name:
                 raise ValueError(f"{setting} has two parts of the name {title!r}; load one with load_reward(name=...)")
+
+
+def check_hashable(kind: Any, setting: str = "reward") -> None:
+    """Raises ValueError for an object that can be called but is no key of a mixture."""
+    try:
+        hash(kind)
+    except TypeError:
+        if callable(kind):
+            name = type(kind).__name__
+            raise ValueError(
+                f"{setting}: a {name} can be called but is not hashable; a dataclass is with eq=False or frozen=True"
+            ) from None
 
 
 def check_drives(kind: RewardSpec | Reward) -> None:
