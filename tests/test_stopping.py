@@ -129,6 +129,23 @@ def test_an_error_in_the_images_loses_no_search(tmp_path, whole):
     assert names(tmp_path) == RESULT
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("judged", [True, False])
+def test_an_error_in_a_generation_loses_none_before_it(tmp_path, whole, at, judged):
+    """Of the reward, or of the caller's own function."""
+    reward, _ = judge(at if judged else -1, failing)
+    seen = None if judged else lambda generation, *_: failing() if generation == at - 1 else False
+    with pytest.raises(RuntimeError):
+        search(PROMPTS[0], reward, out=tmp_path, on_generation=seen)
+    assert names(tmp_path) == ({".search"} if at > 1 else set())
+    reward, calls = judge(-1, failing)
+    result = search(PROMPTS[0], reward, out=tmp_path, resume=True)
+    assert len(calls) == 3 - (at - 1) + 1  # the other generations, and the images
+    assert result.history == whole.history
+    assert [shot.index for shot in result.film] == [shot.index for shot in whole.film]
+    assert names(tmp_path) == RESULT
+
+
 def test_a_preview_that_no_film_has_leaves_none_of_another_search(tmp_path):
     noise = np.zeros((1, 2, 2), np.float32)
     save_search(tmp_path, noise, [], Image.new("RGB", (2, 2)))
@@ -155,7 +172,7 @@ def test_an_error_has_what_is_finished(tmp_path):
         search(PROMPTS[:3], judge(6, failing)[0], out=tmp_path)
     (first,) = caught.value.results
     assert first.prompt == PROMPTS[0]
-    assert names(tmp_path) == {"000"}
+    assert names(tmp_path) == {"000", ".search"}
     assert ses_jax.SearchResult.load(tmp_path / "000").history == first.history
 
 

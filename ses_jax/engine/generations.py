@@ -1,7 +1,8 @@
 """Runs a search's generations, one compiled step after the other, until its budget is spent or it is to stop."""
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,15 +39,27 @@ class Outcome(NamedTuple):
     last: tuple[int, State]
 
 
+Leave = Callable[[Task, Outcome], None]
+
+
 def run(
-    task: Task, saved: tuple[Path | None, Kept | None], seen: tuple[Work, Report, Watch], stop: Stop
+    task: Task,
+    saved: tuple[Path | None, Kept | None],
+    seen: tuple[Work, Report, Watch],
+    ends: tuple[Stop, Leave],
 ) -> tuple[Task, Outcome]:
-    """Runs generations until the budget is spent, or until it is to stop, `saved` being what `kept.begin` takes.
+    """Runs generations until the budget is spent, or until it is to stop.
+
+    Args:
+      task: what is searched.
+      saved: what `kept.begin` takes.
+      seen: what there is to do for people, how they are told, and what is done with candidates.
+      ends: whether to stop, and what is called with the generations before one that raises.
 
     Returns:
       The task, with the chunk that was found to fit, and the outcome.
     """
-    mesh, (work, report, watch), folder = task.program.model.mesh, seen, saved[0]
+    mesh, (work, report, watch), folder, (stop, leave) = task.program.model.mesh, seen, saved[0], ends
     first, state, parts, films = kept.begin(*saved, initial_state(task))
     state = partition.replicate(mesh, state)
     sight, times, last = watching.recalled(task.program, films, parts), [time.perf_counter()], (0, state)
@@ -56,24 +69,41 @@ def run(
         interrupted = bool(parts) and partition.any_process(mesh, bool(stop) or sight.stop)
         if interrupted:
             break
-        try:
-            task, state, scored = _roomy_step(task, np.int32(index), state)
-        except KeyboardInterrupt:
-            if not parts:
-                raise
-            interrupted, at_once = True, bool(stop)
-            break
-        sight = _looked(task, watch, sight, index, (parts, scored))
+        with _left(leave, task, (last, parts, sight)):
+            try:
+                task, state, scored = _roomy_step(task, np.int32(index), state)
+            except KeyboardInterrupt:
+                if not parts:
+                    raise
+                interrupted, at_once = True, bool(stop)
+                break
+            sight = _looked(task, watch, sight, index, (parts, scored))
         parts.append(watching.numbers(scored))
         if partition.leads(mesh):
             resume.save_films(folder, sight.films)
             resume.save(folder, index + 1, state, parts)
         times.append(time.perf_counter())
         report(_step_of(task, work, state, range(first, index + 1), times))
-    scored = jax.tree.map(lambda *column: np.concatenate(column, axis=1)[:, : task.config.budget], *parts)
     done = first + len(times) - 1
     last = (done, state) if done * task.config.population <= task.config.budget else last
-    return task, Outcome(state, scored, interrupted, at_once, sight.films, last)
+    return task, Outcome(state, _joined(task, parts), interrupted, at_once, sight.films, last)
+
+
+@contextlib.contextmanager
+def _left(leave: Leave, task: Task, done: tuple[tuple[int, State], list[Scored], Sight]) -> Iterator[None]:
+    """Where a reward or the caller's function raises within, what was `done` before is left, if anything was."""
+    last, parts, sight = done
+    try:
+        yield
+    except BaseException:
+        if parts:
+            leave(task, Outcome(last[1], _joined(task, parts), True, False, sight.films, last))
+        raise
+
+
+def _joined(task: Task, parts: Sequence[Scored]) -> Scored:
+    """What was scored within the budget."""
+    return jax.tree.map(lambda *column: np.concatenate(column, axis=1)[:, : task.config.budget], *parts)
 
 
 def _looked(task: Task, watch: Watch, sight: Sight, index: int, scored: tuple[Sequence[Scored], Scored]) -> Sight:

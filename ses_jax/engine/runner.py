@@ -1,6 +1,7 @@
 """Searches for one or more prompts at once: generations, final renders, results."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,11 +100,12 @@ def search_prompts(
     times.append(time.perf_counter())
     work, compiled = _work(config, prompts), ahead.compile_finals(task)
     with progress_bar(work, enabled=progress) as report, host.noting() as notes:
-        saved = state_folder if resume_from_state else None
-        task, outcome = generations.run(task, (saved, begun), (work, report, watch), Stop() if stop is None else stop)
+        saved, unsaved = (state_folder, None) if resume_from_state else (None, state_folder)
+        ends = Stop() if stop is None else stop, functools.partial(_leave_after, unsaved, identity)
+        task, outcome = generations.run(task, (saved, begun), (work, report, watch), ends)
         times.append(time.perf_counter())
         found = finals.find(task, outcome)
-        with _left(None if resume_from_state else state_folder, identity, (task, outcome), stop):
+        with _left(unsaved, identity, (task, outcome), stop):
             keep(found)
             if outcome.at_once:
                 raise KeyboardInterrupt
@@ -139,9 +141,14 @@ def _left(
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # a full disk has been named by then
-            _leave(folder, identity, *searched)
+        _leave_after(folder, identity, *searched)
         raise
+
+
+def _leave_after(folder: Path | None, identity: Mapping[str, Any], task: Task, outcome: Outcome) -> None:
+    """Leaves the state for what raised, which is what matters; a full disk has been named by then."""
+    with contextlib.suppress(OSError):
+        _leave(folder, identity, task, outcome)
 
 
 def _leave(folder: Path | None, identity: Mapping[str, Any], task: Task, outcome: Outcome) -> None:
