@@ -132,7 +132,8 @@ def batch(
     after the generation at hand (a second one ends at once).
 
     Args:
-        prompts: a .txt, .csv, .tsv, .json or .jsonl file; columns named like an option override it for their row.
+        prompts: a .txt, .csv, .tsv, .json or .jsonl file; columns named like an option of candidates or images, such as
+            budget, seed or steps, override it for their row.
         settings: of the searches.
         processes: where many share the work.
         out: the run's folder: a folder a prompt, results.jsonl, summary.json, report.html.

@@ -165,6 +165,9 @@ def test_overrides_are_parsed(name, value, parsed):
         ({"prompt": "a", "guidance": [1]}, r"guidance=\[1\] is not a number"),
         ({"prompt": "a", "standardize": "maybe"}, "standardize='maybe' is not true or false"),
         ({"prompt": "a", "wavelet": 2}, "wavelet=2 is not text"),
+        ({"prompt": "a", "Reward": "hps"}, "column 'reward' is a setting of a whole run; set it there, or rename"),
+        ({"prompt": "a", "model": "x"}, "column 'model' is a setting of a whole run"),
+        ({"prompt": "a", "load": {}}, "column 'load' is a setting of a whole run"),
     ],
 )
 def test_a_bad_row_is_noted_and_the_others_stay(record, message):

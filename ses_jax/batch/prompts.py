@@ -1,8 +1,9 @@
 """Prompt files as rows of a batch run: `.txt`, `.csv`, `.tsv`, `.json` and `.jsonl`.
 
 A row has a prompt, perhaps an `id`, overrides (columns named like a field of `SearchConfig`) and metadata (all other
-columns). The files of GenEval, DrawBench, PartiPrompts and HPD v2 are read as they are published. What is wrong with
-one row is noted in that row; only what makes the whole file meaningless is an error.
+columns, but for names of settings that hold for a whole run). The files of GenEval, DrawBench, PartiPrompts and HPD v2
+are read as they are published. What is wrong with one row is noted in that row; only what makes the whole file
+meaningless is an error.
 """
 
 import codecs
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.config import Placement, RunConfig, SearchConfig
 from ses_jax.engine.placement import check_path
 from ses_jax.engine.settings import check_text, fields, read, shown
 
@@ -31,6 +32,7 @@ FORMATS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 _MAX_NAME = 80  # bytes: four times as many are still a name
 _MAX_DEPTH = 64
 _SETTINGS = fields(SearchConfig)
+_OF_RUN = fields(RunConfig, Placement)
 
 Source = str | os.PathLike[str] | Sequence[Any]
 
@@ -247,6 +249,8 @@ def _row(index: int, record: Any) -> Row:
             raise ValueError(f"the prompt must be a string, got {shown(prompt)}")
         if not check_text(prompt).strip():
             raise ValueError("the prompt is empty")
+        if (wrong := next((key for key in _OF_RUN if key in columns), None)) is not None:
+            raise ValueError(f"column {wrong!r} is a setting of a whole run; set it there, or rename the column")
         return dataclasses.replace(
             row, overrides={key: read(_SETTINGS[key], value) for key, value in overrides.items()}
         )
@@ -279,7 +283,7 @@ def _too_deep(record: Any) -> bool:
 def _column(name: Any) -> str:
     """The name of a column that means something here in lower case, any other as it is."""
     lower = str(name).strip().lower()
-    return lower if lower in (*PROMPT_COLUMNS, "id", *_SETTINGS) else str(name)
+    return lower if lower in (*PROMPT_COLUMNS, "id", *_SETTINGS, *_OF_RUN) else str(name)
 
 
 def _check_unique(rows: Sequence[Row]) -> None:
