@@ -63,10 +63,12 @@ def search(
         dry_run: say what would be done, and do nothing.
     """
     import ses_jax
+    from ses_jax.engine.files import expanded
     from ses_jax.engine.output import STATE
     from ses_jax.engine.saved import picture
 
     words.check_config(config)
+    out = expanded(out)
     if like is not None:
         prompts, index = words.of_like(like, prompts, index)
     prompts = [*prompts, *words.of_file(prompt_file)]
@@ -191,7 +193,7 @@ def generate(
     from ses_jax.engine.result import to_image
     from ses_jax.exports import pictures
 
-    writable_folder(out)
+    out = writable_folder(out)
     named = arguments(settings)
     images = ses_jax.generate(model, list(prompts), noise=noise, **named)
     given = {} if noise is None else {"noise": str(noise)}

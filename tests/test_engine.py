@@ -11,7 +11,7 @@ import toy
 from PIL import Image
 
 import ses_jax
-from ses_jax.engine import generation, output, tasks
+from ses_jax.engine import generation, output, repeat, tasks
 from ses_jax.engine import search as engine
 from ses_jax.searchers import cem, wavelet
 
@@ -424,6 +424,23 @@ def test_paths_that_are_none_are_named():
             output.claim(value, listed=False, resume=False, overwrite=False)
     with pytest.raises(ValueError, match="overwrite='yes' is not true or false"):
         output.claim("a", listed=False, resume=False, overwrite="yes")
+
+
+def test_the_home_folder_may_be_named_by_a_tilde(search, pipeline, reward, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = search(budget=10, out="~/a")
+    loaded = ses_jax.SearchResult.load("~/a")
+    loaded.save("~/b")
+    loaded.plot().save("~/b/plot.svg")
+    image = ses_jax.generate(pipeline, PROMPT, noise="~/a/noise.npy")
+    np.testing.assert_allclose(np.asarray(result.image), np.asarray(image[0]) * 255, atol=0.51)
+    again = search(base_noise="~/a", budget=1)
+    assert again.config["base_noise"]["file"] == str(tmp_path / "a")
+    (tmp_path / "prompts.txt").write_text(PROMPT)
+    settings = {"model": pipeline, "reward": reward, "budget": 1, "progress": False}
+    assert ses_jax.search_many("~/prompts.txt", out="~/run", **settings)["finished"] == 1
+    assert repeat.read("~/a/best.png") == repeat.read(tmp_path / "a" / "best.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "run", "prompts.txt"}
 
 
 def test_unwritable_folder_is_refused(search, tmp_path):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ses_jax.engine.config import Placement, RunConfig, SearchConfig
+from ses_jax.engine.files import expanded
 from ses_jax.engine.placement import check_path
 from ses_jax.engine.settings import check_text, fields, read, shown
 
@@ -87,7 +88,7 @@ def read_rows(prompts: Source, column: str | None = None) -> list[Row]:
       ValueError: for an unknown ending, a file without prompts, or two rows with the same id.
     """
     if isinstance(prompts, str | os.PathLike):
-        path = Path(check_path(prompts, "prompts"))
+        path = expanded(check_path(prompts, "prompts"))
         if path.suffix.lower() not in FORMATS:
             raise ValueError(f"prompt file {path}: unknown ending {path.suffix!r}; known: {', '.join(FORMATS)}")
         records = _READERS[path.suffix.lower()](path, column)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from ses_jax.engine.files import expanded
 from ses_jax.exports import noises
 from ses_jax.pipelines.base import Pipeline
 
@@ -47,5 +48,5 @@ def read(source: Any) -> Given | None:
     """See `noises.read`; None is None."""
     if source is None:
         return None
-    file = os.path.abspath(source) if isinstance(source, str | os.PathLike) else None
+    file = os.path.abspath(expanded(source)) if isinstance(source, str | os.PathLike) else None
     return Given(noises.read(source), file)

@@ -12,15 +12,20 @@ from typing import Any
 import numpy as np
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path whose `~` is the home folder; what no user has as a home stays."""
+    return Path(os.path.expanduser(path))
+
+
 def writable_folder(folder: str | os.PathLike[str]) -> Path:
-    """Makes sure that `folder` exists and can be written.
+    """The folder, which exists and can be written afterwards.
 
     Raises:
       ValueError: if not.
     """
     if not str(folder):
         raise ValueError("the output folder has no name; '.' is the current one")
-    folder = Path(folder)
+    folder = expanded(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ses_jax.engine import kept, repeat
 from ses_jax.engine import resume as saved_search
-from ses_jax.engine.files import brief, writable_folder
+from ses_jax.engine.files import brief, expanded, writable_folder
 from ses_jax.engine.kept import Kept
 from ses_jax.engine.placement import check_path
 from ses_jax.engine.result import FILES, SearchResult, save_search
@@ -200,7 +200,7 @@ def run_folder(out: str | os.PathLike[str]) -> Path:
     """The folder of a batch run; raises ValueError for what is no path."""
     if not os.fspath(check_path(out, "out")):
         raise ValueError("out has no name; '.' is the current folder")
-    return Path(out)
+    return expanded(out)
 
 
 def _held(folder: Path, other: bool | None) -> str | None:

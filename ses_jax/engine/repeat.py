@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ses_jax.engine.config import SearchConfig
+from ses_jax.engine.files import expanded
 from ses_jax.engine.saved import read_summary
 from ses_jax.exports import pictures
 from ses_jax.exports.pictures import Notes
@@ -171,7 +172,7 @@ def read(path: str | Path) -> dict[str, Any]:
       ValueError: for anything else.
       OSError: if there is no such file.
     """
-    path = Path(path)
+    path = expanded(path)
     path = path / "result.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a picture of ses_jax, or the folder of a result")
@@ -212,7 +213,7 @@ def expand(words: Sequence[str]) -> list[str]:
     for place, word in enumerate(words):
         name, _, value = word.partition("=")
         file = value or (words[place + 1] if place + 1 < len(words) else "")
-        if name == "--like" and Path(file).exists():
+        if name == "--like" and expanded(file).exists():
             return [words[0], *_repeatable(file, words), *words[1:]]
     return words
 

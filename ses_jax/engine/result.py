@@ -14,7 +14,7 @@ from PIL import Image
 
 from ses_jax.engine import repeat, saved
 from ses_jax.engine.cost import Cost
-from ses_jax.engine.files import save_array, writable_folder, write, write_together
+from ses_jax.engine.files import expanded, save_array, writable_folder, write, write_together
 from ses_jax.engine.watching import Shot
 from ses_jax.exports import export, pictures
 from ses_jax.report import grid, page
@@ -133,7 +133,7 @@ class SearchResult:
           FileNotFoundError: naming a file that is not there.
           ValueError: naming a file that is damaged.
         """
-        return cls(**saved.read(Path(folder)))
+        return cls(**saved.read(expanded(folder)))
 
     def facts(self, image: str) -> dict[str, Any]:
         """What the picture "best" or "baseline" says of itself, as plain JSON values."""

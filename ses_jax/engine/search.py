@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from ses_jax.engine.base import Base
 from ses_jax.engine.cases import Case, cases, prompt_list, several
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_reward, check_size
 from ses_jax.engine.denoising import Rows
+from ses_jax.engine.files import expanded
 from ses_jax.engine.finals import Found
 from ses_jax.engine.identity import identity_of, settings_of
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
@@ -275,7 +275,7 @@ def _noise(noise: Any) -> Array | np.ndarray | None:
     if noise is None:
         return None
     if isinstance(noise, str | os.PathLike):
-        return read_noise(Path(check_path(noise, "noise")))
+        return read_noise(expanded(check_path(noise, "noise")))
     if not hasattr(noise, "shape") or not hasattr(noise, "dtype"):
         raise ValueError(f"noise={shown(noise)} is neither an array nor the path of a noise.npy")
     return noise

@@ -26,7 +26,7 @@ def read(source: Any) -> np.ndarray:
       OSError: if a file cannot be read.
     """
     if isinstance(source, str | os.PathLike):
-        array, name = _from_file(Path(source)), f"noise of {source}"
+        array, name = _from_file(Path(os.path.expanduser(source))), f"noise of {source}"
     else:
         # A tensor of torch may lie on another device, and be of a dtype that NumPy does not know.
         source = source.detach().cpu().float() if hasattr(source, "detach") else source

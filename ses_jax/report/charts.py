@@ -2,6 +2,7 @@
 
 import html
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +43,7 @@ class Svg(NamedTuple):
 
     def save(self, path: str | Path) -> None:
         """Writes the file."""
-        Path(path).write_text(self.text, encoding="utf-8")
+        Path(os.path.expanduser(path)).write_text(self.text, encoding="utf-8")
 
 
 class Box(NamedTuple):

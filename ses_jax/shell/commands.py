@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ses_jax.engine import repeat
-from ses_jax.engine.files import writable_folder
+from ses_jax.engine.files import expanded, writable_folder
 from ses_jax.engine.result import export_noise
 from ses_jax.exports import noises
 from ses_jax.shell.options import Quantize
@@ -41,7 +41,7 @@ def convert(
     checkpoint = hub.resolve(source)
     parts = folder.components(checkpoint, FAMILIES)
     how = {"dtype": dtype, "drop_unused": drop_unused, "export": export, "quantize": quantize}
-    folder.convert(checkpoint, out, parts, **how)
+    folder.convert(checkpoint, expanded(out), parts, **how)
     print(f"wrote {out}: {', '.join(name if name != '.' else 'CLIP' for name in parts)}")
 
 

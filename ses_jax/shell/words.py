@@ -11,6 +11,7 @@ import yaml
 
 from ses_jax.batch.prompts import read_rows
 from ses_jax.engine import repeat
+from ses_jax.engine.files import expanded
 
 QUIET, VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
 # Options that are there once for each of their values.
@@ -30,9 +31,9 @@ def expand(words: Sequence[str]) -> tuple[list[str], bool]:
     verbose = any(word in VERBOSE for word in words)
     words = ["--no-progress" if word in QUIET else word for word in words if word not in VERBOSE]
     file = _value_of("--config", words)
-    if file is not None and Path(file).is_file():
+    if file is not None and (file := expanded(file)).is_file():
         given = {word.partition("=")[0] for word in words}
-        words = [words[0], *_options(Path(file), given), *words[1:]]
+        words = [words[0], *_options(file, given), *words[1:]]
     return repeat.expand(words), verbose
 
 
@@ -78,6 +79,7 @@ def check_config(path: Path | None) -> None:
     """Raises ValueError or OSError for what is no file of options."""
     if path is None:
         return
+    path = expanded(path)
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path}: options are in a {', '.join(READERS)} file")
     if not path.is_file():
