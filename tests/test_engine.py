@@ -11,7 +11,7 @@ import toy
 from PIL import Image
 
 import ses_jax
-from ses_jax.engine import generation, output, repeat, tasks
+from ses_jax.engine import generation, output, repeat, tasks, watching
 from ses_jax.engine import search as engine
 from ses_jax.searchers import cem, wavelet
 
@@ -372,6 +372,8 @@ def test_saved_folder(search, tmp_path):
         ({"reward": {}}, "at least one part"),
         ({"model": "no/such/model"}, "no/such/model"),
         ({"prompt": []}, "no prompts"),
+        ({"on_generation": lambda generation: None}, r"called with \(generation, .*, scores\): too many positional"),
+        ({"on_generation": lambda *seen, stop: None}, "missing a required .*argument: 'stop'"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(search, monkeypatch, settings, message):
@@ -381,6 +383,19 @@ def test_bad_input_is_refused_before_any_work(search, monkeypatch, settings, mes
     monkeypatch.setattr(engine, "search_prompts", work)
     with pytest.raises(ValueError, match=message):
         search(**settings)
+
+
+def test_what_is_called_after_a_generation_is_a_function(search):
+    with pytest.raises(ValueError, match="on_generation=3 is not a function"):
+        watching.check_function(3)
+
+    class Enough:
+        __signature__ = object()  # as of some functions in C, nobody can read it
+
+        def __call__(self, *seen):
+            return True
+
+    assert len(search(budget=20, on_generation=Enough()).history) == 10
 
 
 def test_an_unknown_setting_is_named(search, pipeline):

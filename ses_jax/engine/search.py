@@ -34,7 +34,7 @@ from ses_jax.engine.saved import read_noise
 from ses_jax.engine.settings import fields, gather, read, shown, takes
 from ses_jax.engine.stopping import TERMINATED, Stop, noticed
 from ses_jax.engine.tasks import encode, image_params
-from ses_jax.engine.watching import OnGeneration, Watch
+from ses_jax.engine.watching import OnGeneration, Watch, check_function
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.rewards.reward import Reward
@@ -90,6 +90,7 @@ def search(
     run, config, place = gather("search", settings, RunConfig, SearchConfig, Placement)
     asked, listed = cases(prompt, index, seeds, config), seeds is not None or not isinstance(prompt, str)
     report = check_rewards(run.reward, run.report)
+    check_function(on_generation)
     if run.save_candidates and out is None:
         raise ValueError("save_candidates needs out=, the folder that they are saved in")
     given = base.read(base_noise)

@@ -1,6 +1,7 @@
 """What is seen of a search while it runs: the film of its generations, a caller's function, every candidate's files."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from PIL import Image
 from ses_jax.engine import records
 from ses_jax.engine.files import save_array, write
 from ses_jax.engine.program import FILM, Program, Scored, Shown
+from ses_jax.engine.settings import shown
 
 CANDIDATES = "candidates"
 
@@ -34,6 +36,25 @@ class Shot:
 
 
 OnGeneration = Callable[[int, Image.Image, list[float]], Any]
+
+
+def check_function(on_generation: Any) -> None:
+    """Raises ValueError for what cannot be called after a generation, as far as its signature tells."""
+    if on_generation is None:
+        return
+    if not callable(on_generation):
+        raise ValueError(f"on_generation={shown(on_generation)} is not a function")
+    try:
+        signature = inspect.signature(on_generation)
+    except (TypeError, ValueError):  # some of C have none
+        return
+    try:
+        signature.bind(0, None, [])
+    except TypeError as error:
+        raise ValueError(
+            f"on_generation={shown(on_generation)} cannot be called with (generation, best preview so far, scores): "
+            f"{error}"
+        ) from None
 
 
 class Watch(NamedTuple):
