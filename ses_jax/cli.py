@@ -181,7 +181,7 @@ def generate(
         prompts: one or more prompts.
         settings: of the images.
         model: "demo", a folder, or a Hugging Face id.
-        noise: the noise.npy of a search, for one prompt.
+        noise: file of the noise to start from: .npy, .safetensors, .latent or a result's folder.
         out: folder for the images 000.png, 001.png, ...
         image_format: of the images.
     """

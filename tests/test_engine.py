@@ -469,7 +469,7 @@ def test_generate_checks_noise_and_sizes(pipeline):
         ses_jax.generate(pipeline, "a", noise=np.zeros((1, 3, 8, 8), np.float32))
     with pytest.raises(ValueError, match="height=18"):
         ses_jax.generate(pipeline, "a", height=18)
-    with pytest.raises(ValueError, match="noise=5 is neither an array nor the path"):
+    with pytest.raises(ValueError, match="noise=5 is neither an array nor a file"):
         engine._noise(5)
     images = ses_jax.generate(pipeline, ["a", "bb"], height=8, width=12, seed=2)
     assert images.shape == (2, 8, 12, 3)
@@ -479,16 +479,18 @@ def test_generate_takes_the_noise_of_one_image_and_its_file(search, pipeline, tm
     result = search(budget=10, out=tmp_path)
     images = [
         ses_jax.generate(pipeline, PROMPT, noise=noise, steps=4)
-        for noise in (result.noise[None], result.noise, tmp_path / "noise.npy", str(tmp_path / "noise.npy"))
+        for noise in (result.noise[None], result.noise, tmp_path / "noise.npy", str(tmp_path / "noise.npy"), tmp_path)
     ]
     assert images[0].shape == (1, 16, 16, 3)
     for image in images[1:]:
         np.testing.assert_array_equal(image, images[0])
     (tmp_path / "noise.npy").write_bytes(b"no array")
-    with pytest.raises(ValueError, match=r"noise\.npy is damaged"):
+    with pytest.raises(ValueError, match=r"noise\.npy cannot be read: the magic string is not correct"):
         ses_jax.generate(pipeline, PROMPT, noise=tmp_path / "noise.npy")
-    with pytest.raises(FileNotFoundError, match=r"none\.npy does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"none\.npy: no such file"):
         ses_jax.generate(pipeline, PROMPT, noise=tmp_path / "none.npy")
+    with pytest.raises(ValueError, match=r"best\.png: noise is a \.npy, .* or the folder of a result"):
+        ses_jax.generate(pipeline, PROMPT, noise=tmp_path / "best.png")
 
 
 def test_a_pipeline_is_a_short_screen(pipeline):

@@ -18,11 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ses_jax.engine import base, finals, kept, lock, tasks
-from ses_jax.engine.base import Base
+from ses_jax.engine.base import Base, Given
 from ses_jax.engine.cases import Case, cases, prompt_list, several
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_reward, check_size
 from ses_jax.engine.denoising import Rows
-from ses_jax.engine.files import expanded
 from ses_jax.engine.finals import Found
 from ses_jax.engine.identity import identity_of, settings_of
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
@@ -30,7 +29,6 @@ from ses_jax.engine.output import Output, claim
 from ses_jax.engine.placement import check_path
 from ses_jax.engine.result import SearchResult
 from ses_jax.engine.runner import search_prompts
-from ses_jax.engine.saved import read_noise
 from ses_jax.engine.settings import fields, gather, read, shown, takes
 from ses_jax.engine.stopping import TERMINATED, Stop, noticed
 from ses_jax.engine.tasks import encode, image_params
@@ -240,8 +238,8 @@ def generate(
     Args:
       pipeline: a loaded pipeline, or what `load_pipeline` takes.
       prompts: one prompt or `B` prompts.
-      noise: `[B, C, h, w]` initial noise, that of a single prompt also `[C, h, w]`, or the path of the `noise.npy` of a
-        result; None draws the noise that `search` starts from with the same seed.
+      noise: `[B, C, h, w]` initial noise, that of a single prompt also `[C, h, w]`; or the folder of a result, or a
+        file as `search` takes it for `base_noise`. None draws the noise that `search` starts from with the same seed.
       {settings}
 
     Returns:
@@ -259,6 +257,8 @@ def generate(
     size = config.height, config.width
     check_size(pipeline, *size)
     shape = (len(prompts), *pipeline.noise_shape(*size))
+    if isinstance(noise, Given):
+        noise = noise.fit(pipeline, size, len(prompts)).noise
     if noise is None:
         noise, _ = tasks.draws(config.seed, range(len(prompts)), shape[1:])
     if len(prompts) == 1 and noise.ndim == 3:
@@ -271,12 +271,10 @@ def generate(
     return finals.render(pipeline, params, rows, condition, (config, config.chunk or len(prompts)))
 
 
-def _noise(noise: Any) -> Array | np.ndarray | None:
-    """Noise that was handed over, or that of a file."""
-    if noise is None:
-        return None
+def _noise(noise: Any) -> Array | np.ndarray | Given | None:
+    """Noise that was handed over, or what a file or a result's folder has."""
     if isinstance(noise, str | os.PathLike):
-        return read_noise(expanded(check_path(noise, "noise")))
-    if not hasattr(noise, "shape") or not hasattr(noise, "dtype"):
-        raise ValueError(f"noise={shown(noise)} is neither an array nor the path of a noise.npy")
+        return base.read(check_path(noise, "noise"))
+    if noise is not None and not (hasattr(noise, "shape") and hasattr(noise, "dtype")):
+        raise ValueError(f"noise={shown(noise)} is neither an array nor a file or folder with one")
     return noise
