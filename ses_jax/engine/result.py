@@ -150,7 +150,7 @@ class SearchResult:
         """The best preview of each generation, and below it the worst.
 
         Raises:
-          ValueError: where no previews were kept, as with `no_report`.
+          ValueError: where no previews were kept, as with `no_report`, and in a result that was loaded.
         """
         rows = [[shot.image for shot in self.film if shot.best == best] for best in (True, False)]
         return grid.grid([row for row in rows if row])

@@ -14,7 +14,10 @@ def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
       ValueError: if there are none.
     """
     if not any(rows):
-        raise ValueError("there are no previews to show; search with no_report=False")
+        raise ValueError(
+            "there are no previews to show: a search with no_report keeps none, and a result that was loaded has none "
+            "any more; its report.html shows them"
+        )
     width, height = (max(image.size[axis] for row in rows for image in row) for axis in (0, 1))
     columns = max(map(len, rows))
     sheet = Image.new("RGB", (columns * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP), "white")
