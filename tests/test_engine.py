@@ -299,6 +299,8 @@ def test_saved_folder(search, tmp_path):
     loaded = ses_jax.SearchResult.load(folder)
     assert (loaded.summary(), loaded.history) == (result.summary(), result.history)
     np.testing.assert_array_equal(loaded.image, result.image)
+    for file in ("result.json", "best.png"):
+        assert ses_jax.SearchResult.load(folder / file).history == result.history
     names = {"best.png", "baseline.png", "noise.npy", "history.jsonl", "state.npz", "report.html", "result.json"}
     assert {path.name for path in folder.iterdir()} == names
     np.testing.assert_array_equal(np.load(folder / "noise.npy"), result.noise)

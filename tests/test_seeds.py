@@ -22,6 +22,8 @@ def test_seeds_of_a_prompt_give_a_result_each(tmp_path, seeds):
             assert result.history == search(PROMPTS[0], seed=result.config["seed"], index=2).history
     assert {path.name for path in tmp_path.iterdir()} == {"000", "001"}
     assert ses_jax.SearchResult.load(tmp_path / "001").config["seed"] == 0
+    with pytest.raises(FileNotFoundError, match="holds 2 results, each in a folder of its own; load one: 000, 001"):
+        ses_jax.SearchResult.load(tmp_path)
     again = search(PROMPTS[0], seed=seeds, index=2, out=tmp_path, resume=True)
     assert [result.history for result in again] == [result.history for result in found]
     with pytest.raises(ValueError, match=r"finished search with other settings \(seed 0 -> 1\)"):

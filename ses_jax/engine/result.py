@@ -20,7 +20,7 @@ from ses_jax.exports import export, pictures
 from ses_jax.report import grid, page
 from ses_jax.report.charts import Svg
 
-NOISE, HISTORY, REPORT, SUMMARY = "noise.npy", "history.jsonl", "report.html", "result.json"
+NOISE, HISTORY, REPORT, SUMMARY = "noise.npy", "history.jsonl", "report.html", saved.SUMMARY
 # Of the winner, until its image is there.
 PREVIEW = "preview.png"
 # What `SearchResult.save` writes, the last one last; of the pictures, those of one format, and no preview.
@@ -127,13 +127,14 @@ class SearchResult:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "SearchResult":
-        """The result that `save` wrote to a folder.
+        """The result that `save` wrote to a folder; a file in it stands for the folder.
 
         Raises:
-          FileNotFoundError: naming a file that is not there.
+          FileNotFoundError: naming a file that is not there, and the subfolders where the results of a list are.
           ValueError: naming a file that is damaged.
         """
-        return cls(**saved.read(expanded(folder)))
+        folder = expanded(folder)
+        return cls(**saved.read(folder.parent if folder.is_file() else folder))
 
     def facts(self, image: str) -> dict[str, Any]:
         """What the picture "best" or "baseline" says of itself, as plain JSON values."""

@@ -12,7 +12,9 @@ from PIL import Image
 from ses_jax.engine.cost import Cost, Spent
 from ses_jax.exports.pictures import FORMATS
 
+SUMMARY = "result.json"
 PICTURES = ("best", "baseline")
+SHOWN = 5  # of many names
 SCORES = ("baseline_score", "score", "baseline_final_score", "final_score")
 TIMINGS = ("encode", "search", "render", "images_per_second")
 
@@ -24,7 +26,8 @@ def read(folder: Path) -> dict[str, Any]:
       FileNotFoundError: naming a file that is not there.
       ValueError: naming a file that is damaged, and what is wrong with it.
     """
-    summary = read_summary(folder / "result.json")
+    _check_single(folder)
+    summary = read_summary(folder / SUMMARY)
     scores = {name: math.nan if summary[name] is None else float(summary[name]) for name in SCORES}
     spent = {name: Spent(**values) for name, values in summary["cost"].items()}
     image, baseline = (_intact(picture(folder, name), _image) for name in PICTURES)
@@ -41,6 +44,15 @@ def read(folder: Path) -> dict[str, Any]:
         "interrupted": summary["interrupted"],
         "notes": tuple(summary.get("notes", ())),
     }
+
+
+def _check_single(folder: Path) -> None:
+    """Raises FileNotFoundError for the folder of a list or a batch run."""
+    if (folder / SUMMARY).exists() or not folder.is_dir():
+        return
+    if held := sorted(path.parent.name for path in folder.glob(f"*/{SUMMARY}")):
+        names = ", ".join(held[:SHOWN]) + (", ..." if len(held) > SHOWN else "")
+        raise FileNotFoundError(f"{folder} holds {len(held)} results, each in a folder of its own; load one: {names}")
 
 
 def picture(folder: Path, name: str) -> Path:
