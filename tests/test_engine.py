@@ -1,5 +1,6 @@
 """The search's contract: what is scored, what wins, what repeats, what compiles, what is refused."""
 
+import dataclasses
 import json
 import math
 
@@ -316,6 +317,12 @@ def test_saved_folder(search, tmp_path):
     assert json.loads((folder / "result.json").read_text()) == saved
     search(out=folder, seed=1, overwrite=True)
     assert {path.name for path in folder.iterdir()} == names
+
+
+def test_a_result_is_a_short_line(search):
+    result = dataclasses.replace(search(budget=2), score=2.0, baseline_score=1.0, baseline_final_score=math.nan)
+    scores = f"preview 1.0000 -> 2.0000, final nan -> {result.final_score:.4f}"
+    assert repr(result) == f"SearchResult('a bright image': {scores}, 2 of 2 candidates, 16 x 16 pixels)"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from PIL import Image
 from ses_jax.engine import repeat, saved
 from ses_jax.engine.cost import Cost
 from ses_jax.engine.files import expanded, save_array, writable_folder, write, write_together
+from ses_jax.engine.settings import shown
 from ses_jax.engine.watching import Shot
 from ses_jax.exports import export, pictures
 from ses_jax.report import grid, page
@@ -70,6 +71,15 @@ class SearchResult:
     interrupted: bool = False
     notes: tuple[str, ...] = ()
     film: Sequence[Shot] = ()
+
+    def __repr__(self) -> str:
+        """One line; what is in the attributes would be hundreds."""
+        width, height = self.image.size
+        return (
+            f"SearchResult({shown(self.prompt)}: preview {self.baseline_score:.4f} -> {self.score:.4f}, final "
+            f"{self.baseline_final_score:.4f} -> {self.final_score:.4f}, {len(self.history)} of "
+            f"{self.config.get('budget')} candidates, {width} x {height} pixels)"
+        )
 
     def summary(self) -> dict[str, Any]:
         """Everything but images, noise and history, as plain JSON values; a score that is not finite is None."""
