@@ -19,7 +19,7 @@ from ses_jax.rewards.host import origin
 from ses_jax.shell import errors, words
 from ses_jax.shell.commands import convert, doctor, export, models, show, studio
 from ses_jax.shell.dry_run import print_dry_run
-from ses_jax.shell.options import PlanOptions, Quantize, RenderOptions, SearchOptions, arguments
+from ses_jax.shell.options import PlanOptions, Quantize, RenderOptions, SearchOptions, arguments, rendered_with
 
 Text = Annotated[str, tyro.conf.Positional]
 Texts = Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -196,10 +196,10 @@ def generate(
     out = writable_folder(out)
     named = arguments(settings)
     images = ses_jax.generate(model, list(prompts), noise=noise, **named)
-    given = {} if noise is None else {"noise": str(noise)}
+    used = rendered_with(model, named) | ({} if noise is None else {"noise": str(noise)})
     for index, pixels in enumerate(np.asarray(images)):
         size = {"height": pixels.shape[0], "width": pixels.shape[1]}
-        config = {"model": model, "prompt_index": index, **given, **named, **size}
+        config = {"model": model, "prompt_index": index, **used, **size}
         notes = repeat.notes(repeat.facts(prompts[index], config, image="generate"))
         path = out / f"{index:03d}.{image_format}"
         write(path, functools.partial(pictures.save, image=to_image(pixels), kind=image_format, notes=notes))

@@ -7,15 +7,16 @@ import sys
 
 import jax
 import pytest
+import toy
 from PIL import Image
 from rich.console import Console
 
 import ses_jax
 from ses_jax import cli
-from ses_jax.engine import progress
+from ses_jax.engine import progress, repeat
 from ses_jax.engine.progress import Step, Work
 from ses_jax.exports import pictures
-from ses_jax.shell import doctor, dry_run
+from ses_jax.shell import doctor, dry_run, options
 
 CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 WORK = Work("a [red] circle\nof many words " * 9, 40, 4, 2.0)
@@ -240,11 +241,14 @@ def test_generated_pictures_say_how_they_were_made(tmp_path, monkeypatch):
     import numpy as np
 
     monkeypatch.setattr(ses_jax, "generate", lambda model, prompts, **_: np.zeros((len(prompts), 8, 16, 3)))
+    monkeypatch.setattr(options, "find_pipeline", lambda *_: toy.pipeline())
     arguments = ["generate", "a", "b", "--seed", "3", "--image-format", "webp", "--out", str(tmp_path)]
     assert cli.main(arguments) == 0
     notes = pictures.read(tmp_path / "001.webp")
     assert (notes.facts["prompt"], notes.facts["config"]["prompt_index"]) == ("b", 1)
-    assert "Seed: 3, Size: 16x8, Model: demo" in notes.parameters
+    assert "Steps: 4, Sampler: Euler, CFG scale: 0.0, Seed: 3, Size: 16x8, Model: demo" in notes.parameters
+    nothing = {name: value for name, value in notes.facts["config"].items() if name != "guidance"}
+    assert "CFG" not in repeat.parameters({**notes.facts, "config": nothing})
     assert Image.open(tmp_path / "000.webp").size == (16, 8)
     assert cli.main(["show", str(tmp_path / "000.webp")]) == 0
     assert cli.main(["search", "--like", str(tmp_path / "000.webp")]) == 2

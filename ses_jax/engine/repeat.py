@@ -53,11 +53,11 @@ def notes(about: Facts) -> Notes:
 def parameters(about: Facts) -> str:
     """The text that viewers know: the prompt, the negative prompt, and a line of settings."""
     config = about["config"]
-    guidance = config.get("guidance")
+    guidance = None if config.get("guidance") is None else json.dumps(config["guidance"])
     settings = {
         "Steps": config.get("steps"),
         "Sampler": "Euler",
-        "CFG scale": json.dumps(guidance).replace('"', "").replace(",", ";"),
+        "CFG scale": guidance and guidance.replace('"', "").replace(",", ";"),
         "Seed": config.get("seed"),
         "Size": f"{config.get('width')}x{config.get('height')}",
         "Model": config.get("model"),

@@ -4,14 +4,15 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from json import loads
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig
-from ses_jax.engine.settings import fields, read
+from ses_jax.engine.models import find_pipeline
+from ses_jax.engine.settings import fields, gather, read
 from ses_jax.planner.plan import PLANNED
 from ses_jax.rewards.host import raised_by
 
@@ -111,6 +112,13 @@ def arguments(chosen: Any) -> dict[str, Any]:
     if "report" in given:
         given["report"] = {parse_part(name): 1.0 for name in given["report"]} or None
     return given
+
+
+def rendered_with(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`, with the defaults of the model that it has just loaded filled in, as JSON has them."""
+    config, place = gather("generate", given, RenderConfig, Placement)
+    pipeline = find_pipeline(model, place.mesh, **(place.load or {}))  # it is kept from that call
+    return {**given, **config.with_defaults(pipeline).as_json()}
 
 
 def parse_reward(text: str) -> Any:
