@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import toy
 
 import ses_jax
 from ses_jax import cli
@@ -15,7 +16,7 @@ from ses_jax.engine.config import SearchConfig
 from ses_jax.pipelines.registry import abstract_pipeline
 from ses_jax.planner import advice, devices, footprint, need, tables
 from ses_jax.planner.need import Machine
-from ses_jax.planner.plan import plan_on
+from ses_jax.planner.plan import check_model, plan_on
 from ses_jax.planner.workload import Work
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -190,6 +191,11 @@ def test_bad_input(options, message):
 def test_an_unknown_model():
     with pytest.raises(ValueError, match=r"known: .*Z-Image"):
         ses_jax.plan("nobody/nothing")
+
+
+def test_a_loaded_pipeline_is_asked_for_by_its_folder():
+    with pytest.raises(ValueError, match="model is a loaded pipeline; pass its name or folder, 'toy'"):
+        check_model(toy.pipeline())
 
 
 def test_shell(capsys):

@@ -16,7 +16,7 @@ from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.settings import takes
 from ses_jax.loading import partition
 from ses_jax.models import quantized
-from ses_jax.pipelines.base import TOKEN_BUCKETS
+from ses_jax.pipelines.base import TOKEN_BUCKETS, Pipeline
 from ses_jax.pipelines.registry import abstract_pipeline
 from ses_jax.planner import compilation, devices, footprint, tables
 from ses_jax.planner.advice import changes, memory_fraction
@@ -135,6 +135,7 @@ def plan(
         raise ValueError(f"utilization={utilization} must lie in (0, 1]")
     if not 1 <= tokens <= TOKEN_BUCKETS[-1]:
         raise ValueError(f"tokens={tokens} must be at least 1 and at most {TOKEN_BUCKETS[-1]}, what models read")
+    check_model(model)
     share = devices.device(device).utilization if utilization is None else utilization
     machine = Machine(device, mesh, offload_text_encoder, share)
     target = machine.to_compile_for() if compile else None
@@ -150,6 +151,12 @@ def plan(
     work = Work(pipeline, config, tokens)
     planned = plan_on(work, machine)
     return _compiled(planned, work, machine) if compile else planned
+
+
+def check_model(model: Any) -> None:
+    """Raises ValueError for a loaded pipeline, which lies on devices and in bits that are not those of the plan."""
+    if isinstance(model, Pipeline):
+        raise ValueError(f"model is a loaded pipeline; pass its name or folder, {str(model.folder)!r}")
 
 
 def _say_unused(machine: Machine) -> None:
