@@ -1,10 +1,12 @@
 """Batch runs: what they write, what each row draws, what fails alone, what goes on after which kind of end."""
 
+import dataclasses
 import itertools
 import json
 import os
 
 import batch_runs
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -15,6 +17,7 @@ from ses_jax import cli
 from ses_jax.batch import progress, prompts, run_folder
 from ses_jax.batch import run as batch
 from ses_jax.engine import files, models, output
+from ses_jax.rewards.reward import Part, Reward
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +401,8 @@ def test_names_of_models_and_rewards_are_the_same_in_every_process():
     assert batch._name("pick") == "pick"
     assert batch._name({"pick": 1.0, toy.brightness: 0.5}) == {"pick": 1.0, "toy:brightness": 0.5}
     assert batch._name(toy.brightness()) == "brightness"
+    scorer = dataclasses.replace(toy.scorer("clip", jnp.mean), source="org/clip")
+    assert batch._name(Reward((Part("clip", scorer=scorer),))) == 'clip {"clip": "org/clip"}'
     assert batch._name(None) is None
 
 

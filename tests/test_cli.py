@@ -100,7 +100,7 @@ def test_models_lists_every_model_and_reward(capsys):
         (["search", "half \udcff"], r"the text 'half \udcff' is not Unicode"),
         (["search", "x", "--budget", str(10**30)], "must be less than 2147483648"),
         (["generate", "x", "--steps", "0"], "steps=0 must be at least 1"),
-        (["generate", "x", "--noise", "none.npy"], "none.npy does not exist"),
+        (["generate", "x", "--noise", "none.npy"], "none.npy: no such file"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_two(tmp_path, capsys, arguments, message):

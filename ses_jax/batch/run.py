@@ -140,7 +140,8 @@ def _name(thing: Any) -> Any:
         changes = f" {json.dumps(thing.changes)}" if thing.changes else ""
         return f"{thing.family} {thing.folder}{changes}"
     if isinstance(thing, Reward):
-        return {part.name: [part.weight, thing.sources.get(part.name)] for part in thing.parts}
+        sources = {name: source for name, source in thing.sources.items() if source}
+        return thing.name + (f" {json.dumps(sources)}" if sources else "")
     if isinstance(thing, Mapping):
         return {_name(part): weight for part, weight in thing.items()}
     return f"{getattr(thing, '__module__', '')}:{getattr(thing, '__qualname__', type(thing).__qualname__)}"
