@@ -61,7 +61,7 @@ def test_two_processes_of_a_cluster_share_the_prompts(tmp_path, alone):
 
 
 def test_a_mesh_may_span_processes(tmp_path):
-    """All run the same search and end with the same scores; one of them writes."""
+    """All run the same search and end with the same scores; one of them writes, and calls what scores on the host."""
     meshes = ["model=2", "data=2"]
     folder = tmp_path / "model"
     sizes = oracle.ZImageSizes(
@@ -84,14 +84,21 @@ def test_a_mesh_may_span_processes(tmp_path):
         )
         for arguments in (spanning | {"connect": connect | {"process_id": i}} for i in range(2))
     ]
+    judged = []
     for process in running:
         out, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
-        for line in out.splitlines()[-len(meshes) :]:
+        *of_meshes, last = out.splitlines()[-len(meshes) - 1 :]
+        judged.append(json.loads(last))
+        for line in of_meshes:
             for ours, alone in zip(json.loads(line), expected, strict=True):
                 np.testing.assert_allclose(ours, [row["score"] for row in alone.history], rtol=1e-4, atol=1e-4)
     for mesh in meshes:
         assert sorted(path.name for path in (tmp_path / mesh).iterdir()) == ["000", "001"]
+    (scores, *leading), (same, *other) = judged
+    assert scores == same
+    assert leading == [4, "judge is down"]
+    assert other == [0, "the process that leads the mesh failed with RuntimeError: judge is down"]
 
 
 def test_four_processes_lose_two_and_two_others_finish(tmp_path, alone):

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from ses_jax.engine import generation, kept, memory, records, watching
+from ses_jax.engine import generation, hosted, kept, memory, records, watching
 from ses_jax.engine.config import RenderConfig
 from ses_jax.engine.denoising import Rows
 from ses_jax.engine.generations import Outcome
@@ -18,7 +18,6 @@ from ses_jax.engine.stopping import waited_for
 from ses_jax.engine.tasks import Task, model_of
 from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
-from ses_jax.rewards import device_parts
 
 
 class Found(NamedTuple):
@@ -79,9 +78,8 @@ def finals(task: Task, pipeline: Pipeline, winners: Float[np.ndarray, "p c h w"]
     noise = np.stack([winners, np.asarray(task.noise)], axis=1).reshape(-1, *winners.shape[1:])
     owner = np.repeat(np.arange(len(prompts), dtype=np.int32), 2)
     images = render(pipeline, task.params[0], Rows(noise, owner), inputs.condition, (task.config, program.chunk))
-    device = np.asarray(generation.score(program, task.params, inputs, images, owner))
-    texts = [prompt for prompt in prompts for _ in range(2)]
-    components = device_parts.host_components(task.reward, device, images, texts)
+    device = generation.score(program, task.params, inputs, images, owner)
+    components = hosted.row_components(task, images, device, count=2)
     return Finals(*(np.asarray(x).reshape(len(prompts), 2, *x.shape[1:]) for x in (images, components)))
 
 

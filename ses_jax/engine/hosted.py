@@ -1,6 +1,6 @@
 """A generation of a reward with parts on the host: compiled programs, and the host between them."""
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from ses_jax.engine import generation, looks, previews
 from ses_jax.engine.looks import Field
 from ses_jax.engine.program import Inputs, Program, Scored, State
 from ses_jax.engine.tasks import Task
+from ses_jax.loading import partition
 from ses_jax.loading.programs import compiled
 from ses_jax.rewards import device_parts
 
@@ -24,7 +25,7 @@ def step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:
         components, seen, shown = _looked(task, index, points)
     else:
         points, device, images = generation.candidates(program, task.params, inputs, index, state)
-        components = _by_prompt(task, _scored(task, images, device, program.evaluated))
+        components = _by_prompt(task, row_components(task, images, device, program.evaluated))
         shown = None if program.shown is None else _by_prompt(task, generation.pixels(program.shown.side, images))
     new, scored = generation.update(program, inputs, index, state, points, components)
     noise = generation.noise_of(program, inputs, points) if program.shown and program.shown.noise else None
@@ -52,13 +53,19 @@ def _components(task: Task, images: Array, device: Array) -> Float[Array, "p m p
     prompts, count = images.shape[:2]
     # Not -1: there may be no columns.
     rows, columns = (x.reshape(prompts * count, *x.shape[2:]) for x in (images, device))
-    return _by_prompt(task, _scored(task, rows, columns, count))
+    return _by_prompt(task, row_components(task, rows, columns, count))
 
 
-def _scored(task: Task, images: Array, device: Array, count: int) -> np.ndarray:
-    """All components of rows, `count` of each prompt."""
-    texts: Sequence[str] = [prompt for prompt in task.prompts for _ in range(count)]
-    return device_parts.host_components(task.reward, np.asarray(device), images, texts)
+def row_components(task: Task, images: Array, device: Array, count: int) -> Float[np.ndarray, "b parts"]:
+    """All components of rows, `count` of each prompt; of processes that share a mesh one calls users' functions.
+
+    Two calls of a function need not give the same, and of different scores each process would make another state.
+    """
+    texts, columns = [prompt for prompt in task.prompts for _ in range(count)], np.asarray(device)
+    compute = functools.partial(device_parts.host_components, task.reward, columns, images, texts)
+    if not task.reward.on_host:
+        return compute()
+    return partition.by_leader(task.program.model.mesh, (len(texts), len(task.reward.parts)), compute)
 
 
 def _by_prompt(task: Task, rows: Any) -> Array:

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,8 @@ from ses_jax.models import quantized, target
 
 DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)
+# Bytes of an error that other processes are told.
+WORDS = 1000
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 AnyMesh = Mesh | AbstractMesh
@@ -208,6 +210,31 @@ def any_process(mesh: Mesh | None, value: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
+def by_leader(mesh: Mesh | None, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `compute` gives, float32 of a shape; called in one of the processes that share a mesh, which all get it.
+
+    Raises:
+      RuntimeError: in the other processes, with the words of the error that comes through in that one.
+    """
+    if mesh is None or mesh.is_multi_process is False:
+        return compute()
+    from jax.experimental import multihost_utils
+
+    found, words, error = np.zeros(shape, np.float32), b"", None
+    if leads(mesh):
+        try:
+            found = np.asarray(compute(), np.float32)
+        except BaseException as caught:  # whatever it is, the others wait
+            error, words = caught, f"{type(caught).__name__}: {caught}".encode(errors="replace")[:WORDS]
+    text = np.frombuffer(words.ljust(WORDS, b"\0"), np.uint8)
+    found, text = multihost_utils.broadcast_one_to_all((found, text), is_source=leads(mesh))
+    if error is not None:
+        raise error
+    if words := text.tobytes().rstrip(b"\0"):
+        raise RuntimeError(f"the process that leads the mesh failed with {words.decode(errors='replace')}")
+    return found
 
 
 def loader(mesh: Mesh | None, rules: Rules) -> Any:
