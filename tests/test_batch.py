@@ -359,7 +359,28 @@ def test_a_saved_search_goes_on_in_the_middle(tmp_path):
     assert not list((tmp_path / "out" / output.STATE).iterdir())
 
 
-def test_a_failed_search_is_not_continued(tmp_path):
+@pytest.mark.parametrize(("at_once", "fails_at"), [(1, {3, 6}), (2, {2, 5, 8})])
+def test_a_row_whose_reward_failed_goes_on_where_it_was(tmp_path, at_once, fails_at):
+    """Both fail in their third generation; of two at once, after both have failed together."""
+    calls = []
+
+    def reward(images, prompts):
+        calls.append(prompts)
+        if len(calls) in fails_at:
+            raise RuntimeError("judge is down")
+        return np.asarray(images).mean(axis=(1, 2, 3))
+
+    settings = {"reward": ses_jax.load_reward(reward, traceable=False), "budget": 12, "prompts_at_once": at_once}
+    assert run(PROMPTS[:2], tmp_path / "out", resume=True, **settings)["failed"] == 2
+    before = len(calls)
+    assert run(PROMPTS[:2], tmp_path / "out", resume=True, **settings)["finished"] == 2
+    assert len(calls) - before == 2 * 3  # two generations and the final images
+    run(PROMPTS[:2], tmp_path / "whole", budget=12)
+    assert stable_files(tmp_path / "out") == stable_files(tmp_path / "whole")
+    assert not list((tmp_path / "out" / output.STATE).iterdir())
+
+
+def test_a_search_without_a_score_is_not_continued(tmp_path):
     scores = [np.nan]
 
     def reward(images, prompts):

@@ -25,8 +25,9 @@ from ses_jax.batch.run_folder import Outcome, Run
 from ses_jax.engine import kept, lock, models, output
 from ses_jax.engine import resume as saved_search
 from ses_jax.engine.config import BUDGET, Placement, RunConfig, SearchConfig, check_reward
-from ses_jax.engine.finals import Found
+from ses_jax.engine.finals import Found, NoScoreError
 from ses_jax.engine.identity import identity_of
+from ses_jax.engine.result import SearchResult
 from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.settings import gather, takes
 from ses_jax.engine.stopping import Stop, noticed
@@ -40,6 +41,8 @@ from ses_jax.rewards.reward import Reward
 LOG = logging.getLogger("ses_jax")
 # Settings that change how fast a run is and not what comes out, so that they may change when it goes on.
 _FREE = ("chunk", "offload_text_encoder", "mesh")
+# Errors after which what is saved of a search would only make it fail again.
+_USELESS = (NoScoreError, saved_search.OtherSearchError)
 
 
 class _Work(NamedTuple):
@@ -192,37 +195,22 @@ def _resolved(work: _Work, overrides: Mapping[str, Any]) -> tuple[SearchConfig |
 
 
 def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[Outcome]:
-    """Searches rows at once; where that fails, one by one, so that each fails for itself only."""
+    """Searches rows at once; where that fails, one by one, so that each fails for itself only.
+
+    The next call goes on from what is saved of a row that failed alone, and so takes it alone again.
+    """
     if work.stop:
         work.stop.leave()
-    state = _state_folder(work, rows)
-    folders = [work.run.folder / row.folder for row in rows]
-    identities = [identity_of(work.pipeline, work.reward, config, [row.prompt], [row.index]) for row in rows]
-
-    def keep(found: Found) -> None:
-        if found.interrupted:  # by the next call it is searched to its end
-            work.stop.leave()
-        for place, folder in enumerate(folders):
-            kept.save(folder, identities[place], found.kept and found.kept.of(place))
-
+    state, alone = _state_folder(work, rows), len(rows) == 1
+    begun_alone = work.how.resume and any(_state_folder(work, [row]).exists() for row in rows)
     try:
-        results = search_prompts(
-            work.pipeline,
-            work.reward,
-            config,
-            [row.prompt for row in rows],
-            indices=[row.index for row in rows],
-            state_folder=state,
-            begun=kept.load(folders, identities) if work.how.resume else None,
-            stop=work.stop,
-            keep=keep,
-            watch=Watch(not work.how.no_report, folders=folders if work.how.save_candidates else None),
-        )
+        results = [] if begun_alone and not alone else _results(work, rows, config, state)
     except Exception as error:
         if isinstance(error, OSError) and error.filename and host.origin(error) is None:
             raise  # a full disk stays full for the other rows
-        saved_search.clear(state)
-        if len(rows) == 1:
+        if not alone or isinstance(error, _USELESS):
+            saved_search.clear(state)
+        if alone:
             yield work.run.fail(rows[0], f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             return
         results = []
@@ -233,6 +221,31 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
     for row, result in zip(rows, results, strict=True):
         yield work.run.save(row, result)
     saved_search.clear(state)
+
+
+def _results(work: _Work, rows: Sequence[Row], config: SearchConfig, state: Path | None) -> list[SearchResult]:
+    """The results of rows that are searched at once, not saved yet."""
+    folders = [work.run.folder / row.folder for row in rows]
+    identities = [identity_of(work.pipeline, work.reward, config, [row.prompt], [row.index]) for row in rows]
+
+    def keep(found: Found) -> None:
+        if found.interrupted:  # by the next call it is searched to its end
+            work.stop.leave()
+        for place, folder in enumerate(folders):
+            kept.save(folder, identities[place], found.kept and found.kept.of(place))
+
+    return search_prompts(
+        work.pipeline,
+        work.reward,
+        config,
+        [row.prompt for row in rows],
+        indices=[row.index for row in rows],
+        state_folder=state,
+        begun=kept.load(folders, identities) if work.how.resume else None,
+        stop=work.stop,
+        keep=keep,
+        watch=Watch(not work.how.no_report, folders=folders if work.how.save_candidates else None),
+    )
 
 
 def _state_folder(work: _Work, rows: Sequence[Row]) -> Path | None:

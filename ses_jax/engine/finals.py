@@ -20,6 +20,10 @@ from ses_jax.loading import partition
 from ses_jax.pipelines.base import Pipeline
 
 
+class NoScoreError(ValueError):
+    """A prompt has no finite score: there is no winner, and nothing that is worth going on from."""
+
+
 class Found(NamedTuple):
     """What a search has found before its images are rendered.
 
@@ -51,7 +55,7 @@ class Finals(NamedTuple):
 
 
 def find(task: Task, outcome: Outcome) -> Found:
-    """The winners' noise and the histories; raises ValueError where a prompt has no finite score."""
+    """The winners' noise and the histories; raises NoScoreError where a prompt has no finite score."""
     histories = [_history(task, outcome.scored, i) for i in range(len(task.prompts))]
     winners = generation.winners(task.program.problem.space, outcome.state.best, task.inputs.rest)
     best = [records.winner(history)["index"] for history in histories]
@@ -61,12 +65,12 @@ def find(task: Task, outcome: Outcome) -> Found:
 
 
 def _history(task: Task, scored: Scored, prompt: int) -> list[records.Row]:
-    """The rows of one prompt; raises ValueError if there is no finite score."""
+    """The rows of one prompt; raises NoScoreError if there is no finite score."""
     one = jax.tree.map(lambda x: x[prompt], scored)
     components, names = one.components, [part.name for part in task.reward.parts]
     rows = records.history(names, one, records.total(task.program, components, components), task.config.population)
     if rows[-1]["best"] is None:
-        raise ValueError(
+        raise NoScoreError(
             f"reward {task.reward.name!r} gave no finite score in {len(rows)} candidates; check the reward"
         )
     return rows

@@ -30,11 +30,15 @@ IDENTITY, FILM = "search.json", "film.npz"
 FOREIGN = "the saved state is that of another search"
 
 
+class OtherSearchError(ValueError):
+    """A folder holds another search than the one that is to go on."""
+
+
 def begin(folder: Path | None, identity: Mapping[str, Any]) -> None:
     """Makes a folder ready for a search, or for going on with the same one.
 
     Raises:
-      ValueError: if it holds another search, naming what differs.
+      OtherSearchError: if it holds another search, naming what differs.
     """
     if folder is None:
         return
@@ -42,7 +46,7 @@ def begin(folder: Path | None, identity: Mapping[str, Any]) -> None:
     saved = _identity(file)
     changes = "" if saved is None else differing(saved, identity)
     if changes and not _drop_partial(folder, saved, identity):
-        raise ValueError(f"{folder} holds an unfinished search with other settings ({changes}); remove it first")
+        raise OtherSearchError(f"{folder} holds an unfinished search with other settings ({changes}); remove it first")
     folder.mkdir(parents=True, exist_ok=True)
     write(file, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
 
