@@ -262,6 +262,21 @@ def test_pictures_say_how_they_were_made(found, tmp_path, kind):
         assert ("parameters" in image.info) == (kind == "png")
 
 
+@pytest.mark.parametrize("kind", pictures.FORMATS)
+@pytest.mark.parametrize("length", [24_000, 70_000])
+def test_pictures_of_long_prompts_are_saved_too(tmp_path, kind, length):
+    """A JPEG has room for the facts of the first, and of the second for nothing."""
+    notes = pictures.Notes("x" * length, {"prompt": "x" * length})
+    pictures.save(tmp_path / "long", Image.new("RGB", (4, 4)), kind, notes)
+    if kind != "jpeg":
+        assert pictures.read(tmp_path / "long") == notes
+    elif length < 65_000:
+        assert pictures.read(tmp_path / "long") == notes._replace(parameters="")
+    else:
+        with pytest.raises(ValueError, match="does not say how it was made"):
+            pictures.read(tmp_path / "long")
+
+
 def test_pictures_of_others_are_refused(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "other.png")
     with pytest.raises(ValueError, match="does not say how it was made"):

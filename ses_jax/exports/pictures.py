@@ -2,9 +2,12 @@
 
 "parameters"  the text of the prompt and the settings: in a PNG a text chunk, else the user comment of Exif
 "ses_jax"     everything as JSON: in a PNG a text chunk, else the description of Exif
+
+A JPEG has no room for more than 64 KB of Exif: of very long prompts it goes without the text, or without both.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,8 @@ FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 QUALITY = {"png": {}, "jpeg": {"quality": 95, "subsampling": 0}, "webp": {"quality": 95, "method": 4}}
 _EXIF, _USER_COMMENT, _DESCRIPTION = 0x8769, 0x9286, 0x010E
 _UNICODE = b"UNICODE\0"
+# Bytes of Exif, by kind; a WebP takes any.
+_LARGEST = {"jpeg": 65_533}
 
 
 class Notes(NamedTuple):
@@ -34,10 +39,20 @@ def save(path: Path, image: Image.Image, kind: str, notes: Notes) -> None:
         info.add_text("ses_jax", facts)
         image.save(path, format="PNG", pnginfo=info)
         return
-    exif = Image.Exif()
-    exif[_DESCRIPTION] = facts
-    exif.get_ifd(_EXIF)[_USER_COMMENT] = _UNICODE + notes.parameters.encode("utf-16-be")
+    # The facts last: the search is made again from them.
+    each = (_exif(*texts) for texts in ((notes.parameters, facts), ("", facts), (notes.parameters, ""), ("", "")))
+    exif = next(exif for exif in each if len(exif.tobytes()) <= _LARGEST.get(kind, math.inf))
     image.save(path, format=FORMATS[kind], exif=exif, **QUALITY[kind])
+
+
+def _exif(parameters: str, facts: str) -> Image.Exif:
+    """Exif with these texts; without those that are empty."""
+    exif = Image.Exif()
+    if facts:
+        exif[_DESCRIPTION] = facts
+    if parameters:
+        exif.get_ifd(_EXIF)[_USER_COMMENT] = _UNICODE + parameters.encode("utf-16-be")
+    return exif
 
 
 def read(path: Path) -> Notes:
