@@ -17,6 +17,7 @@ from ses_jax import cli
 from ses_jax.batch import progress, prompts, run_folder
 from ses_jax.batch import run as batch
 from ses_jax.engine import files, models, output
+from ses_jax.engine.result import SearchResult
 from ses_jax.rewards.reward import Part, Reward
 
 
@@ -378,6 +379,19 @@ def test_a_row_whose_reward_failed_goes_on_where_it_was(tmp_path, at_once, fails
     run(PROMPTS[:2], tmp_path / "whole", budget=12)
     assert stable_files(tmp_path / "out") == stable_files(tmp_path / "whole")
     assert not list((tmp_path / "out" / output.STATE).iterdir())
+
+
+def test_a_result_that_cannot_be_saved_fails_alone(tmp_path, monkeypatch):
+    save = SearchResult.save
+
+    def failing(result, folder, **how):
+        if result.prompt == PROMPTS[0]:
+            raise ValueError("too long")
+        return save(result, folder, **how)
+
+    monkeypatch.setattr(SearchResult, "save", failing)
+    assert run(PROMPTS[:2], tmp_path)["finished"] == 1
+    assert [row.get("error") for row in lines(tmp_path / "results.jsonl")] == ["ValueError: too long", None]
 
 
 def test_a_search_without_a_score_is_not_continued(tmp_path):

@@ -206,12 +206,12 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
     try:
         results = [] if begun_alone and not alone else _results(work, rows, config, state)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename and host.origin(error) is None:
-            raise  # a full disk stays full for the other rows
+        if _of_the_disk(error):
+            raise
         if not alone or isinstance(error, _USELESS):
             saved_search.clear(state)
         if alone:
-            yield work.run.fail(rows[0], f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            yield _failed(work.run, rows[0], error)
             return
         results = []
     if not results:
@@ -219,7 +219,7 @@ def _search(work: _Work, rows: Sequence[Row], config: SearchConfig) -> Iterator[
             yield from _search(work, [row], config)
         return
     for row, result in zip(rows, results, strict=True):
-        yield work.run.save(row, result)
+        yield _saved(work.run, row, result)
     saved_search.clear(state)
 
 
@@ -246,6 +246,24 @@ def _results(work: _Work, rows: Sequence[Row], config: SearchConfig, state: Path
         keep=keep,
         watch=Watch(not work.how.no_report, folders=folders if work.how.save_candidates else None),
     )
+
+
+def _saved(run: Run, row: Row, result: SearchResult) -> Outcome:
+    try:
+        return run.save(row, result)
+    except Exception as error:
+        if _of_the_disk(error):
+            raise
+        return _failed(run, row, error)
+
+
+def _failed(run: Run, row: Row, error: Exception) -> Outcome:
+    return run.fail(row, f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+
+
+def _of_the_disk(error: Exception) -> bool:
+    """Whether an error is none of a row's: a full disk stays full for the other rows."""
+    return isinstance(error, OSError) and bool(error.filename) and host.origin(error) is None
 
 
 def _state_folder(work: _Work, rows: Sequence[Row]) -> Path | None:
