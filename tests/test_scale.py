@@ -51,6 +51,21 @@ def test_rewards_on_the_host_see_every_image_with_its_prompt():
     assert_same(ses_jax.search(PROMPTS, prompts_at_once=3, **run), ses_jax.search(PROMPTS, **run))
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_prompts_before_one_without_a_score_are_finished(tmp_path, resume):
+    """As they are one at a time."""
+
+    def judge(images, prompts):
+        return np.where([prompt == PROMPTS[1] for prompt in prompts], np.nan, images.mean(axis=(1, 2, 3)))
+
+    run = {"model": toy.pipeline(), "reward": ses_jax.load_reward(judge, traceable=False), **SETTINGS}
+    with pytest.raises(ValueError, match="gave no finite score in 23 candidates") as caught:
+        ses_jax.search(PROMPTS, prompts_at_once=3, out=tmp_path, resume=resume, **run)
+    assert_same(caught.value.results, [ses_jax.search(PROMPTS[0], **run)])
+    assert [path.name for path in tmp_path.glob("*/result.json")] == ["result.json"]
+    assert ses_jax.SearchResult.load(tmp_path / "000").prompt == PROMPTS[0]
+
+
 def test_a_traceable_function_keeps_its_prompt():
     def length(images, prompts):
         return images.mean(axis=(1, 2, 3)) + len(prompts[0])

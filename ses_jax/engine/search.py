@@ -22,7 +22,7 @@ from ses_jax.engine.base import Base, Given
 from ses_jax.engine.cases import Case, cases, prompt_list, several
 from ses_jax.engine.config import Placement, RenderConfig, RunConfig, SearchConfig, check_reward, check_size
 from ses_jax.engine.denoising import Rows
-from ses_jax.engine.finals import Found
+from ses_jax.engine.finals import Found, NoScoreError
 from ses_jax.engine.identity import identity_of, settings_of
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
 from ses_jax.engine.output import Output, claim
@@ -151,13 +151,24 @@ class Work(NamedTuple):
 def _search_all(work: Work, at_once: int, stop: Stop) -> tuple[list[SearchResult], bool]:
     """The results of all prompts, or of those until it was to stop, and whether it was."""
     results: list[SearchResult] = []
-    for start in range(0, len(work.cases), at_once):
+    places = range(len(work.cases))
+    groups = [places[start : start + at_once] for start in places[::at_once]]
+    while groups:
+        chosen = groups.pop(0)
         try:
-            found, enough = _search_some(work, range(start, min(start + at_once, len(work.cases))), stop)
+            found, enough = _search_some(work, chosen, stop)
         except KeyboardInterrupt as error:
             if not results or stop.terminated:
                 raise _with_results(error, results)  # noqa: B904 (the same error)
             return results, True
+        except NoScoreError as error:
+            if len(chosen) == 1 or stop:
+                raise _with_results(error, results)  # noqa: B904 (the same error)
+            # One by one, so that those before it are finished, as they are without `prompts_at_once`.
+            if work.saves:
+                work.output.forget(chosen[0])
+            groups[:0] = [chosen[place : place + 1] for place in range(len(chosen))]
+            continue
         except BaseException as error:
             raise _with_results(error, results)  # noqa: B904 (the same error)
         results += found
