@@ -371,12 +371,22 @@ def test_a_saved_search_with_other_settings_is_refused(tmp_path):
         ses_jax.search("b", reward=dying_judge(None), **run)
 
 
-def test_several_prompts_are_saved_and_go_on(tmp_path):
-    run = {"model": toy.pipeline(), "prompts_at_once": 2, **SETTINGS}
-    expected = ses_jax.search(PROMPTS, reward=dying_judge(None), **run)
+@pytest.mark.parametrize(("before", "after", "at_once"), [(2, 2, 2), (2, 2, 1), (1, 2, 3), (1, 6, 3)])
+def test_several_prompts_are_saved_and_go_on(tmp_path, before, after, at_once):
+    """Each time in the third generation of some, however many are searched at once before and after."""
+    run, calls = {"model": toy.pipeline(), **SETTINGS}, []
+    expected = ses_jax.search(PROMPTS, reward=dying_judge(None), prompts_at_once=before, **run)
+
+    def judge(images, prompts):
+        calls.append(prompts)
+        return images[..., 0].mean(axis=(1, 2))
+
+    run |= {"out": tmp_path, "resume": True}
     with pytest.raises(KilledError):
-        ses_jax.search(PROMPTS, reward=dying_judge(2), out=tmp_path, resume=True, **run)
-    found = ses_jax.search(PROMPTS, reward=dying_judge(None), out=tmp_path, resume=True, **run)
+        ses_jax.search(PROMPTS, reward=dying_judge(after), prompts_at_once=before, **run)
+    judge = ses_jax.load_reward(judge, traceable=False)
+    found = ses_jax.search(PROMPTS, reward=judge, prompts_at_once=at_once, **run)
+    assert len(calls) == 2 + 4  # one generation and the final images, and all of what was not begun
     assert [scores(result) for result in found] == [scores(result) for result in expected]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000", "001", "002"]
 

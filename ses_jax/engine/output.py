@@ -23,6 +23,7 @@ from ses_jax.engine.files import brief, expanded, writable_folder
 from ses_jax.engine.kept import Kept
 from ses_jax.engine.placement import check_path
 from ses_jax.engine.result import FILES, SearchResult, save_search
+from ses_jax.engine.saved import read_json
 from ses_jax.engine.watching import CANDIDATES
 
 STATE, UNFINISHED = ".search", "unfinished"
@@ -53,6 +54,23 @@ class Output(NamedTuple):
     def state(self, start: int) -> Path | None:
         """Where the search of the prompts from `start` on is saved on its way, or where it is ended early."""
         return self.folder / STATE / f"{start:06d}" if self.folder else None
+
+    def groups(self, count: int, at_once: int) -> list[range]:
+        """Which of `count` prompts are searched at once; what is unfinished goes on with those that it began with."""
+        groups, start, begun = [], 0, self._begun_at_once()
+        while start < count:
+            stop = min(count, start + begun.get(start, at_once), *(place for place in begun if place > start))
+            groups.append(range(start, stop))
+            start = stop
+        return groups
+
+    def _begun_at_once(self) -> dict[int, int]:
+        """How many prompts the unfinished searches that are gone on from have, by the place of their first."""
+        found = {}
+        for folder in (self.folder / STATE).glob("[0-9]*") if self.folder and self.resume else ():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+                found[int(folder.name)] = max(1, len(read_json(folder / saved_search.IDENTITY)["prompts"]))
+        return found
 
     def finished(self, indices: Sequence[int], wanted: Sequence[Mapping[str, Any]]) -> list[SearchResult] | None:
         """The finished results of prompts, if all of them are there.

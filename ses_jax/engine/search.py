@@ -97,7 +97,7 @@ def search(
     config = config.resolve(pipeline)
     check_reward(config, reward)
     start_from = given and given.fit(pipeline, (config.height, config.width), len(asked))
-    at_once = 1 if reward.one_prompt_at_a_time or on_generation or seeds else run.prompts_at_once
+    alone = reward.one_prompt_at_a_time or on_generation or seeds
     asked = tuple(one._replace(config=dataclasses.replace(config, seed=one.config.seed)) for one in asked)
     work = Work(pipeline, reward, asked, output, run, start_from, on_generation)
 
@@ -105,7 +105,8 @@ def search(
     if run.progress and leads and (word := partition.unused(pipeline.mesh)):
         LOG.warning(word)
     with lock.held(output.folder if leads else None), noticed() as stop:
-        results, ended = _search_all(work, at_once, stop)
+        groups = _one_by_one(range(len(asked))) if alone else output.groups(len(asked), run.prompts_at_once)
+        results, ended = _search_all(work, groups, stop)
         if leads and not ended:
             output.clean(len(asked))
     if stop.terminated:
@@ -148,11 +149,9 @@ class Work(NamedTuple):
         return identity_of(self.pipeline, self.reward, config, [prompt], [index], noise)
 
 
-def _search_all(work: Work, at_once: int, stop: Stop) -> tuple[list[SearchResult], bool]:
-    """The results of all prompts, or of those until it was to stop, and whether it was."""
+def _search_all(work: Work, groups: list[range], stop: Stop) -> tuple[list[SearchResult], bool]:
+    """The results of all prompts, by groups at once, or of those until it was to stop, and whether it was."""
     results: list[SearchResult] = []
-    places = range(len(work.cases))
-    groups = [places[start : start + at_once] for start in places[::at_once]]
     while groups:
         chosen = groups.pop(0)
         try:
@@ -167,7 +166,7 @@ def _search_all(work: Work, at_once: int, stop: Stop) -> tuple[list[SearchResult
             # One by one, so that those before it are finished, as they are without `prompts_at_once`.
             if work.saves:
                 work.output.forget(chosen[0])
-            groups[:0] = [chosen[place : place + 1] for place in range(len(chosen))]
+            groups[:0] = _one_by_one(chosen)
             continue
         except BaseException as error:
             raise _with_results(error, results)  # noqa: B904 (the same error)
@@ -175,6 +174,10 @@ def _search_all(work: Work, at_once: int, stop: Stop) -> tuple[list[SearchResult
         if (results[-1].interrupted and not enough) or (stop and len(results) < len(work.cases)):
             return results, True
     return results, False
+
+
+def _one_by_one(chosen: range) -> list[range]:
+    return [range(place, place + 1) for place in chosen]
 
 
 def _search_some(work: Work, chosen: range, stop: Stop) -> tuple[list[SearchResult], bool]:
