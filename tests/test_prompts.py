@@ -284,6 +284,7 @@ def test_other_files_are_refused(tmp_path):
         ("Bäume 木", "Bäume_木"),
         ("results.jsonl", "results_jsonl"),
         ("run.json", "run_json"),
+        ("report.html", "report_html"),
         ("x" * 300, "x" * 80 + "-0d4e2ca9"),
     ],
 )

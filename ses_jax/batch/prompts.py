@@ -65,7 +65,7 @@ class Row:
         name = whole.encode()[:_MAX_NAME].decode(errors="ignore")
         if name != whole:  # what is cut off is told apart by a hash
             name += "-" + hashlib.sha256(self.id.encode(errors="surrogatepass")).hexdigest()[:8]
-        return re.sub(r"\.(jsonl?)$", r"_\1", name.strip(".")) or "_"
+        return re.sub(r"\.(jsonl?|html)$", r"_\1", name.strip(".")) or "_"
 
     def as_json(self) -> dict[str, Any]:
         """The fields as plain JSON values, but for what metadata may hold."""
