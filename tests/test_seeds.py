@@ -64,6 +64,14 @@ def test_what_cannot_be_paired_is_refused(prompt, seeds, message):
         search(prompt, seed=seeds)
 
 
+@pytest.mark.parametrize(("prompt", "index"), [("a", 2**32), (["a", "b"], 2**32 - 1), (["a"], 2**64)])
+def test_a_number_that_chooses_no_draws_is_refused(prompt, index):
+    bound = 2**32 + 1 - len(prompt)
+    with pytest.raises(ValueError, match=f"must be less than {bound}$"):
+        search(prompt, index=index)
+    assert search("a", index=2**32 - 1).config["prompt_index"] == 2**32 - 1
+
+
 def test_only_a_search_takes_several():
     with pytest.raises(ValueError, match=r"seed=\[0, 1\] is not a whole number"):
         ses_jax.generate(PIPELINE, "a", seed=[0, 1])

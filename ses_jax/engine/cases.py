@@ -10,6 +10,9 @@ import numpy as np
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.settings import check_text, shown
 
+# What random draws are chosen by has 32 bits.
+INDICES = 2**32
+
 
 class Case(NamedTuple):
     """A prompt to search.
@@ -36,7 +39,8 @@ def cases(prompt: Any, index: Any, seeds: Sequence[Any] | None, config: SearchCo
     Raises:
       ValueError: for what is no prompt, number or seed, and for prompts and seeds of different numbers.
     """
-    prompts, first = prompt_list(prompt), _whole(index)
+    prompts = prompt_list(prompt)
+    first = _whole(index, 1 if isinstance(prompt, str) else len(prompts))
     if seeds is None:
         return [Case(text, first + place, config) for place, text in enumerate(prompts)]
     configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
@@ -77,12 +81,14 @@ def prompt_list(prompt: Any) -> list[str]:
     return prompts
 
 
-def _whole(index: Any) -> int:
-    """A number of a prompt; raises ValueError for anything else."""
+def _whole(index: Any, count: int) -> int:
+    """The number of the first of so many prompts; raises ValueError for anything else."""
     try:
         index = operator.index(index)
     except TypeError:
         raise ValueError(f"index={shown(index)} is not a whole number") from None
     if index < 0:
         raise ValueError(f"index={index} must be at least 0")
+    if index + count > INDICES:
+        raise ValueError(f"index={shown(index)} must be less than {INDICES - count + 1}")
     return index
