@@ -476,6 +476,8 @@ def test_unwritable_folder_is_refused(search, tmp_path):
 def test_generate_checks_noise_and_sizes(pipeline):
     with pytest.raises(ValueError, match=r"noise has shape \(1, 3, 8, 8\)"):
         ses_jax.generate(pipeline, "a", noise=np.zeros((1, 3, 8, 8), np.float32))
+    with pytest.raises(ValueError, match="noise holds values that are not finite"):
+        ses_jax.generate(pipeline, "a", noise=np.full((1, 3, 16, 16), np.nan, np.float32))
     with pytest.raises(ValueError, match="height=18"):
         ses_jax.generate(pipeline, "a", height=18)
     with pytest.raises(ValueError, match="noise=5 is neither an array nor a file"):

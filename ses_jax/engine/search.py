@@ -261,7 +261,7 @@ def generate(
 
     Raises:
       TypeError: for an unknown setting.
-      ValueError: for sizes that the model cannot make, or noise of another shape.
+      ValueError: for sizes that the model cannot make, and noise of another shape or that is not finite.
     """
     config, place = gather("generate", settings, RenderConfig, Placement)
     prompts = prompt_list(prompts)
@@ -279,6 +279,8 @@ def generate(
         noise = noise[None]
     if noise.shape != shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; {len(prompts)} images of {size} need {shape}")
+    if not jnp.isfinite(jnp.asarray(noise)).all():
+        raise ValueError("noise holds values that are not finite")
     condition = encode(pipeline, prompts, guidance=config.guidance, negative_prompt=config.negative_prompt)
     rows = Rows(jnp.asarray(noise), np.arange(len(prompts), dtype=np.int32))
     params = image_params(pipeline)
