@@ -140,6 +140,15 @@ def test_what_would_be_large_is_not_kept(tmp_path, monkeypatch):
     assert not (tmp_path / kept.STATE).exists()
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_search_that_keeps_nothing_leaves_no_state_of_the_one_it_replaced(tmp_path, finished):
+    search(out=tmp_path, budget=6)
+    if not finished:
+        (tmp_path / "result.json").unlink()
+    search(out=tmp_path, budget=2, overwrite=True)
+    same(search(out=tmp_path, budget=4, resume=True), search(budget=4))
+
+
 def test_a_run_of_many_prompts_goes_on(tmp_path):
     rows = [*({"prompt": prompt} for prompt in PROMPTS[:2]), {"prompt": PROMPTS[2], "budget": 3}]
     batch_runs.run(rows, tmp_path / "whole", budget=9)

@@ -134,6 +134,8 @@ class Output(NamedTuple):
         folder = self.of(index)
         replaces = (folder / FILES[-1]).exists()
         folder = writable_folder(folder / UNFINISHED if replaces else folder)
+        if replaces or not self.resume:  # another search's, and this one may keep none
+            (folder / kept.STATE).unlink(missing_ok=True)
         save_search(folder, *found)
         return folder
 
@@ -153,6 +155,8 @@ class Output(NamedTuple):
         """
         for result, index in zip(results, indices, strict=True):
             folder = result.save(self.of(index), **how)
+            if (folder / UNFINISHED).is_dir() and not self.resume:
+                (folder / kept.STATE).unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 os.replace(folder / UNFINISHED / kept.STATE, folder / kept.STATE)
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
