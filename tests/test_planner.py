@@ -1,5 +1,6 @@
 """Plans: their arithmetic against formulas, what they advise, and the shell."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -142,6 +143,17 @@ def test_a_gpu_that_must_be_filled_takes_more_than_jax_does_by_default(name, sha
     lines = list(advice.memory_fraction(needed, machine(name)))
     assert len(lines) == told
     assert all("XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in line for line in lines)
+
+
+def test_rows_that_compute_for_nothing_are_told(work):
+    def told(population, mesh):
+        changed = Work(work.pipeline, dataclasses.replace(work.config, population=population), 128)
+        return list(advice.idle_rows(changed, machine("v6e", mesh)))
+
+    assert told(10, "data=8") == [
+        "of 16 rows on data=8, 6 compute for nothing: --population 16 makes candidates of them"
+    ]
+    assert told(16, "data=8") == told(10, "data=5,model=2") == told(10, "model=8") == []
 
 
 @pytest.mark.parametrize("name", ["4090", "v5e"])

@@ -71,3 +71,12 @@ def memory_fraction(need: Need, machine: Machine) -> Iterator[str]:
     """A GPU's memory that JAX leaves alone, where what fits needs it."""
     if topologies.platform(machine.name) == "gpu" and max(need) > TAKEN * machine.device.memory:
         yield f"JAX uses {TAKEN:.0%} of a GPU's memory unless told: XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE}"
+
+
+def idle_rows(work: Work, machine: Machine) -> Iterator[str]:
+    """A population that the devices which share it can't share evenly, so that some compute for nothing."""
+    population, data = work.config.population, machine.axes[partition.DATA]
+    idle = -population % data
+    if idle and work.config.population < work.config.budget:
+        full = population + idle
+        yield f"of {full} rows on data={data}, {idle} compute for nothing: --population {full} makes candidates of them"

@@ -19,7 +19,7 @@ from ses_jax.models import quantized
 from ses_jax.pipelines.base import TOKEN_BUCKETS, Pipeline
 from ses_jax.pipelines.registry import abstract_pipeline
 from ses_jax.planner import compilation, devices, footprint, tables
-from ses_jax.planner.advice import changes, memory_fraction
+from ses_jax.planner.advice import changes, idle_rows, memory_fraction
 from ses_jax.planner.need import (
     Machine,
     candidates_seconds,
@@ -59,7 +59,7 @@ class Plan:
       candidate_flops, search_flops: of one candidate, on average where not all get a full preview, and of a whole
         search with its two final images.
       candidate_seconds, search_seconds: expected.
-      advice: what to change so that it fits, best first, or what else it needs to fit; empty if nothing.
+      advice: what to change so that it fits, best first; or, where it does, what else it needs and what it wastes.
       compiled: what the device's compiler says; None where it was not asked.
     """
 
@@ -195,7 +195,7 @@ def plan_on(work: Work, machine: Machine) -> Plan:
         search_flops=work.search_flops(),
         candidate_seconds=search_seconds / config.budget,
         search_seconds=search_seconds + other_seconds(work, machine),
-        advice=tuple(memory_fraction(need, machine) if fits else changes(work, machine)),
+        advice=(*memory_fraction(need, machine), *idle_rows(work, machine)) if fits else tuple(changes(work, machine)),
         quantize=quantized.kind_of(work.pipeline.params),
     )
 
