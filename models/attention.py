@@ -3,11 +3,14 @@
 The kernel follows the device that a program is for (`target`).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ses_jax.models import splash, target
@@ -55,16 +58,12 @@ def attention(
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], q.shape[1], mask.shape[3]))  # cuDNN wants a row a query
     lengths = None if key_lengths is None else jnp.asarray(key_lengths, jnp.int32)
 
+    how = {"mask": mask, "key_value_seq_lengths": lengths, "is_causal": causal}
+
     def attend(queries):
-        return scaled_products(
-            queries,
-            k,
-            v,
-            mask=mask,
-            key_value_seq_lengths=lengths,
-            is_causal=causal,
-            implementation="cudnn" if fused else "xla",
-        )
+        if fused:
+            return by_heads(functools.partial(scaled_products, **how, implementation="cudnn"), queries, k, v)
+        return scaled_products(queries, k, v, **how, implementation="xla")
 
     block = _block(q, k)
     out = attend(q) if causal or block >= q.shape[1] or fused else _in_blocks(attend, q, block)
@@ -81,6 +80,27 @@ def scaled_products(q: jax.Array, k: jax.Array, v: jax.Array, *, bias: jax.Array
     wide = (None if x is None else x.astype(jnp.float32) for x in (q, k, v, bias))
     q32, k32, v32, bias32 = wide
     return jax.nn.dot_product_attention(q32, k32, v32, bias=bias32, **how).astype(q.dtype)
+
+
+def by_heads(attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attend(q, k, v)` on the mesh that the program is for, whose last axis splits heads.
+
+    JAX can't split cuDNN's kernel unevenly. Heads that do not divide are filled up with zeros; where keys are shared by
+    heads, each device takes all of them.
+    """
+    mesh, (count, shared) = target.mesh(), (q.shape[2], k.shape[2])
+    if mesh is None or mesh.size == 1 or (count % (size := mesh.shape[mesh.axis_names[-1]]) == shared % size == 0):
+        return attend(q, k, v)
+    first, last = mesh.axis_names
+    rows = first if len(q) % mesh.shape[first] == 0 else None
+    split = NamedSharding(mesh, PartitionSpec(rows, None, last) if count == shared else PartitionSpec(rows))
+    extra = -count % size if count == shared else 0
+
+    def placed(x):
+        return jax.lax.with_sharding_constraint(jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), split)
+
+    out = attend(*map(placed, (q, k, v)))
+    return jax.lax.with_sharding_constraint(out, split)[:, :, :count]
 
 
 def rotate_interleaved(x: Float[Array, "b s n d"], cos: Angles, sin: Angles) -> Float[Array, "b s n d"]:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ses_jax.loading import partition
 from ses_jax.models import attention as module
 from ses_jax.models import target
-from ses_jax.models.attention import attention
+from ses_jax.models.attention import attention, by_heads
 from ses_jax.models.target import compiled_for
 
 pytestmark = pytest.mark.quick
@@ -180,3 +181,23 @@ def test_a_gpu_s_rotation_has_derivatives_and_maps_over_rows():
         return of
 
     np.testing.assert_allclose(jax.grad(total("gpu"))(x), jax.grad(total("cpu"))(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(6, 6), (8, 8), (8, 4), (6, 2), (8, 2)])
+@pytest.mark.parametrize("rows", [2, 3])
+def test_heads_that_do_not_divide_over_a_mesh(rows, heads, shared):
+    mesh, seen = partition.parse_mesh("data=2,model=4"), []
+    rng = np.random.default_rng(heads)
+    q, k, v = (rng.standard_normal((rows, 9, n, 8)).astype(np.float32) for n in (heads, shared, shared))
+
+    def attend(q, k, v):
+        seen.append((q.shape[2], k.shape[2]))
+        return jax.nn.dot_product_attention(q, k, v)
+
+    @jax.jit
+    def spread(q, k, v):
+        with target.compiled_for(mesh):
+            return by_heads(attend, q, k, v)
+
+    np.testing.assert_allclose(spread(q, k, v), jax.nn.dot_product_attention(q, k, v), atol=1e-5)
+    assert seen == [(8, 8) if (heads, shared) == (6, 6) else (heads, shared)]

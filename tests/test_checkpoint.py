@@ -55,6 +55,13 @@ def test_casts_and_places(tmp_path, params):
     assert seen == {"a/kernel": (2, 3), "a/bias": (3,), "scale": ()}
 
 
+def test_the_default_device_is_where_params_go(tmp_path, params):
+    checkpoint.save(tmp_path / "params", params)
+    with jax.default_device(jax.devices()[3]):
+        restored = checkpoint.restore(tmp_path / "params", shapes(params))
+    assert all(leaf.devices() == {jax.devices()[3]} for leaf in jax.tree.leaves(restored))
+
+
 def test_other_params_are_reported(tmp_path, params):
     checkpoint.save(tmp_path / "params", params)
     wanted = shapes(params)

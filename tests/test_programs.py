@@ -220,7 +220,7 @@ def test_what_a_generation_needs_is_asked_once(monkeypatch):
     config = SearchConfig(budget=4, population=4, elites=2, steps=5).resolve(toy.pipeline())
     task = tasks.prepare(toy.pipeline(), toy.brightness(), config, ["a"], [0])
     asked = []
-    monkeypatch.setattr(memory, "device_room", lambda: 100)
+    monkeypatch.setattr(memory, "device_room", lambda mesh: 100)
     monkeypatch.setattr(memory, "working_bytes", lambda chunk: asked.append(chunk) or 30 * chunk)
     monkeypatch.setattr(tasks, "lower_generation", lambda task, state, chunk: chunk)
     assert tasks.fitted(task).program.chunk == 3

@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import toy
+from jax.sharding import Mesh
 
 import ses_jax
 from ses_jax.engine import generation, generations, memory, output, tasks
@@ -246,7 +247,7 @@ def test_running_out_of_memory_halves_the_chunk_and_changes_no_result(monkeypatc
     expected = ses_jax.search("a", model=pipeline, reward=reward, **SETTINGS)
     step = Exhausted(generation.generation_step, room=3)
     monkeypatch.setattr(generation, "generation_step", step)
-    monkeypatch.setattr(memory, "device_room", lambda: None)
+    monkeypatch.setattr(memory, "device_room", lambda mesh: None)
     with caplog.at_level(logging.WARNING, logger="ses_jax"):
         found = ses_jax.search("a", model=pipeline, reward=reward, **SETTINGS)
     assert step.chunks == [10, 5, 3, 3, 3]
@@ -272,10 +273,31 @@ def test_other_errors_of_the_device_come_through(monkeypatch):
 
 def test_what_lies_on_the_device_takes_room(monkeypatch):
     stats = {"bytes_limit": 1000, "bytes_in_use": 300}
-    monkeypatch.setattr(jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda: stats)])
+    monkeypatch.setattr(partition, "local_device", lambda: types.SimpleNamespace(memory_stats=lambda: stats))
     assert memory.device_room() == int(memory.USABLE * 1000) - 300
     stats.clear()
     assert memory.device_room() is None
+
+
+def test_the_device_of_a_mesh_that_has_least_room_counts(monkeypatch):
+    mesh = partition.parse_mesh("data=2", jax.devices()[2:4])
+    rooms = {device: 100 * device.id for device in jax.devices()}
+    monkeypatch.setattr(memory, "_room", rooms.get)
+    assert memory.device_room(mesh) == 200
+    rooms[jax.devices()[3]] = None
+    assert memory.device_room(mesh) is None
+
+
+def test_processes_that_share_a_mesh_do_not_halve_alone(monkeypatch):
+    mesh, error = (
+        partition.parse_mesh("data=2", jax.devices()[:2]),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    )
+    assert memory.half(mesh, 5, error) == 3
+    monkeypatch.setattr(Mesh, "is_multi_process", True)
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        memory.half(mesh, 5, error)
+    assert raised.value.__notes__ == ["with 5 candidates at a time; pass chunk=3 in every process"]
 
 
 def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog, fresh_programs):
@@ -286,7 +308,7 @@ def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog, fresh_p
     compilations = generation.generation_step.cache_size()
 
     def chunk_under(room):
-        monkeypatch.setattr(memory, "device_room", lambda: room)
+        monkeypatch.setattr(memory, "device_room", lambda mesh: room)
         return tasks.fitted(tasks.prepare(pipeline, reward, config, ["a"], [0]))
 
     task = chunk_under(None)

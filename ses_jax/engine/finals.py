@@ -99,6 +99,4 @@ def render(
         try:
             return jax.block_until_ready(waited_for(generation.render(model, chunk, params, *arrays)))
         except jax.errors.JaxRuntimeError as error:
-            if not memory.is_exhausted(error) or chunk == 1:
-                raise
-            chunk = memory.half(min(chunk, len(rows.owner)))
+            chunk = memory.half(pipeline.mesh, min(chunk, len(rows.owner)), error)

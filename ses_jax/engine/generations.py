@@ -130,9 +130,8 @@ def _roomy_step(task: Task, index: np.int32, state: State) -> tuple[Task, State,
             new, scored = _step(task, index, state)
             return task, new, jax.device_get(waited_for(scored))
         except jax.errors.JaxRuntimeError as error:
-            if not memory.is_exhausted(error) or task.program.chunk == 1:
-                raise
-            task = task._replace(program=task.program._replace(chunk=memory.half(task.program.chunk)))
+            smaller = memory.half(task.program.model.mesh, task.program.chunk, error)
+            task = task._replace(program=task.program._replace(chunk=smaller))
 
 
 def _step(task: Task, index: np.int32, state: State) -> tuple[State, Scored]:

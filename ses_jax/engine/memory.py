@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
+
+from ses_jax.loading import partition
 
 LOG = logging.getLogger("ses_jax")
 # XLA's own bookkeeping and fragmentation need some room.
@@ -36,9 +39,18 @@ def even_part(count: int, most: int | None) -> int:
     return -(-count // -(-count // (most or count)))
 
 
-def device_room() -> int | None:
-    """Bytes that are left on the first local device beside what lies there; None where it doesn't say (CPU)."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+def device_room(mesh: Mesh | None = None) -> int | None:
+    """Bytes that are left beside what lies there on the device that has least; None where one doesn't say (CPU).
+
+    Args:
+      mesh: of which devices, those of other processes that share it included; None is the default device.
+    """
+    devices = [partition.local_device()] if mesh is None else mesh.local_devices
+    return partition.least(mesh, min(map(_room, devices), key=lambda room: -1 if room is None else room))
+
+
+def _room(device: Any) -> int | None:
+    stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return None
     return int(USABLE * stats["bytes_limit"]) - stats.get("bytes_in_use", 0)
@@ -101,8 +113,18 @@ def is_exhausted(error: Exception) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def half(chunk: int) -> int:
-    """The next smaller number of rows to try, with a word to the user."""
+def half(mesh: Mesh | None, chunk: int, error: Exception) -> int:
+    """The next smaller number of rows to try after an error, with a word to the user.
+
+    Raises:
+      Exception: the error, unless memory was short and there is a smaller number; with advice where processes share
+        the mesh, as the others may have had enough memory, and would go on with what they run.
+    """
+    if not is_exhausted(error) or chunk == 1:
+        raise error
+    if mesh is not None and mesh.is_multi_process:
+        error.add_note(f"with {chunk} candidates at a time; pass chunk={math.ceil(chunk / 2)} in every process")
+        raise error
     smaller = math.ceil(chunk / 2)
     LOG.warning("out of memory with %d candidates at a time; going on with %d", chunk, smaller)
     return smaller

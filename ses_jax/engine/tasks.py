@@ -96,7 +96,7 @@ def fitted(task: Task, needed: int | None = None) -> Task:
         known = chunk == rows and needed is not None
         return needed if known else memory.working_bytes(lower_generation(task, state, chunk))
 
-    chunk = memory.fitting_chunk(working, rows, memory.device_room())
+    chunk = memory.fitting_chunk(working, rows, memory.device_room(task.program.model.mesh))
     return task._replace(program=task.program._replace(chunk=chunk))
 
 

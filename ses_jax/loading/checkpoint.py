@@ -14,7 +14,7 @@ import numpy as np
 
 from ses_jax.convert import engine
 from ses_jax.convert.engine import Edits
-from ses_jax.loading import rows
+from ses_jax.loading import partition, rows
 from ses_jax.models import quantized
 from ses_jax.models.quantized import Quantization
 
@@ -160,7 +160,7 @@ def _nested(path: str, leaf: Any) -> Any:
 
 
 def _default_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(partition.local_device())
 
 
 def _check_tree(folder: Path, saved: Any, abstract: Any) -> None:

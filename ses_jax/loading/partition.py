@@ -26,6 +26,7 @@ from ses_jax.models import quantized, target
 
 DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)
+MIB = 2**20
 # Bytes of an error that other processes are told.
 WORDS = 1000
 
@@ -210,6 +211,22 @@ def any_process(mesh: Mesh | None, value: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
+def local_device() -> Any:
+    """JAX's default device, one of this process."""
+    said = jax.config.jax_default_device
+    return said if hasattr(said, "platform") else jax.local_devices(backend=said)[0]
+
+
+def least(mesh: Mesh | None, size: int | None) -> int | None:
+    """The smallest of the sizes in bytes that the processes which share a mesh have; None where one has none."""
+    if mesh is None or mesh.is_multi_process is False:
+        return size
+    from jax.experimental import multihost_utils
+
+    found = multihost_utils.process_allgather(np.int32(-1 if size is None else size // MIB)).min()
+    return None if found < 0 else int(found) * MIB
 
 
 def by_leader(mesh: Mesh | None, shape: tuple[int, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
