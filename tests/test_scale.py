@@ -289,14 +289,11 @@ def test_the_device_of_a_mesh_that_has_least_room_counts(monkeypatch):
 
 
 def test_processes_that_share_a_mesh_do_not_halve_alone(monkeypatch):
-    mesh, error = (
-        partition.parse_mesh("data=2", jax.devices()[:2]),
-        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
-    )
-    assert memory.half(mesh, 5, error) == 3
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    assert memory.half(partition.parse_mesh("data=2", jax.devices()[:2]), 5, error) == 3
     monkeypatch.setattr(Mesh, "is_multi_process", True)
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
-        memory.half(mesh, 5, error)
+        memory.half(partition.parse_mesh("data=2", jax.devices()[4:6]), 5, error)
     assert raised.value.__notes__ == ["with 5 candidates at a time; pass chunk=3 in every process"]
 
 
