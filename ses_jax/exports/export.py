@@ -52,6 +52,7 @@ def adapted(pipe):
     return pipe
 
 
+@torch.no_grad()
 def render(pipe, **more):
     """The image; `more` are arguments of the pipeline."""
     own = {{
