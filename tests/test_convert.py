@@ -681,6 +681,20 @@ def test_command_reads_a_read_only_folder(tiny_folder, tmp_path):
     assert (tmp_path / "out").stat().st_mode & 0o200
 
 
+def test_command_follows_folders_that_are_links(tiny_folder, tmp_path):
+    """Of a checkpoint that shares its parts with another; a link back to the checkpoint itself is not followed."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in tiny_folder.iterdir():
+        (linked / path.name).symlink_to(path)
+    (linked / "itself").symlink_to(linked)
+    main(str(linked), tmp_path / "converted")
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "converted" / name).read_bytes() == (tiny_folder / name).read_bytes()
+    assert not (tmp_path / "converted" / "itself").exists()
+    assert not any(path.is_symlink() for path in (tmp_path / "converted").rglob("*"))
+
+
 def test_command_refuses_what_it_does_not_know(tiny_folder, tmp_path):
     files.write_json(tmp_path / "model_index.json", {"_class_name": "OtherPipeline"})
     with pytest.raises(ValueError, match=r"pipeline class 'OtherPipeline' is not supported; known: .*ZImagePipeline"):

@@ -1,8 +1,9 @@
 """Whole checkpoint folders, published layout to converted and back: networks are converted, small files are copied."""
 
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,11 +87,23 @@ def convert(
 
 def _copy_small_files(source: Path, out: Path) -> None:
     """Copies everything but weights; file by file, because folders may be read-only and files may be links."""
-    for file in source.rglob("*"):
-        name = file.relative_to(source)
-        if file.is_file() and not _is_weights(name):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / name)
+    for name in _small_files(source):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, out / name)
+
+
+def _small_files(folder: Path) -> Iterator[Path]:
+    """What is no weights in a folder, also where a subfolder is a link to that of another checkpoint."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        inside = os.path.realpath(parent)
+        folders[:] = [each for each in folders if not _leads_back(inside, os.path.join(parent, each))]
+        names = (Path(parent, file).relative_to(folder) for file in files)
+        yield from (name for name in names if (folder / name).is_file() and not _is_weights(name))
+
+
+def _leads_back(inside: str, folder: str) -> bool:
+    """Whether a folder is one that holds it."""
+    return Path(inside).is_relative_to(os.path.realpath(folder))
 
 
 def _is_weights(name: Path) -> bool:
