@@ -44,10 +44,13 @@ TABLE = Table(
     ignored=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"),
 )
 
-# Of a whole CLIP a file may have more: FLUX.1 reads the state before the projection.
+# A file may be that of a whole CLIP: FLUX.1 reads the text's state before the projection.
 TEXT_TABLE = Table(
     _text(),
-    ignored=("embeddings.position_ids", "text_projection.weight", "logit_scale"),
+    ignored=(
+        *("embeddings.position_ids", "text_projection.weight", "logit_scale"),
+        *("vision_model.*", "visual_projection.weight"),
+    ),
     prefixes=("text_model.", ""),
 )
 

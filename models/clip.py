@@ -23,6 +23,11 @@ VIT_H = {
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
 }
+# What transformers takes for the entries that a config leaves out; some of its releases leave out those that are so.
+SIZES = {
+    "text": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8},
+    "vision": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
 QUANTIZED = (r"(vision|text)/layers/.*/kernel",)  # of both towers together; the text tower alone is small
 
 
@@ -64,12 +69,13 @@ class TextConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "TextConfig":
-        """Reads the `config.json` of a text tower, or the `text_config` of a CLIP's."""
+        """Reads the `config.json` of a text tower, or of a whole CLIP for its text tower."""
+        text = _tower(config, "text") if "vision_config" in config else SIZES["text"] | dict(config)
         return cls(
-            text=Tower.from_json(config),
-            vocab_size=config.get("vocab_size", 49408),
-            max_length=config.get("max_position_embeddings", 77),
-            eos_token_id=config.get("eos_token_id", 2),
+            text=Tower.from_json(text),
+            vocab_size=text.get("vocab_size", 49408),
+            max_length=text.get("max_position_embeddings", 77),
+            eos_token_id=text.get("eos_token_id", 49407),
         )
 
 
@@ -84,12 +90,19 @@ class Config(TextConfig):
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
-        """Reads a CLIP `config.json`."""
-        vision = config["vision_config"]
+        """Reads a CLIP `config.json`.
+
+        Raises:
+          ValueError: for another kind of model.
+        """
+        kind = config.get("model_type", "clip")
+        if kind != "clip":
+            raise ValueError(f"model type {kind!r} is not supported; expected 'clip'")
+        vision = _tower(config, "vision")
         return cls(
-            **vars(TextConfig.from_json(config["text_config"])),
+            **vars(TextConfig.from_json(_tower(config, "text"))),
             vision=Tower.from_json(vision),
-            projection_dim=config["projection_dim"],
+            projection_dim=config.get("projection_dim", 512),
             image_size=vision.get("image_size", 224),
             patch_size=vision.get("patch_size", 32),
         )
@@ -233,6 +246,12 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def _tower(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
+    """What a CLIP's config says of a tower, defaults included: older ones say it twice, and then the other counts."""
+    older = config.get(f"{tower}_config_dict")
+    return SIZES[tower] | dict((config.get(f"{tower}_config") or {}) if older is None else older)
 
 
 def _open_clip_tower(config: Mapping[str, Any], heads: int, act: str) -> Tower:

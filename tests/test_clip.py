@@ -9,6 +9,7 @@ import oracle
 import oracle_flux1
 import pytest
 import torch
+import transformers
 
 from ses_jax.convert.clip import COMPONENT, TEXT_COMPONENT
 from ses_jax.loading import hub
@@ -139,4 +140,58 @@ def test_the_text_tower_alone_equals_the_reference(act, eos_token_id, gain, tmp_
 def test_unknown_activation_is_refused():
     config = oracle.clip(act="relu").config.to_dict()
     with pytest.raises(ValueError, match="activation 'relu' is not supported; known: quick_gelu, gelu"):
+        clip.Config.from_json(config)
+
+
+CONFIG_STYLES = {
+    "what is a default is left out": {
+        "projection_dim": 768,
+        "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+        "vision_config": {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14},
+    },
+    "nothing but defaults": {"text_config": {}, "vision_config": None},
+    "said twice": {
+        "text_config": {"hidden_size": 64, "num_attention_heads": 2, "hidden_act": "gelu", "eos_token_id": 2},
+        "text_config_dict": {"hidden_size": 96, "num_attention_heads": 3},
+        "vision_config": {"patch_size": 14, "hidden_act": "gelu", "image_size": 336},
+        "vision_config_dict": {"patch_size": 16, "hidden_act": "gelu"},
+    },
+    "the older entries alone": {
+        "text_config": None,
+        "text_config_dict": {"hidden_size": 64},
+        "vision_config_dict": {"patch_size": 14},
+    },
+    "the older entries as null": {"text_config": {"hidden_size": 64}, "text_config_dict": None, "vision_config": {}},
+}
+
+
+@pytest.mark.parametrize("style", CONFIG_STYLES)
+def test_configs_of_any_style_say_what_transformers_reads(style):
+    """Releases of transformers leave out what is a default, or say it under two names."""
+    config = CONFIG_STYLES[style]
+    whole = transformers.CLIPConfig(**config).to_dict()
+    assert clip.Config.from_json(config) == clip.Config.from_json(whole)
+    assert "text_config_dict" not in whole
+    assert whole["text_config"].keys() > clip.SIZES["text"].keys()
+
+
+def test_the_text_tower_of_a_whole_clip(tmp_path):
+    """Of its file and its config: FLUX.1 is often given another CLIP."""
+    whole = oracle.clip()
+    oracle.save_clip(tmp_path / "whole", whole)
+    text = transformers.CLIPTextModel(whole.config.text_config)
+    text.load_state_dict(
+        {n.removeprefix("text_model."): x for n, x in whole.state_dict().items() if n.startswith("text_model.")}
+    )
+    text.save_pretrained(tmp_path / "text")
+    (config, params), expected = (
+        hub.load_component(tmp_path / name, TEXT_COMPONENT, dtype=jnp.float32) for name in ("whole", "text")
+    )
+    assert config == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, params, expected[1])
+
+
+def test_another_kind_of_model_is_named():
+    config = {"model_type": "siglip", "text_config": {}, "vision_config": {}}
+    with pytest.raises(ValueError, match="model type 'siglip' is not supported; expected 'clip'"):
         clip.Config.from_json(config)
