@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ses_jax.convert.damage import damaged
 from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.convert.pickles import open_pickle
 
@@ -119,7 +120,7 @@ def read_metadata(file: Path) -> dict[str, str]:
         with safetensors.safe_open(os.fspath(file), "numpy") as opened:
             return opened.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise ConversionError(f"{file} is truncated or corrupt: {error}") from error
+        raise damaged(file, error) from error
 
 
 def write_weights(
@@ -182,7 +183,7 @@ def _headers(file: Path) -> dict[str, Header]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
             return {name: Header(tuple(s.get_shape()), s.get_dtype(), str(file)) for name, s in slices.items()}
     except (safetensors.SafetensorError, ValueError, OverflowError) as error:
-        raise ConversionError(f"{file} is truncated or corrupt: {error}") from error
+        raise damaged(file, error) from error
 
 
 def _read(file: str, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:

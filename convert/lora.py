@@ -139,10 +139,17 @@ def peft_scale(config: Mapping[str, Any], name: str, rank: int) -> float:
       config: content of the adapter's config: `r`, `lora_alpha`, `alpha_pattern`, `use_rslora`, ...
       name: of the layer, dotted.
       rank: of the layer, whatever `r` and `rank_pattern` say.
+
+    Raises:
+      ValueError: for an alpha that is not a number.
     """
     patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"alpha_pattern={patterns!r} is not an object")
     matched = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
     alpha = config.get("lora_alpha", 8) if matched is None else patterns[matched]
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"lora_alpha={alpha!r} is not a number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

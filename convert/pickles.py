@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from ses_jax.convert.damage import damaged, is_pointer
 from ses_jax.convert.engine import ConversionError, Header, Weights
 
 REMEDY = "convert the file to safetensors where you trust it"
@@ -80,9 +81,11 @@ def _open_with(torch: Any, file: Path) -> Weights:
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named:
             raise _refusal(file, named[1]) from None
+        if is_pointer(file):
+            raise damaged(file, error) from None
         raise ConversionError(f"{file} is corrupt or holds more than tensors: torch refuses it; {REMEDY}") from None
     except Exception as error:  # torch raises anything from RuntimeError to KeyError for damaged files
-        raise _corrupt(file, error) from error
+        raise damaged(file, error) from error
     names = {getattr(torch, dtype): name for dtype, name in TORCH_DTYPES.items()}
     tensors = _state(file, content, torch.Tensor)
     hollow = [name for name, tensor in tensors.items() if not _has_numbers(torch, tensor)]
@@ -123,9 +126,11 @@ def _open(file: Path) -> Weights:
     except ConversionError:
         raise
     except zipfile.BadZipFile as error:
+        if is_pointer(file):
+            raise damaged(file, error) from error
         raise ConversionError(f"{file} is corrupt, or older than torch 1.6; {REMEDY} (or install torch)") from error
     except Exception as error:  # a damaged pickle raises anything
-        raise _corrupt(file, error) from error
+        raise damaged(file, error) from error
     tensors = _state(file, content, _Tensor)
     headers = {name: Header(tensor.shape, tensor.dtype, str(file)) for name, tensor in tensors.items()}
     return Weights(headers, lambda name: _read(file, folder, name, tensors[name]))
@@ -257,7 +262,3 @@ def _state(file: Path, content: Any, tensor: type | Callable) -> Mapping[str, An
 
 def _refusal(file: Path, name: str) -> ConversionError:
     return ConversionError(f"{file} asks to run {name} and is not read further, for safety; {REMEDY}")
-
-
-def _corrupt(file: Path, error: Exception) -> ConversionError:
-    return ConversionError(f"{file} is truncated or corrupt: {(str(error) or repr(error)).splitlines()[0]}")

@@ -24,6 +24,7 @@ from ses_jax.models.config import check
 from ses_jax.pipelines.base import in_chat_template
 from ses_jax.pipelines.registry import load_pipeline
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 DEEP = "[" * 100_000
 ZEROS = "\0" * 50
 
@@ -262,6 +263,8 @@ def test_configs_of_another_kind_are_named(tmp_path, name, entries, message):
         ("ses_jax.json", {"steps": "x"}, r"(?s)make no pipeline.*steps|ses_jax\.json: steps"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": {"a": 1}}, "the tokenizer in .* cannot be read"),
         ("tokenizer/tokenizer_config.json", {"padding_side": "[" * 9999}, "the tokenizer in .* cannot be read.{,205}$"),
+        ("tokenizer/tokenizer.json", POINTER, r"tokenizer\.json is not the file itself but a pointer of Git LFS"),
+        ("vae/diffusion_pytorch_model.safetensors", POINTER, r"vae/.*\.safetensors is not the file itself but a point"),
     ],
 )
 def test_a_checkpoints_small_files_are_named(tmp_path, name, content, message):

@@ -567,6 +567,22 @@ def test_what_peft_says_is_heard(flux1, tmp_path, config, complaint):
         flux1.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ("{", r"lora_adapter_metadata of .*a\.safetensors is not a JSON object"),
+        ("[]", r"lora_adapter_metadata of .*a\.safetensors is not a JSON object"),
+        ('{"transformer.lora_alpha": "4"}', "lora_alpha='4' is not a number"),
+        ('{"transformer.alpha_pattern": 4}', "alpha_pattern=4 is not an object"),
+        ('{"transformer.alpha_pattern": {"to_q": null}}', "lora_alpha=None is not a number"),
+    ],
+)
+def test_what_peft_says_may_be_damaged(flux1, tmp_path, said, complaint):
+    path = save(tmp_path / "a.safetensors", GOOD, {"lora_adapter_metadata": said})
+    with pytest.raises(ConversionError, match=complaint):
+        flux1.load(path)
+
+
 def test_contradicting_scales_are_refused(flux1, tmp_path):
     said = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 4})}
     alpha = {key.replace("lora_A.weight", "alpha"): np.array(1, np.float32) for key in GOOD if "lora_A" in key}

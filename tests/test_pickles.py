@@ -44,6 +44,12 @@ def tensors():
     }
 
 
+def test_a_pointer_in_the_place_of_a_file_is_named(tmp_path, reader):
+    (tmp_path / "weights.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConversionError, match=r"weights\.pt is not the file itself but a pointer of Git LFS"):
+        reader(tmp_path / "weights.pt")
+
+
 @pytest.mark.parametrize("wrap", [dict, lambda t: {"epoch": 3, "name": "x", "state_dict": collections.OrderedDict(t)}])
 def test_tensors_are_read_as_they_are(tmp_path, reader, wrap):
     file = tmp_path / "weights.pt"

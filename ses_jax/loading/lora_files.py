@@ -1,7 +1,6 @@
 """Where adapters come from: a file, a folder that peft or diffusers wrote, or the Hugging Face hub."""
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 
+from ses_jax.convert.damage import json_object
 from ses_jax.convert.engine import Weights
 from ses_jax.convert.files import open_files, read_json, read_metadata
 
@@ -94,7 +94,7 @@ def _configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any
     if file.name == USUAL_FILES[1] and beside.is_file():
         return {"": read_json(beside)}
     configs: dict[str, dict[str, Any]] = {}
-    for key, value in json.loads(metadata.get(PEFT_METADATA, "{}")).items():
+    for key, value in json_object(metadata.get(PEFT_METADATA, "{}"), f"{PEFT_METADATA} of {file}").items():
         network, _, entry = key.partition(".")
         network, entry = (network, entry) if network in NETWORKS else ("", key)
         configs.setdefault(network, {})[entry] = value

@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ses_jax.convert.damage import damaged, is_pointer
 from ses_jax.convert.files import read_json
 
 __all__ = ["load_tokenizer"]
@@ -29,6 +30,8 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer(["a"])  # settings of another kind show when they are used
         return tokenizer
     except Exception as error:  # the library raises anything from OSError to KeyError for damaged files
+        if is_pointer(folder / "tokenizer.json"):
+            raise damaged(folder / "tokenizer.json", error) from error
         reason = " ".join(str(error).split())[:200]  # it may have all of a file in it
         raise ValueError(f"the tokenizer in {folder} cannot be read: {reason}") from error
 
