@@ -161,7 +161,9 @@ def _piece(leaf: np.ndarray, slot: Slot) -> np.ndarray:
 
 def _read(weights: Weights, slot: Slot) -> np.ndarray:
     """What one leaf takes of a published tensor."""
-    if slot.bounds is None or weights.read_part is None:
+    if slot.bounds is None:
+        return weights.read(slot.name).reshape(slot.shape)
+    if weights.read_part is None:
         return weights.read(slot.name)[_index(slot)]
     return weights.read_part(slot.name, _index(slot))
 

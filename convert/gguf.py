@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ses_jax.convert.damage import damaged
 from ses_jax.convert.engine import ConversionError, Header, Weights
 
 PLAIN = ("F32", "F16", "BF16")
@@ -27,15 +28,17 @@ def open_gguf(file: Path) -> Weights:
     gguf = _package(file)
     try:
         reader = gguf.GGUFReader(file)
+        field = reader.get_field("general.architecture")
+        architecture = field and field.contents()
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ConversionError(f"{file} is truncated or corrupt: {error}") from error
-    architecture = reader.get_field("general.architecture")
-    if architecture and architecture.contents() in LANGUAGE_MODELS:
+        raise damaged(file, error) from error
+    if architecture in LANGUAGE_MODELS:
         raise ConversionError(
-            f"{file} is a language model ({architecture.contents()}); of text encoders only T5's is read as GGUF"
+            f"{file} is a language model ({architecture}); of text encoders only T5's is read as GGUF"
         )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    headers = {name: Header(_shape(reader, t), _dtype(gguf, file, t), str(file)) for name, t in tensors.items()}
+    # Programs in C++ count no axes beyond the last one that is longer than one, which here is the first.
+    headers = {name: Header(_shape(reader, t), _dtype(gguf, file, t), str(file), True) for name, t in tensors.items()}
 
     def read(name, index=None):
         tensor, shape = tensors[name], headers[name].shape

@@ -26,11 +26,19 @@ class ConversionError(ValueError):
 
 
 class Header(NamedTuple):
-    """What a file says about a tensor before its data is read."""
+    """What a file says about a tensor before its data is read.
+
+    Attributes:
+      shape: of the tensor.
+      dtype: by the name that safetensors has for it.
+      file: where it lies.
+      squeezed: whether axes of one may be missing at the front of the shape.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     file: str
+    squeezed: bool = False
 
 
 class Slot(NamedTuple):
@@ -169,13 +177,20 @@ def _replace(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
 
 def _header_problems(slot: Slot, header: Header) -> list[str]:
     problems = []
-    if tuple(header.shape) != slot.shape:
+    if not _fits(slot, header):
         problems.append(
             f"wrong shape: {slot.name} in {header.file} is {list(header.shape)}, expected {list(slot.shape)}"
         )
     if header.dtype not in DTYPES:
         problems.append(f"wrong dtype: {slot.name} in {header.file} is {header.dtype}, expected {', '.join(DTYPES)}")
     return problems
+
+
+def _fits(slot: Slot, header: Header) -> bool:
+    shape = tuple(header.shape)
+    if header.squeezed and slot.bounds is None:
+        shape = (1,) * (len(slot.shape) - len(shape)) + shape
+    return shape == slot.shape
 
 
 def _find_prefix(table: Table, names: Iterable[str]) -> str:
