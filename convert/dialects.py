@@ -10,7 +10,6 @@ Tensors come in float32 and count as bfloat16 where a file's own dtype is asked 
 refused by name.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ses_jax.convert.damage import json_object
 from ses_jax.convert.engine import DTYPES, ConversionError, Header, Weights
 from ses_jax.convert.files import FLOAT8, open_files, read_metadata
 from ses_jax.convert.gguf import open_gguf
@@ -56,17 +56,17 @@ class Tensor(NamedTuple):
 
 
 def open_file(file: Path) -> Weights:
-    """The tensors of one network in a file for it, safetensors or GGUF, quantised or not.
+    """The tensors of a file, safetensors or GGUF, quantised or not.
 
     Raises:
       ConversionError: naming the file, if it is corrupt or packed in a way that is not known.
       ValueError: naming the package that it takes, if that is not installed.
     """
     if file.suffix == ".gguf":
-        return without_prefix(open_gguf(file))
+        return open_gguf(file)
     if file.suffix != ".safetensors":
         raise ConversionError(f"{file}: expected a .safetensors or .gguf file")
-    return without_prefix(logical(open_files([file])))
+    return logical(open_files([file]))
 
 
 def logical(weights: Weights) -> Weights:
@@ -97,7 +97,11 @@ def logical(weights: Weights) -> Weights:
 
 def without_prefix(weights: Weights) -> Weights:
     """The transformer's tensors of a file, their names without what files for Comfy put before them."""
-    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in weights.headers)), "")
+    return below(weights, next((p for p in PREFIXES if any(name.startswith(p) for name in weights.headers)), ""))
+
+
+def below(weights: Weights, prefix: str) -> Weights:
+    """The tensors whose names begin with a prefix, without it."""
     headers = {n.removeprefix(prefix): header for n, header in weights.headers.items() if n.startswith(prefix)}
     return Weights(
         headers,
@@ -152,7 +156,7 @@ def _scaled(weights: Weights, name: str, header: Header, scale_name: str, factor
 
 def _nf4(weights: Weights, name: str, header: Header) -> Tensor:
     """Bitsandbytes' four bits: an index into a table of 16, the first one in a byte's upper half."""
-    state = json.loads(weights.read(name + NF4).tobytes())
+    state = _nf4_state(weights, name, header)
     shape, size = tuple(state["shape"]), state["blocksize"]
     helpers = tuple(name + part for part in NF4_PARTS if name + part in weights.headers)
 
@@ -164,6 +168,23 @@ def _nf4(weights: Weights, name: str, header: Header) -> Tensor:
         return values.reshape(shape)[(...,) if index is None else index]
 
     return Tensor(Header(shape, LOGICAL, header.file), read, helpers)
+
+
+def _nf4_state(weights: Weights, name: str, header: Header) -> Mapping[str, Any]:
+    """What a tensor's four bits stand for; raises ConversionError where the tensors beside it do not go with that."""
+    state = json_object(weights.read(name + NF4).tobytes(), f"{name}{NF4} in {header.file}")
+    try:
+        count = math.prod(state["shape"])
+        blocks = -(-count // state["blocksize"])
+        sizes = {"": -(-count // 2), ".quant_map": 16, ".absmax": blocks}
+        if "nested_offset" in state:
+            sizes |= {".nested_quant_map": 256, ".nested_absmax": -(-blocks // state["nested_blocksize"])}
+        fits = all(math.prod(weights.headers[name + part].shape) == size for part, size in sizes.items())
+    except (KeyError, TypeError, ZeroDivisionError):
+        fits = False
+    if not fits:
+        raise ConversionError(f"{name} in {header.file}: it and what stands beside it do not make a tensor in nf4")
+    return state
 
 
 def _absmax(weights: Weights, name: str, state: Mapping[str, Any]) -> np.ndarray:
@@ -197,8 +218,12 @@ def _refuse(weights: Weights) -> None:
 def _comfy(weights: Weights) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """What files for Comfy say of their layers: in the header, or in a tensor of bytes each."""
     for file in sorted({header.file for header in weights.headers.values()}):
-        said = json.loads(read_metadata(Path(file)).get(COMFY, "{}"))
-        yield from ((f"{layer} in {file}", facts) for layer, facts in said.get("layers", {}).items())
+        said = json_object(read_metadata(Path(file)).get(COMFY, "{}"), f"{COMFY} of {file}").get("layers", {})
+        if not isinstance(said, Mapping):
+            raise ConversionError(f"{COMFY} of {file}: layers is no JSON object")
+        for layer, facts in said.items():
+            yield f"{layer} in {file}", facts if isinstance(facts, Mapping) else {"format": facts}
     for name, header in weights.headers.items():
         if name.endswith(".comfy_quant"):
-            yield f"{name.removesuffix('.comfy_quant')} in {header.file}", json.loads(weights.read(name).tobytes())
+            layer = f"{name.removesuffix('.comfy_quant')} in {header.file}"
+            yield layer, json_object(weights.read(name).tobytes(), f"comfy_quant of {layer}")

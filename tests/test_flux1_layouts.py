@@ -211,6 +211,44 @@ def test_schnells_file_is_found_as_well(original):
     assert ses_jax.load_pipeline(str(original)).defaults.guidance == 3.5  # the content counts, not the name
 
 
+def test_a_file_that_holds_all_networks_serves_each_of_them(folders, tmp_path):
+    """As Comfy saves a checkpoint."""
+    original, whole = folders / "original", tmp_path / "whole.safetensors"
+    places = {
+        "model.diffusion_model.": original / "flux1-dev.safetensors",
+        "vae.": original / "ae.safetensors",
+        "text_encoders.clip_l.transformer.text_model.": folders / "diffusers" / "text_encoder" / "model.safetensors",
+        "text_encoders.t5xxl.transformer.": folders / "diffusers" / "text_encoder_2" / "model.safetensors",
+    }
+    tensors = {
+        f"{prefix}{name.removeprefix('text_model.')}": x
+        for prefix, file in places.items()
+        for name, x in safetensors.numpy.load_file(file).items()
+    }
+    tensors["text_encoders.clip_l.transformer.text_projection.weight"] = np.zeros((2, 2), np.float32)
+    tensors["text_encoders.clip_l.logit_scale"] = np.zeros((), np.float32)
+    safetensors.numpy.save_file(tensors, whole)
+    expected = ses_jax.load_pipeline(str(folders / "diffusers")).params
+    loaded = ses_jax.load_pipeline(str(folders / "diffusers"), **dict.fromkeys(expected, whole))
+    assert_bit_equal(loaded.params, expected)
+
+
+def test_a_file_may_have_any_prefix_but_not_two(folders, tmp_path):
+    """As training programs save it: compiled, or for many devices."""
+    bare = safetensors.numpy.load_file(folders / "original" / "flux1-dev.safetensors")
+    transformer, file = folders / "diffusers" / "transformer", tmp_path / "it.safetensors"
+    expected = network.load(transformer, flux1.COMPONENT).params
+    for prefix in ("module._orig_mod.", "transformer.", "model."):
+        safetensors.numpy.save_file({prefix + name: x for name, x in bare.items()}, file)
+        assert_bit_equal(network.load(transformer, flux1.COMPONENT, file=file).params, expected)
+    safetensors.numpy.save_file({p + name: x for name, x in bare.items() for p in ("model.", "ema.")}, file)
+    with pytest.raises(ConversionError, match=r"it\.safetensors holds the network twice, as (model|ema)\. and as"):
+        network.load(transformer, flux1.COMPONENT, file=file)
+    safetensors.numpy.save_file({"model.extra": bare["img_in.bias"]} | {f"model.{n}": x for n, x in bare.items()}, file)
+    with pytest.raises(ConversionError, match=r"unexpected: extra in .*it\.safetensors"):
+        network.load(transformer, flux1.COMPONENT, file=file)
+
+
 def test_two_single_files_are_refused(original):
     shutil.copyfile(original / "flux1-dev.safetensors", original / "flux1-schnell.safetensors")
     with pytest.raises(ValueError, match=r"transformer has no weights, and .*dev.* and .*schnell.* both could be its"):

@@ -183,7 +183,7 @@ def test_safetensors(dialect, tmp_path):
         tensors |= {"model.diffusion_model.scaled_fp8": np.zeros(2, E4M3)} if dialect == "comfy old" else {}
     metadata = {"_quantization_metadata": json.dumps({"layers": {"qkv": {"format": "float8_e4m3fn"}}})}
     file = write(tmp_path / "it.safetensors", tensors, metadata if dialect == "bfl rows" else None)
-    assert_loads(dialects.open_file(file), expected)
+    assert_loads(dialects.without_prefix(dialects.open_file(file)), expected)
 
 
 def test_norms_and_biases_in_float8_are_read_too(tmp_path):
@@ -307,6 +307,12 @@ def test_a_gguf_of_four_bits_is_what_its_package_says(tmp_path):
     assert_loads(dialects.open_file(file), expected)
 
 
+def test_comfys_formats_may_be_named_without_an_object(tmp_path):
+    tensors, expected = content(DIALECTS["bfl rows"])
+    metadata = {"_quantization_metadata": json.dumps({"layers": {"qkv": "float8_e4m3fn"}})}
+    assert_loads(dialects.open_file(write(tmp_path / "it.safetensors", tensors, metadata)), expected)
+
+
 # What is not read.
 
 REFUSALS = {
@@ -338,6 +344,37 @@ def test_other_packings_are_refused_by_name(case, tmp_path):
         dialects.open_file(write(tmp_path / "it.safetensors", tensors))
 
 
+def nf4_of(state, **sizes):
+    """A layer of 4 times 4 in nf4; parts of size 0 are absent."""
+    made = {"absmax": 1, "quant_map": 16, "quant_state.bitsandbytes__nf4": state, **sizes}
+    parts = {n: x if isinstance(x, np.ndarray) else np.zeros(x, np.float32) for n, x in made.items()}
+    return {"a.weight": np.zeros((8, 1), np.uint8)} | {f"a.weight.{n}": x for n, x in parts.items() if x.size}
+
+
+NF4_STATE = {"shape": [4, 4], "blocksize": 64}
+DAMAGE = {
+    "comfy's metadata": ({}, "{", "_quantization_metadata of .*it.safetensors is not a JSON object"),
+    "a list": ({}, "[]", "_quantization_metadata of .*it.safetensors is not a JSON object"),
+    "layers": ({}, '{"layers": []}', "layers is no JSON object"),
+    "comfy_quant": ({"a.comfy_quant": as_bytes("x")}, "{}", "comfy_quant of a in .*it.safetensors is not a JSON obj"),
+    "a state": (nf4_of(np.frombuffer(b"\xff\xfe", np.uint8)), "{}", r"bitsandbytes__nf4 in .* is not a JSON object"),
+    "no blocks": (nf4_of(as_bytes({"shape": [4, 4]})), "{}", r"a.weight in .* do not make a tensor in nf4"),
+    "a shape": (nf4_of(as_bytes(NF4_STATE | {"shape": [4, 40]})), "{}", "do not make a tensor in nf4"),
+    "no absmax": (nf4_of(as_bytes(NF4_STATE), absmax=0), "{}", "do not make a tensor in nf4"),
+    "a short map": (nf4_of(as_bytes(NF4_STATE), quant_map=8), "{}", "do not make a tensor in nf4"),
+    "nothing nested": (nf4_of(as_bytes(NF4_STATE | {"nested_offset": 0.1})), "{}", "do not make a tensor in nf4"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_a_file_says_of_its_packing_may_be_damaged(case, tmp_path):
+    tensors, metadata, complaint = DAMAGE[case]
+    tensors = {"b.weight": np.zeros((2, 2), E4M3), **tensors}
+    file = write(tmp_path / "it.safetensors", tensors, {"_quantization_metadata": metadata})
+    with pytest.raises(ConversionError, match=complaint):
+        dialects.open_file(file)
+
+
 def test_a_scale_without_its_tensor_is_not_forgotten(tmp_path):
     tensors, _ = content(DIALECTS["bfl rows"])
     file = write(tmp_path / "it.safetensors", tensors | {"other.weight_scale": np.float32(1)})
@@ -351,8 +388,14 @@ def test_files_that_are_no_such_thing(tmp_path, monkeypatch):
     (tmp_path / "it.gguf").write_bytes(b"GGUF then nothing of the kind")
     with pytest.raises(ConversionError, match=r"it\.gguf is truncated or corrupt"):
         dialects.open_file(tmp_path / "it.gguf")
+    (tmp_path / "it.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConversionError, match=r"it\.gguf is not the file itself but a pointer of Git LFS: `git lfs"):
+        dialects.open_file(tmp_path / "it.gguf")
     file = write_gguf(tmp_path / "text.gguf", {"a.weight": np.zeros((2, 32), np.float32)}, architecture="qwen3")
     with pytest.raises(ConversionError, match=r"is a language model \(qwen3\)"):
+        dialects.open_file(file)
+    file.write_bytes(file.read_bytes().replace(b"qwen3", b"\xffwen3"))
+    with pytest.raises(ConversionError, match=r"text\.gguf is truncated or corrupt"):
         dialects.open_file(file)
 
     def no_gguf(name, *args, real=builtins.__import__, **options):
@@ -413,6 +456,21 @@ def test_a_file_instead_of_the_folders_transformer(demo, files):
     (folder / "fp8.safetensors").touch()
     assert models.find_pipeline("demo", **load) is not small
     models.forget()
+
+
+def test_a_gguf_of_a_program_in_cpp(demo, tmp_path):
+    """Such programs leave out axes of one, and keep the prefix."""
+    component, config = z_image.COMPONENTS["transformer"], hub.read_json(hub.DEMO / "transformer" / "config.json")
+    params = demo.params["transformer"]
+    tensors = dict(engine.export(component.single_file.table(config), params))
+    assert tensors["x_pad_token"].shape == (1, tensors["x_pad_token"].size)
+    tensors = {f"model.diffusion_model.{n}": x.reshape(-1) if "pad_token" in n else x for n, x in tensors.items()}
+    file = write_gguf(tmp_path / "it.gguf", tensors, architecture="lumina2")
+    loaded = network.load(hub.DEMO / "transformer", component, file=file, dtype=jnp.float32)
+    assert_bit_equal(loaded.params, params)
+    plain = write(tmp_path / "it.safetensors", tensors)
+    with pytest.raises(ConversionError, match=r"wrong shape: x_pad_token in .*is \[\d+\], expected \[1, \d+\]"):
+        network.load(hub.DEMO / "transformer", component, file=plain)
 
 
 def test_the_authors_names_are_those_that_diffusers_converts(demo):

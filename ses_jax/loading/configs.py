@@ -3,7 +3,9 @@
 Such a file stands in the checkpoint's root, beside the network's folder, and has names of its own.
 """
 
-from collections.abc import Callable, Mapping
+import collections
+import re
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ PARAMS = "params"  # of a converted folder
 def config_of(folder: Path, component: Component, file: Path | None = None) -> dict[str, Any]:
     """Content of the `config.json` of a network that `load` would read; raises as it does. No weights are read."""
     if file:
-        return _single_file_config(file, dialects.open_file(file), folder, component)
+        return _single_file_config(file, dialects.without_prefix(dialects.open_file(file)), folder, component)
     file = single_file(folder, component)
     if file:
         return _single_file_config(file, dialects.logical(open_files([file])), folder, component)
@@ -74,16 +76,37 @@ def single_file(folder: Path, component: Component) -> Path | None:
     return found[0] if found else None
 
 
-def table_of(weights: Weights, component: Component, json: Mapping[str, Any]) -> Callable[[Any], Table]:
-    """Of the tables of a network's two published forms, the one that has more of the tensors' names."""
-    if component.single_file is None:
-        return component.table
+def part_of(
+    weights: Weights, component: Component, json: Mapping[str, Any]
+) -> tuple[Weights, Callable[[Mapping[str, Any]], Table]]:
+    """A network's tensors in a file, which may have others beside them, and the table that knows more of their names.
+
+    Raises:
+      ConversionError: for a file that holds the network twice.
+    """
     shapes = abstract(component, made_of(component, json))
+    tables = [component.table, *([component.single_file.table] if component.single_file else [])]
+    found = [_where(weights, {slot.name for slot in matching.layout(table(json), shapes)}) for table in tables]
+    (share, prefix), table = max(zip(found, tables, strict=True), key=lambda pair: pair[0][0])
+    if share <= 0.5:  # of another network; as it is, it can be said what does not fit
+        return dialects.without_prefix(weights), table
+    own = max((each for each in table(json).prefixes if prefix.endswith(each)), key=len, default="")
+    return dialects.below(weights, prefix.removesuffix(own)), table
 
-    def known(table):
-        return sum(name in weights.headers for name in {slot.name for slot in matching.layout(table(json), shapes)})
 
-    return max(component.table, component.single_file.table, key=known)
+def _where(weights: Weights, names: Set[str]) -> tuple[float, str]:
+    """Which share of a network's tensors a file has, and what it puts before their names."""
+    counts = collections.Counter(
+        name[:start]
+        for name in weights.headers
+        for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
+        if name[start:] in names
+    )
+    (prefix, count), (other, again) = [*counts.most_common(2), ("", 0), ("", 0)][:2]
+    if count == again and 2 * count > len(names):
+        file = next(iter(weights.headers.values())).file
+        raise ConversionError(f"{file} holds the network twice, as {prefix or 'it is'} and as {other or 'it is'}")
+    return count / len(names), prefix
 
 
 def _single_file_config(file: Path, weights: Weights, folder: Path, component: Component) -> dict[str, Any]:

@@ -90,9 +90,8 @@ def _load(
 ) -> Network:
     """As `load`, `how` being its other arguments; a `ConfigError` names no file."""
     if file:
-        weights = dialects.open_file(file)
-        component = dataclasses.replace(component, table=configs.table_of(weights, component, json))
-        return read(weights, component, json, **how)
+        weights, table = configs.part_of(dialects.open_file(file), component, json)
+        return read(weights, dataclasses.replace(component, table=table), json, **how)
     file = configs.single_file(folder, component)
     if file:
         component = dataclasses.replace(component, table=component.single_file.table)
