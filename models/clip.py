@@ -251,7 +251,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_
 def _tower(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
     """What a CLIP's config says of a tower, defaults included: older ones say it twice, and then the other counts."""
     older = config.get(f"{tower}_config_dict")
-    return SIZES[tower] | dict((config.get(f"{tower}_config") or {}) if older is None else older)
+    return SIZES[tower] | ((config.get(f"{tower}_config") or {}) if older is None else older)
 
 
 def _open_clip_tower(config: Mapping[str, Any], heads: int, act: str) -> Tower:
