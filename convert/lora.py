@@ -40,6 +40,8 @@ ENDINGS = {
     **{f".lora_B{end}": "up_bias" for end in (".bias", ".default.bias")},
     **{f".{role}": role for role in ("alpha", "diff", "diff_b", *LOHA, *set().union(*LOKR))},
 }
+# Where peft puts the adapter's own name, which most often is "default".
+OWN_NAME = re.compile(r"(.*\.lora_[AB])\.\w+\.(weight|bias)")
 DORA = re.compile(r".*\.(dora_scale|lora_magnitude_vector(\.default)?(\.weight)?)")
 NUMBERS = ("F64", "I64", "I32", "I16")  # in which an alpha may lie as well
 # Ways in which peft begins an adapter by changing the weights that it stands beside.
@@ -86,7 +88,8 @@ def layers(headers: Mapping[str, Header]) -> tuple[list[Layer], list[Problem]]:
     found: dict[str, dict[str, str]] = {}
     problems = []
     for key, header in headers.items():
-        ending = max((end for end in ENDINGS if key.endswith(end)), key=len, default=None)
+        plain = OWN_NAME.sub(r"\1.default.\2", key)
+        ending = max((end for end in ENDINGS if plain.endswith(end)), key=len, default=None)
         if DORA.fullmatch(key):
             problems.append(Problem("DoRA is not supported", key))
         elif ending is None:
@@ -94,7 +97,7 @@ def layers(headers: Mapping[str, Header]) -> tuple[list[Layer], list[Problem]]:
         elif header.dtype not in (*DTYPES, *(NUMBERS if ENDINGS[ending] == "alpha" else ())):
             problems.append(Problem(f"{header.dtype} is none of {', '.join(DTYPES)}", key))
         else:
-            roles = found.setdefault(key.removesuffix(ending), {})
+            roles = found.setdefault(plain.removesuffix(ending), {})
             if roles.setdefault(ENDINGS[ending], key) != key:
                 problems.append(Problem(f"means the same as {roles[ENDINGS[ending]]}", key))
     return [Layer(name, keys) for name, keys in found.items()], problems

@@ -59,6 +59,7 @@ def assert_close(params, expected, atol=1e-6):
 LAYOUTS = {
     "peft": (("transformer.", (".lora_A.weight", ".lora_B.weight"), None), False),
     "peft with a name": (("", (".lora_A.default.weight", ".lora_B.default.weight"), None), False),
+    "peft with another name": (("transformer.", (".lora_A.default_0.weight", ".lora_B.default_0.weight"), None), False),
     "comfy with a name": (
         ("diffusion_model.", (".lora_down.default.weight", ".lora_up.default.weight"), 2.0),
         True,
@@ -68,6 +69,7 @@ LAYOUTS = {
     "comfy": (("diffusion_model.", (".lora_A.weight", ".lora_B.weight"), None), True),
     "comfy with alpha": (("diffusion_model.", KOHYA, 2.0), True),
     "kohya": (("lora_unet_", KOHYA, 4.0), True),
+    "videox": (("lora_unet__", KOHYA, 4.0), False),
     "kohya by diffusers' names": (("lora_unet_", KOHYA, 4.0), False),
     "onetrainer": (("lora_transformer_", KOHYA, 1.0), False),
     "peft dump": (("base_model.model.", (".lora_A.weight", ".lora_B.weight"), None), True),
@@ -376,6 +378,28 @@ def test_an_image_with_all_networks_changed(pipelines, whole):
     assert_same_images((reference, pipeline), ["a cat"], arguments(SHORT))
     for name, state in kept.items():
         getattr(reference, name).load_state_dict(state)
+
+
+def test_text_encoders_by_onetrainers_names(pipelines, whole, tmp_path):
+    """`lora_te1_` and `lora_te2_` in its older form, names of their own in the newer one."""
+    _, ours = pipelines
+    factors, _ = whole
+    changed = []
+    for clip, t5 in (("lora_te1_text_model_", "lora_te2_"), ("clip_l.text_model.", "t5.")):
+        parts = {"text_encoder": clip, "text_encoder_2": t5}
+        files = [
+            write(
+                tmp_path / f"{name}{prefix}.safetensors",
+                {layer.removeprefix("text_model."): pair for layer, pair in factors[name].items()},
+                prefix,
+                KOHYA,
+            )
+            for name, prefix in parts.items()
+        ]
+        changed.append(ses_jax.load_pipeline(str(ours.folder), lora=files).params)
+    assert_bit_equal(*changed)
+    with pytest.raises(AssertionError):
+        assert_bit_equal(changed[0]["text_encoder_2"], ours.params["text_encoder_2"])
 
 
 def test_a_search_in_eight_bits(pipelines, tmp_path):

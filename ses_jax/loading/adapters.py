@@ -26,10 +26,10 @@ LOG = logging.getLogger("ses_jax")
 PREFIXES = {
     "transformer": (
         *("transformer.", "diffusion_model.", "model.diffusion_model."),
-        *("lora_unet_", "lora_transformer_", "lycoris_", ""),
+        *("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_", ""),
     ),
-    "text_encoder": ("text_encoder.", "lora_te1_", "lora_te_", "text_encoders.clip_l.transformer."),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_", "lora_te3_", "text_encoders.t5xxl.transformer."),
+    "text_encoder": ("text_encoder.", "lora_te1_", "lora_te_", "text_encoders.clip_l.transformer.", "clip_l."),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_", "lora_te3_", "text_encoders.t5xxl.transformer.", "t5."),
 }
 DUMP = "base_model.model."
 
