@@ -73,6 +73,17 @@ def test_a_file_stands_for_the_folder_of_its_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert hub.resolve(str(file)) == tmp_path
     assert hub.resolve(tmp_path / "config.json") == tmp_path
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    assert hub.resolve(tmp_path / "model-00001-of-00002.safetensors") == tmp_path
+
+
+@pytest.mark.parametrize("name", ["mine.safetensors", "model.fp16.safetensors", "flux1-dev-Q8_0.gguf", "model.bin"])
+def test_a_file_that_its_folder_would_not_read_does_not_stand_for_it(tmp_path, name):
+    """Others beside it would be loaded in its place."""
+    for file in ("model_index.json", "model.safetensors", name):
+        (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=rf"{name} is not what would be read.* as in transformer={name}"):
+        hub.resolve(tmp_path / name)
 
 
 @pytest.mark.parametrize("dtype", ["float12", "int8", 3.5, jnp.float64])

@@ -38,6 +38,7 @@ DEMO = Path(__file__).parents[1] / "demo"
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 # A pipeline's own weights lie in subfolders; single files beside them hold the same weights in other layouts.
 PIPELINE_WEIGHTS, NETWORK_WEIGHTS = "*/*.safetensors", "model*.safetensors"
+USUAL_WEIGHTS = r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors"
 DTYPES = ("bfloat16", "float16", "float32")
 VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*")  # the same weights again, at another precision
 
@@ -47,7 +48,8 @@ def resolve(source: str | Path, *, weights: str | tuple[str, ...] | None = None)
 
     Args:
       source: "demo", a folder, or a Hugging Face id such as "Tongyi-MAI/Z-Image-Turbo" of a pipeline or of a single
-        network; or a file beside a `model_index.json` or `config.json`, which stands for its folder.
+        network; or a file beside a `model_index.json` or `config.json`, which stands for its folder: one of these, or
+        weights of the usual name.
       weights: pattern or patterns of the weights to download; None is those of a pipeline or a network in
         safetensors, "" none.
 
@@ -207,11 +209,17 @@ def default_dtype() -> Any:
 
 
 def _folder_of(file: Path) -> Path:
-    if any((file.parent / name).is_file() for name in ("model_index.json", "config.json")):
-        return file.parent
-    raise ValueError(
-        f"{file} is a file without a model_index.json or config.json beside it; expected the checkpoint's folder"
-    )
+    if not any((file.parent / name).is_file() for name in ("model_index.json", "config.json")):
+        raise ValueError(
+            f"{file} is a file without a model_index.json or config.json beside it; expected the checkpoint's folder"
+        )
+    if file.suffix != ".json" and not re.fullmatch(USUAL_WEIGHTS, file.name):
+        raise ValueError(
+            f"{file} is not what would be read: of its folder that is model.safetensors, or what lies in subfolders. "
+            f"Name the folder {file.parent}; a pipeline takes such a file for one of its networks, as in "
+            f"transformer={file.name}"
+        )
+    return file.parent
 
 
 def told(source: str | Path) -> str:
