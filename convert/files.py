@@ -129,6 +129,9 @@ def write_weights(
     """Writes tensors as `{stem}.safetensors`, or as shards with an index where they are larger than one shard.
 
     Files appear under their names only when all are complete. The host holds one shard at a time.
+
+    Raises:
+      OSError: naming the folder, where the disk is full, or may not be written to.
     """
     parts, weight_map, total = [], {}, 0
     try:
@@ -141,6 +144,8 @@ def write_weights(
         for part, name in zip(parts, names, strict=True):
             part.chmod(0o644)  # the writer leaves files that only their owner can read
             part.rename(folder / name)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write {stem}.safetensors to {folder}: {error}") from error
     finally:
         for part in parts:
             part.unlink(missing_ok=True)

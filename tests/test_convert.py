@@ -3,6 +3,7 @@
 import functools
 import gzip
 import json
+import resource
 import tracemalloc
 import weakref
 from pathlib import Path
@@ -616,6 +617,18 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
     with pytest.raises(RuntimeError):
         files.write_weights(tmp_path, "model", tensors(), shard_bytes=10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    """A limit to the size of files has the same effect."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=rf"cannot write model\.safetensors to {tmp_path}: .*File too large"):
+            files.write_weights(tmp_path, "model", [("a", np.zeros(10)), ("b", np.zeros(1000))], shard_bytes=10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
 
 
