@@ -42,6 +42,7 @@ REFUSED = {
     "._weight_qdata": "torchao's packing",
     ".wscales": "nunchaku's packing (SVDQuant)",
     ".qweight": "packing as of nunchaku, GPTQ or AWQ",
+    ".scales": "packing as of MLX, GPTQ or AWQ",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes' fp4",
 }
 INSTEAD = "expected scaled float8, int8, bitsandbytes' nf4 or GGUF"

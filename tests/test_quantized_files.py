@@ -29,7 +29,7 @@ NAMES = {
     np.dtype(kind): name
     for kind, name in (
         *((np.float32, "F32"), (np.float16, "F16"), (ml_dtypes.bfloat16, "BF16")),
-        *((E4M3, "F8_E4M3"), (E5M2, "F8_E5M2"), (np.uint8, "U8"), (np.int8, "I8")),
+        *((E4M3, "F8_E4M3"), (E5M2, "F8_E5M2"), (np.uint8, "U8"), (np.int8, "I8"), (np.uint32, "U32")),
     )
 }
 # Stacked rows, rows of one tensor in three leaves, columns of one in two.
@@ -319,6 +319,10 @@ REFUSALS = {
     "NVFP4": ({"a.weight": np.zeros((2, 2), np.uint8), "a.weight_scale_2": np.float32(1)}, "has NVFP4"),
     "torchao": ({"a._weight_qdata": np.zeros((2, 2), np.int8)}, "has torchao's packing"),
     "nunchaku": ({"a.wscales": np.zeros(2, np.int8)}, r"has nunchaku's packing \(SVDQuant\)"),
+    "MLX": (
+        {"a.weight": np.zeros((2, 2), np.uint32), "a.scales": np.ones((2, 1), ml_dtypes.bfloat16)},
+        "has packing as of MLX, GPTQ or AWQ",
+    ),
     "fp4": ({"a.weight.quant_state.bitsandbytes__fp4": np.zeros(2, np.uint8)}, "has bitsandbytes' fp4"),
     "mxfp8": (
         {"a.weight": np.zeros((2, 2), E4M3), "a.comfy_quant": as_bytes({"format": "mxfp8"})},
