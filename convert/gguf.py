@@ -27,7 +27,7 @@ def open_gguf(file: Path) -> Weights:
     """
     gguf = _package(file)
     try:
-        reader = gguf.GGUFReader(file)
+        reader = _reader(gguf, file)
         field = reader.get_field("general.architecture")
         architecture = field and field.contents()
     except (OSError, ValueError, KeyError, IndexError) as error:
@@ -49,6 +49,19 @@ def open_gguf(file: Path) -> Weights:
         return values if index is None else values[index]
 
     return Weights(headers, read, read)
+
+
+def _reader(gguf: ModuleType, file: Path) -> Any:
+    """A reader that stops at the end of a file; the package's own goes on for as long as an array is said to be."""
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, **more):
+            found = super()._get(offset, dtype, count, **more)
+            if len(found) < count:
+                raise IndexError("it ends too early")
+            return found
+
+    return Reader(file)
 
 
 def _rows(shape: tuple[int, ...], index: Any) -> slice | None:

@@ -3,6 +3,7 @@
 import builtins
 import json
 import re
+import struct
 
 import gguf
 import jax
@@ -410,6 +411,21 @@ def test_files_that_are_no_such_thing(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", no_gguf)
     with pytest.raises(ValueError, match=r"pip install 'ses_jax\[gguf\]'"):
         dialects.open_file(file)
+
+
+@pytest.mark.parametrize("kind", ["an array", "a string"])
+def test_a_gguf_is_no_longer_than_its_file(kind, tmp_path):
+    """Whatever it says: an array would be read for ever, and fill the memory."""
+    many, types = 1 << 14, gguf.GGUFValueType
+    content = {
+        "an array": struct.pack("<IIQ", types.ARRAY, types.UINT8, many),
+        "a string": struct.pack("<IQ", types.STRING, many) + b"ab",
+    }[kind]
+    name = b"general.architecture"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(name)) + name
+    (tmp_path / "it.gguf").write_bytes(head + content)
+    with pytest.raises(ConversionError, match=r"it\.gguf is truncated or corrupt: it ends too early"):
+        dialects.open_file(tmp_path / "it.gguf")
 
 
 # Whole pipelines.
