@@ -36,7 +36,7 @@ def search(
     settings: Flat[SearchOptions],
     out: Path = Path("ses_out"),
     base_noise: Path | None = None,
-    index: int = 0,
+    index: int | None = None,
     seeds: tuple[int, ...] = (),
     overwrite: bool = False,
     like: Path | None = None,
@@ -54,7 +54,7 @@ def search(
         settings: of the search.
         out: folder for the results; several prompts or seeds go to subfolders 000, 001, ...
         base_noise: file of the noise to start from: .npy, .safetensors, .latent or a result's folder.
-        index: number of the first prompt, which chooses its random draws.
+        index: number of the first prompt, which chooses its random draws; 0, or that of --like, by default.
         seeds: instead of --seed, several of one prompt, or one for each of several prompts.
         overwrite: replace the results that are in the folder already; --resume gives finished ones back.
         like: a picture or folder of an earlier search, to repeat it; other options stand on top of its settings.
@@ -69,15 +69,15 @@ def search(
 
     words.check_config(config)
     out = expanded(out)
+    prompts = [*prompts, *words.of_file(prompt_file)]
     if like is not None:
         prompts, index = words.of_like(like, prompts, index)
-    prompts = [*prompts, *words.of_file(prompt_file)]
     named = arguments(settings) | ({"seed": list(seeds)} if seeds else {})
     if dry_run:
         print_dry_run(prompts, named)
         return 0
     many = len(prompts) != 1 or bool(seeds)
-    how = {"out": out, "overwrite": overwrite, "base_noise": base_noise, "index": index}
+    how = {"out": out, "overwrite": overwrite, "base_noise": base_noise, "index": index or 0}
     try:
         found = ses_jax.search(prompts[0] if len(prompts) == 1 else list(prompts), **how, **named)
     except SystemExit:

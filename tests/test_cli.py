@@ -67,6 +67,12 @@ def test_like_repeats_a_search_and_options_stand_on_top(tmp_path, monkeypatch, c
     assert cli.main(["search", "a cat", f"--like={picture}", "--seed", "6", "--nfe", "30"]) == 2
     assert (seen["prompts"], seen["seed"], seen["nfe"], seen["budget"]) == ("a cat", 6, 30, None)
     assert (seen["index"], seen["steps"]) == (0, 2)  # another prompt is another's draw
+    assert cli.main(["search", "a cat", f"--like={picture}", "--index", "4"]) == 2
+    assert (seen["prompts"], seen["index"]) == ("a cat", 4)
+    file = tmp_path / "more.txt"
+    file.write_text("a dog\na fox\n")
+    assert cli.main(["search", "--like", picture, "--prompt-file", str(file)]) == 2
+    assert (seen["prompts"], seen["index"]) == (["a dog", "a fox"], 0)
 
 
 def test_generate_writes_one_image_a_prompt(tmp_path):

@@ -224,7 +224,7 @@ def _repeatable(file: str, words: Sequence[str]) -> list[str]:
     if "budget" not in config:
         raise ValueError(f"{file} was made without a search; its settings are not those of one")
     given = {word.partition("=")[0] for word in words}
-    config = dict(config)
+    config = {name: value for name, value in config.items() if name != "prompt_index"}  # another prompt is another draw
     if "--nfe" in given:
         config.pop("budget")
     if "--base-noise" in given:

@@ -101,10 +101,12 @@ def of_file(file: Path | None) -> list[str]:
     return [row.prompt for row in rows]
 
 
-def of_like(file: Path, prompts: Sequence[str], index: int) -> tuple[Sequence[str], int]:
-    """The prompts; where there are none, that of an earlier search with its own draws.
+def of_like(file: Path, prompts: Sequence[str], index: int | None) -> tuple[Sequence[str], int]:
+    """The prompts and the number of the first; where there are none, that of an earlier search with its own draws.
 
     Its settings stand among the options already.
     """
     about = repeat.read(file)
-    return (prompts, 0) if prompts else ([about["prompt"]], index)
+    own = about["config"].get("prompt_index", 0)
+    chosen = (prompts, 0) if prompts else ([about["prompt"]], own)
+    return chosen if index is None else (chosen[0], index)
