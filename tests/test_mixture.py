@@ -2,6 +2,7 @@
 
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,6 +36,14 @@ def test_standardized_sum_by_hand(weights, array):
     np.testing.assert_allclose(
         got, by_hand(components[:7].astype(np.float64), weights, components), rtol=2e-3, atol=2e-3
     )
+
+
+@pytest.mark.parametrize("total", [mixture.plain_sum, mixture.standardized_sum])
+def test_a_sum_is_no_matrix_product_which_devices_take_with_fewer_digits(total):
+    def summed(components):
+        return total(components, (2.0, -0.5, 0.1), *[components] * (total is mixture.standardized_sum))
+
+    assert "dot_general" not in str(jax.make_jaxpr(summed)(jnp.ones((20, 3), jnp.float32)))
 
 
 def test_plain_sum_ignores_parts_that_are_only_reported():

@@ -35,8 +35,9 @@ def standardized_sum(
     """
     driving = np.flatnonzero(weights)
     offset, mean, scale = _moments(population[:, driving])
-    # Scores of a large common offset, such as 20 +- 0.1, keep their digits if it goes first.
-    return ((components[:, driving] - offset - mean) * scale) @ np.float32(weights)[driving]
+    # Scores of a large common offset, such as 20 +- 0.1, keep their digits if it goes first. No matrix product: devices
+    # take that of float32 with fewer digits, and the best there would not be the best of the history.
+    return ((components[:, driving] - offset - mean) * scale * np.float32(weights)[driving]).sum(axis=1)
 
 
 def standardized_slopes(weights: Sequence[float], population: Components) -> Float[Array | np.ndarray, " driving"]:
