@@ -148,6 +148,28 @@ def test_x64_changes_nothing(search):
     np.testing.assert_allclose(scores(found), scores(expected), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "changed"),
+    [
+        ("debug_nans", True, {"fidelity": "early1:0.5"}),
+        ("debug_infs", True, {}),
+        ("numpy_dtype_promotion", "strict", {"searcher": "evosax"}),
+        ("numpy_rank_promotion", "raise", {}),
+        ("threefry_partitionable", False, {}),
+    ],
+)
+def test_settings_of_jax_change_nothing(search, setting, value, changed, fresh_programs):
+    def run():
+        return search(budget=6, population=4, elites=2, preview_steps=2, steps=2, **changed)
+
+    with getattr(jax, setting)(value):
+        found = run()
+    ses_jax.clear_caches()
+    expected = run()
+    assert scores(found) == scores(expected)
+    np.testing.assert_array_equal(found.noise, expected.noise)
+
+
 def test_noise_gives_the_scored_preview_and_the_image_again(search, pipeline, reward):
     result = search(preview_steps=2, steps=5)
     preview = ses_jax.generate(pipeline, PROMPT, noise=result.noise[None], steps=2)

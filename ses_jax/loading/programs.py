@@ -5,10 +5,11 @@ as the jitted function lives, so here every set of static arguments has a jitted
 recently used ones go.
 """
 
+import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +18,16 @@ from ses_jax.loading import compiler
 
 # As many as a mixed batch run switches between; each has a program for every token-length bucket.
 KEPT = 16
+
+# What JAX is told while programs are traced, compiled and called, whatever its user has told it. NaN stands for what has
+# no score, and is no error; a seed's draws are always the same.
+SETTINGS = {
+    "debug_nans": False,
+    "debug_infs": False,
+    "numpy_dtype_promotion": "standard",
+    "numpy_rank_promotion": "allow",
+    "threefry_partitionable": True,
+}
 
 _EVERY: "weakref.WeakSet[Compiled]" = weakref.WeakSet()
 
@@ -68,15 +79,18 @@ class Compiled:
 
     def __call__(self, *args: Any) -> Any:
         """The function's value."""
-        return self._of(args)(*args[self._static :])
+        with _own_settings():
+            return self._of(args)(*args[self._static :])
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """As `jax.jit(...).lower`; what is compiled from it is not compiled again by a call."""
-        return self._of(args).lower(*args[self._static :])
+        with _own_settings():
+            return self._of(args).lower(*args[self._static :])
 
     def jaxpr(self, *args: Any) -> Any:
         """The jaxpr of a call; what was traced is not traced again."""
-        return self._of(args).trace(*args[self._static :]).jaxpr.jaxpr
+        with _own_settings():
+            return self._of(args).trace(*args[self._static :]).jaxpr.jaxpr
 
     def is_kept(self, *static: Any) -> bool:
         """Whether there is something for such static arguments, called or lowered before."""
@@ -98,6 +112,15 @@ class Compiled:
     def _of(self, args: tuple[Any, ...]) -> Any:
         options = compiler.options(args[self._static :], denoises=self._denoises)
         return self._jitted(options, *map(comparable, args[: self._static]))
+
+
+@contextlib.contextmanager
+def _own_settings() -> Iterator[None]:
+    with contextlib.ExitStack() as settings:
+        for name, value in SETTINGS.items():
+            if hasattr(jax, name):  # a later JAX may have no choice there any more
+                settings.enter_context(getattr(jax, name)(value))
+        yield
 
 
 def compiled(*, static: int, keep: int = KEPT, denoises: bool = False) -> Callable[[Callable[..., Any]], Compiled]:
