@@ -149,6 +149,24 @@ def test_proposals_are_float32_whatever_the_default(spec, key):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), told) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
 
 
+@pytest.mark.parametrize("strategy", ["SNES", "CMA_ES"])
+def test_evosax_proposes_the_same_whatever_the_default(strategy, key):
+    searcher = registry.load(f"evosax,strategy={strategy}")
+    over = problem(searcher)
+
+    @jax.jit
+    def later():
+        state = searcher.init(over)
+        points = searcher.ask(over, key, state, jnp.int32(0))
+        state = searcher.tell(over, state, points, along_target(over.space.merge(points, jnp.zeros(SHAPE))))
+        return searcher.ask(over, key, state, jnp.int32(1))
+
+    expected = later()
+    with jax.enable_x64():
+        found = later()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_children_by_hand(key):
     searcher = ZeroOrder(parents=2, mutation=0.6, anneal=0, space="low")
     over = problem(searcher)

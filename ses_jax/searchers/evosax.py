@@ -1,12 +1,14 @@
 """Evolution strategies of the package evosax, by name.
 
-Its strategies keep part of what they drew in their state, ours propose points from the key alone: those are taken here
+They compute and draw in JAX's default number of bits, and draws of 64 bits are others: here it is 32, whatever the
+default. Its strategies keep part of what they drew in their state, ours propose points from the key alone: those are taken here
 whose state does not depend on what was drawn.
 """
 
 import dataclasses
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +21,15 @@ from ses_jax.searchers.ses import AXES, to_shell
 
 STRATEGIES = ("CMA_ES", "Sep_CMA_ES", "SNES", "Rm_ES")
 PACKAGE = "evosax"
+
+
+def _in_32_bits(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def run(*args: Any) -> Any:
+        with jax.enable_x64(False):
+            return method(*args)
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,16 +49,19 @@ class Evosax(Options):
         if importlib.util.find_spec(PACKAGE) is None:
             raise ValueError(f"needs the package {PACKAGE}: pip install 'ses_jax[{PACKAGE}]'")
 
+    @_in_32_bits
     def init(self, problem: Problem) -> Any:
         strategy, params = self._strategy(problem)
         # The key is for a mean that the next argument replaces.
         return _narrow(strategy.init(jax.random.key(0), jnp.zeros(problem.space.like.shape, jnp.float32), params))
 
+    @_in_32_bits
     def ask(self, problem: Problem, key: PRNGKeyArray, state: Any, generation: Int[Array, ""]) -> Array:
         strategy, params = self._strategy(problem)
         points = _narrow(strategy.ask(key, state, params)[0])
         return points if self.renormalise is None else to_shell(points, AXES[self.renormalise])
 
+    @_in_32_bits
     def tell(self, problem: Problem, state: Any, points: Array, scores: Float[Array, " n"]) -> Any:
         """Generation by generation: a strategy's weights are for a population. Less than one ends a search."""
         if len(scores) < problem.population:
@@ -82,6 +96,6 @@ def _make(name: str, population: int, shape: tuple[int, ...]) -> tuple[Any, Any]
     """A strategy and its parameters; kept, because evosax compiles its functions for each object."""
     from evosax import algorithms
 
-    with jax.ensure_compile_time_eval():
+    with jax.enable_x64(False), jax.ensure_compile_time_eval():
         strategy = getattr(algorithms, name)(population_size=population, solution=jnp.zeros(shape, jnp.float32))
         return strategy, strategy.default_params.replace(std_init=1.0)
