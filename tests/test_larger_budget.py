@@ -56,6 +56,8 @@ def test_a_finished_search_goes_on_bit_equal(tmp_path, before):
     same(found, search(budget=11))
     generations = 4 - before // POPULATION  # what the smaller budget did not fill is made again
     assert calls == [POPULATION] * generations + [2]
+    scored = 11 - POPULATION * (before // POPULATION)
+    assert found.timings["images_per_second"] * found.timings["search"] == pytest.approx(scored)
     assert search(reward=reward, out=tmp_path, resume=True, budget=11).history == found.history
     assert len(calls) == generations + 1
 

@@ -264,7 +264,7 @@ def _success(row: Row, summary: Mapping[str, Any]) -> Outcome:
     """A line of results from a row and its `SearchResult.summary()`."""
     timings = summary["timings"]
     # Prompts that were searched at once share their seconds, and each has its part of them.
-    searching = summary["scored"] / timings["images_per_second"]
+    searching = summary["cost"]["search"]["seconds"]
     share = searching / timings["search"]
     return _base(row) | {
         "folder": row.folder,

@@ -29,6 +29,7 @@ class Outcome(NamedTuple):
       at_once: whether even the final renders are not wanted any more.
       films: each prompt's.
       last: how many whole generations there are, and the state after them.
+      earlier: candidates of a prompt that were scored before this call.
     """
 
     state: State
@@ -37,6 +38,7 @@ class Outcome(NamedTuple):
     at_once: bool
     films: list[list[Shot]]
     last: tuple[int, State]
+    earlier: int = 0
 
 
 Leave = Callable[[Task, Outcome], None]
@@ -86,7 +88,8 @@ def run(
         report(_step_of(task, work, state, range(first, index + 1), times))
     done = first + len(times) - 1
     last = (done, state) if done * task.config.population <= task.config.budget else last
-    return task, Outcome(state, _joined(task, parts), interrupted, at_once, sight.films, last)
+    earlier = min(first * task.config.population, task.config.budget)
+    return task, Outcome(state, _joined(task, parts), interrupted, at_once, sight.films, last, earlier)
 
 
 @contextlib.contextmanager

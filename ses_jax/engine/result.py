@@ -49,7 +49,7 @@ class SearchResult:
         there are any.
       config: the settings of the search, all defaults filled in.
       cost: network evaluations, FLOPs and seconds: `search` of the candidates, `finals` of winner and base.
-      timings: seconds of each phase, and images per second of the search.
+      timings: seconds of each phase, and images per second of the search; of one that was continued, since then.
       interrupted: whether the search was stopped before its budget was spent.
       notes: calls of the user's reward that failed and were made again.
       film: the best and the worst preview of each generation, small; empty in a result that was loaded.

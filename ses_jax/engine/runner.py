@@ -114,7 +114,7 @@ def search_prompts(
     times.append(time.perf_counter())
 
     histories = found.histories
-    timings = _timings(times, sum(len(history) for history in histories))
+    timings = _timings(times, sum(len(history) - outcome.earlier for history in histories))
     spent = _cost(task, len(histories[0]), timings)
     described = (settings_of(pipeline, reward, config, *one) for one in zip(indices, given, strict=True))
     settings = [facts | {"chunk": task.program.chunk} for facts in described]

@@ -152,7 +152,8 @@ def _component(value: Any) -> bool:
 def _timings(value: Any) -> bool:
     return (
         _mapping(value, _number)
-        and all(value.get(name, 0) > 0 for name in ("search", "images_per_second"))
+        and value.get("search", 0) > 0
+        and value.get("images_per_second", -1) >= 0  # 0 where all was scored before the call that rendered it
         and (value.keys() >= set(TIMINGS))
     )
 
@@ -160,7 +161,7 @@ def _timings(value: Any) -> bool:
 def _cost(value: Any) -> bool:
     names = Spent.__dataclass_fields__.keys()
     return (
-        _mapping(value, lambda spent: _mapping(spent, _score) and spent.keys() == names)
+        _mapping(value, lambda spent: _mapping(spent, _score) and spent.keys() == names and _number(spent["seconds"]))
         and value.keys() == Cost.__dataclass_fields__.keys()
     )
 
