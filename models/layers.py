@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from ses_jax.models import target
 from ses_jax.models.quantized import Dense, dtype_of
@@ -83,6 +84,17 @@ class GatedMLP(nn.Module):
 def computed_once(x: jax.Array) -> jax.Array:
     """`x`, on a TPU computed before the product that takes it: as part of the product, every tile would do it again."""
     return jax.lax.optimization_barrier(x) if target.device().platform == "tpu" else x
+
+
+def channels_last(x: jax.Array) -> jax.Array:
+    """`x`, on a TPU with its last axis innermost in memory.
+
+    Left to itself its compiler may lay tokens out the other way round, as it finds them between latents and patches,
+    and copy weights to go with them: those of all layers, before the first step, which take half as much memory again.
+    """
+    if target.device().platform != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 class TimeEmbedder(nn.Module):

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
-from ses_jax.models.layers import RMSNorm, TimeEmbedder, layer_norm, rounded
+from ses_jax.models.layers import RMSNorm, TimeEmbedder, channels_last, layer_norm, rounded
 from ses_jax.models.quantized import Dense
 
 NORM_EPS = 1e-6
@@ -218,13 +218,13 @@ class ModulatedOutput(nn.Module):
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """LayerNorm without affine parameters, then `x * (1 + scale) + shift`."""
-    return layer_norm(x, NORM_EPS) * (1 + scale) + shift
+    return layer_norm(channels_last(x), NORM_EPS) * (1 + scale) + shift
 
 
 def added(x: jax.Array, update: jax.Array) -> jax.Array:
     """`x + update`; float16 stays finite, as in the references."""
     if x.dtype != jnp.float16:
-        return x + update
+        return channels_last(x + update)
     largest = jnp.finfo(x.dtype).max
     return jnp.clip(x + update, -largest, largest)
 

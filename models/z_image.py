@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, layer_norm, stack
+from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, channels_last, layer_norm, stack
 from ses_jax.models.mmdit import SelfAttention
 
 SEQUENCE_MULTIPLE = 32
@@ -196,13 +196,14 @@ class ModulatedBlock(nn.Module):
         modulation = nn.Dense(4 * c.dim, name="modulation")(time_embedding)[:, None, :]
         scale_attn, gate_attn, scale_ffn, gate_ffn = jnp.split(modulation, 4, axis=-1)
 
+        x = channels_last(x)
         h = RMSNorm(c.norm_eps, name="attention_norm1")(x) * (1 + scale_attn)
-        h = RMSNorm(c.norm_eps, name="attention_norm2")(self_attention(c)(h, cos, sin, key_lengths))
+        h = RMSNorm(c.norm_eps, name="attention_norm2")(channels_last(self_attention(c)(h, cos, sin, key_lengths)))
         x = x + jnp.tanh(gate_attn) * h
 
         h = RMSNorm(c.norm_eps, name="ffn_norm1")(x) * (1 + scale_ffn)
-        h = RMSNorm(c.norm_eps, name="ffn_norm2")(GatedMLP(c.ffn_dim, name="feed_forward")(h))
-        return x + jnp.tanh(gate_ffn) * h, None
+        h = RMSNorm(c.norm_eps, name="ffn_norm2")(channels_last(GatedMLP(c.ffn_dim, name="feed_forward")(h)))
+        return channels_last(x + jnp.tanh(gate_ffn) * h), None
 
 
 class Block(nn.Module):

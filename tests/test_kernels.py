@@ -213,3 +213,20 @@ def test_a_gated_product_is_computed_once_on_a_tpu(device, barriers):
     for transform in (jax.jit, lambda f: jax.grad(f, argnums=(0, 1)), lambda f: jax.vmap(f, in_axes=(None, 0))):
         ours, plain = transform(traced)(params, x), transform(summed)(params, x)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, plain)
+
+
+@pytest.mark.parametrize(("device", "constraints"), [(TPU, 1), (GPU, 0)])
+def test_tokens_lie_channels_last_on_a_tpu(device, constraints):
+    """With the same values, derivatives and rows: the layout is the compiler's business alone."""
+    x = jax.random.normal(jax.random.key(1), (3, 5, 8))
+
+    def constrained(x):
+        with compiled_for(device):
+            return jnp.sin(layers.channels_last(x)).sum()
+
+    found = [e.primitive.name for e in equations(jax.make_jaxpr(constrained)(x).jaxpr)]
+    assert found.count("layout_constraint") == constraints
+    text = jax.jit(constrained).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    assert ("LayoutConstraint" in text) == bool(constraints)
+    for transform in (jax.jit, jax.grad, jax.vmap):
+        np.testing.assert_array_equal(transform(constrained)(x), transform(lambda x: jnp.sin(x).sum())(x))

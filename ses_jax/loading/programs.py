@@ -19,8 +19,8 @@ from ses_jax.loading import compiler
 # As many as a mixed batch run switches between; each has a program for every token-length bucket.
 KEPT = 16
 
-# What JAX is told while programs are traced, compiled and called, whatever its user has told it. NaN stands for what has
-# no score, and is no error; a seed's draws are always the same.
+# What JAX is told while programs are traced, compiled and called, whatever its user has told it. NaN stands for what
+# has no score, and is no error; a seed's draws are always the same.
 SETTINGS = {
     "debug_nans": False,
     "debug_infs": False,

@@ -1,8 +1,8 @@
 """Evolution strategies of the package evosax, by name.
 
 They compute and draw in JAX's default number of bits, and draws of 64 bits are others: here it is 32, whatever the
-default. Its strategies keep part of what they drew in their state, ours propose points from the key alone: those are taken here
-whose state does not depend on what was drawn.
+default. Its strategies keep part of what they drew in their state, ours propose points from the key alone: those are
+taken here whose state does not depend on what was drawn.
 """
 
 import dataclasses
