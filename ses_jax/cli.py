@@ -270,6 +270,7 @@ def main(args: list[str] | None = None) -> int:
     if args is None:
         args = sys.argv[1:]
         errors.only_once()
+        errors.print_anything()
     if args == ["--version"]:
         import ses_jax
 

@@ -1,6 +1,7 @@
 """An error is told once: threads that still read a damaged checkpoint when it is refused say nothing more."""
 
 import logging
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,15 @@ import numpy as np
 
 from ses_jax.loading import checkpoint
 from ses_jax.shell import errors
+
+WRITER = """
+import sys
+from ses_jax import cli
+
+sys.argv = ["ses-jax", "--version"]
+cli.main()
+print("\\u56f3")
+"""
 
 READER = """
 import gc, pathlib, sys, time
@@ -53,3 +63,11 @@ def test_other_errors_of_threads_are_still_shown(monkeypatch):
     assert shown == told[1:]
     record = logging.LogRecord("asyncio", logging.ERROR, "", 0, "slow callback", (), None)
     assert errors._told_already(record)
+
+
+def test_a_letter_that_a_pipe_lacks_is_no_error():
+    """As of a prompt, which is printed once its search is saved."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = subprocess.run([sys.executable, "-c", WRITER], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "?"

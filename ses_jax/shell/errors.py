@@ -29,6 +29,12 @@ def only_once() -> None:
     logging.getLogger("asyncio").addFilter(_told_already)
 
 
+def print_anything() -> None:
+    """For a process of the shell's own: a letter that a pipe's encoding lacks is a "?", and no error after the work."""
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def _unraisable(error: Any) -> None:
     if str(error.exc_value) != LATE:
         sys.__unraisablehook__(error)
