@@ -7,6 +7,7 @@ with the batches and keys that it would have seen.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -84,9 +85,7 @@ def train_vae(args: Arguments, sizes: Sizes) -> None:
     _train(
         args,
         "vae",
-        lambda key: autoencoder_kl.init(key, sizes.vae),
-        adamw(1.5e-3),
-        lambda params, images, key: vae_loss(params, sizes, images, key, edges=1.0, pull=3e-4),
+        _vae_parts(sizes),
         lambda step: batches.picture_batch(step, sizes.pictures, args.seed),
         average_decay=0.995,
         probe=probes.rebuilder(sizes),
@@ -97,12 +96,14 @@ def train_decoder(args: Arguments, sizes: Sizes) -> None:
     """Trains the decoder on, for latents that are not quite right; the encoder, and so the latents, stay."""
     _, vae = training.load(args.work / "vae")
     probe = probes.rebuilder(sizes)
+
+    def loss(params, images, key):
+        return decoder_loss(params, vae, sizes, images, key, edges=1.0)
+
     _train(
         args,
         "decoder",
-        lambda key: vae["decoder"],
-        adamw(1e-3),
-        lambda params, images, key: decoder_loss(params, vae, sizes, images, key, edges=1.0),
+        training.Parts(lambda key: vae["decoder"], adamw(1e-3), loss),
         lambda step: batches.picture_batch(step, sizes.pictures, args.seed + 1),
         average_decay=0.99,
         probe=lambda params: probe(vae | {"decoder": params}),
@@ -126,12 +127,14 @@ def train_dit(args: Arguments, sizes: Sizes) -> None:
     batches.make_pool(pool, sizes, vae, tokenizer, args.seed)
     statistics = batches.latent_statistics(pool, sizes.buckets[0])
     (args.work / "latents.json").write_text(json.dumps(statistics))
+
+    def loss(params, batch, key):
+        return dit_loss(params, sizes, batch, key)
+
     _train(
         args,
         "dit",
-        lambda key: init_dit(key, sizes),
-        muon(3e-3, 1e-3),
-        lambda params, batch, key: dit_loss(params, sizes, batch, key),
+        training.Parts(lambda key: init_dit(key, sizes), muon(3e-3, 1e-3), loss),
         batches.pool_batches(pool, sizes, statistics, tokenizer, args.seed),
         probe=probes.sampler(vae, sizes, statistics, tokenizer),
     )
@@ -168,9 +171,7 @@ def _clip(args: Arguments, sizes: Sizes, name: str, seed: int) -> None:
     _train(
         args,
         name,
-        lambda key: clip.init(key, sizes.reward),
-        muon(3e-3, 1e-3),
-        lambda params, batch, key: clip_loss(params, sizes, batch, key),
+        _clip_parts(sizes),
         batches.family_batches(pool, sizes, tokenizer, seed),
         average_decay=0.99,
         seed=seed,
@@ -178,12 +179,30 @@ def _clip(args: Arguments, sizes: Sizes, name: str, seed: int) -> None:
     )
 
 
-def _train(args: Arguments, stage: str, *parts: Any, seed: int | None = None, **options: Any) -> None:
+@functools.cache
+def _vae_parts(sizes: Sizes) -> training.Parts:
+    def loss(params, images, key):
+        return vae_loss(params, sizes, images, key, edges=1.0, pull=3e-4)
+
+    return training.Parts(lambda key: autoencoder_kl.init(key, sizes.vae), adamw(1.5e-3), loss)
+
+
+@functools.cache
+def _clip_parts(sizes: Sizes) -> training.Parts:
+    """Of both CLIPs, so that the second one compiles nothing anew."""
+
+    def loss(params, batch, key):
+        return clip_loss(params, sizes, batch, key)
+
+    return training.Parts(lambda key: clip.init(key, sizes.reward), muon(3e-3, 1e-3), loss)
+
+
+def _train(args: Arguments, stage: str, *what: Any, seed: int | None = None, **options: Any) -> None:
     limits = training.Limits(
         args.steps or STEPS[stage], args.minutes, save_seconds=args.save_seconds, probe_every=args.probe_every
     )
     seed = args.seed if seed is None else seed
-    training.train(args.work / stage, *parts, limits, seed=seed, **options)
+    training.train(args.work / stage, *what, limits, seed=seed, **options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Batches and pools for the demo's trainings; all are functions of the seed and the step or the shard."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -53,7 +54,6 @@ def to_signed(images: np.ndarray) -> np.ndarray:
 
 def make_pool(folder: Path, sizes: Sizes, vae: Any, tokenizer: Any, seed: int) -> None:
     """Draws and encodes the scenes of every bucket, each with several captions, into one npz file a shard."""
-    encode = jax.jit(lambda images: autoencoder_kl.encode(vae, sizes.vae, images)[0])
     for number, bucket in enumerate(sizes.buckets):
         for path, shard, count in _missing(folder, bucket.name, bucket.pool, sizes.shard):
             rng = np.random.default_rng([seed, 2, number, shard])
@@ -61,7 +61,7 @@ def make_pool(folder: Path, sizes: Sizes, vae: Any, tokenizer: Any, seed: int) -
             size = bucket.height, bucket.width
             layouts = [drawing.layout(rng, s, bucket.width / bucket.height) for s in batch]
             images = np.stack([drawing.draw(s, places, *size) for s, places in zip(batch, layouts, strict=True)])
-            latents = [encode(to_signed(part)) for part in _parts(images)]
+            latents = [_encode(vae, sizes, to_signed(part)) for part in _parts(images)]
             cell = sizes.vae.downscale
             texts = [captions.caption(rng, s) for s in batch for _ in range(CAPTIONS)]
             ids, lengths = tokenize_prompts(tokenizer, texts)
@@ -72,6 +72,11 @@ def make_pool(folder: Path, sizes: Sizes, vae: Any, tokenizer: Any, seed: int) -
                 tokens=ids.astype(np.uint16).reshape(count, CAPTIONS, PROMPT_LENGTH),
                 lengths=lengths.astype(np.uint8).reshape(count, CAPTIONS),
             )
+
+
+@functools.partial(jax.jit, static_argnames="sizes")
+def _encode(params: Any, sizes: Sizes, images: jax.Array) -> jax.Array:
+    return autoencoder_kl.encode(params, sizes.vae, images)[0]
 
 
 def latent_statistics(folder: Path, bucket: Bucket) -> dict[str, float]:
@@ -140,12 +145,15 @@ def _any_resolution(rng: np.random.Generator, scene: scenes.Scene, side: int) ->
 
 def make_rebuilt(folder: Path, sizes: Sizes, vae: Any, tokenizer: Any, seed: int) -> None:
     """Families as the autoencoder rebuilds them from imperfect latents, into one npz file a shard."""
-    degrade = jax.jit(lambda images, key: _degrade(vae, sizes, images, key))
     for path, shard, count in _missing(folder, "families", sizes.rebuilt, sizes.shard):
         rng, key = np.random.default_rng([seed, 4, shard]), jax.random.fold_in(jax.random.key(seed), shard)
         images, tokens = make_families(rng, tokenizer, count, sizes.reward.image_size)
         keys = jax.random.split(key, count)
-        _save(path, images=np.stack([degrade(f, k) for f, k in zip(images, keys, strict=True)]), tokens=tokens)
+        _save(
+            path,
+            images=np.stack([_degrade(vae, sizes, f, k) for f, k in zip(images, keys, strict=True)]),
+            tokens=tokens,
+        )
 
 
 def family_batches(folder: Path, sizes: Sizes, tokenizer: Any, seed: int) -> Callable:
@@ -163,6 +171,7 @@ def family_batches(folder: Path, sizes: Sizes, tokenizer: Any, seed: int) -> Cal
     return batch_at
 
 
+@functools.partial(jax.jit, static_argnames="sizes")
 def _degrade(params: Any, sizes: Sizes, images: jax.Array, key: jax.Array) -> jax.Array:
     """Reconstructions, uint8, from latents with noise of a random strength added."""
     mean, _ = autoencoder_kl.encode(params, sizes.vae, images.astype(jnp.float32) / 127.5 - 1)

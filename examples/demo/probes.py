@@ -1,8 +1,9 @@
 """Evaluations during the demo's trainings, on fixed scenes.
 
-Each function here returns a probe, `probe(params) -> {name: share}`, that compiles its programs only once.
+Each function here returns a probe, `probe(params) -> {name: share}`, whose programs are compiled only once.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,6 @@ Probe = Callable[[Any], dict[str, float]]
 
 def rebuilder(sizes: Sizes) -> Probe:
     """Probe of an autoencoder: hard scenes that are all right after it, at every size it is trained on."""
-    rebuild = jax.jit(
-        lambda params, images: _decode(params, sizes, autoencoder_kl.encode(params, sizes.vae, images)[0])
-    )
     wanted = scenes.evaluation_scenes(sizes.probe, "hard")
 
     def probe(params: Any) -> dict[str, float]:
@@ -37,7 +35,7 @@ def rebuilder(sizes: Sizes) -> Probe:
             rng = np.random.default_rng(0)
             drawn = np.stack([drawing.picture(rng, s, bucket.height, bucket.width) for s in wanted])
             parts = np.split(batches.to_signed(drawn), range(bucket.batch, len(drawn), bucket.batch))
-            shares[bucket.name] = _correct(np.concatenate([rebuild(params, part) for part in parts]), wanted)
+            shares[bucket.name] = _correct(np.concatenate([_rebuilt(params, sizes, part) for part in parts]), wanted)
         return shares
 
     return probe
@@ -45,13 +43,12 @@ def rebuilder(sizes: Sizes) -> Probe:
 
 def ranker(sizes: Sizes, tokenizer: Any) -> Probe:
     """Probe of a CLIP: a caption's own picture above those of siblings, in pairs and first of all."""
-    score = jax.jit(lambda params, images, tokens: _similarities(params, sizes, images, tokens))
     cases = {tier: _ranking_cases(sizes, tokenizer, tier) for tier in RANKED_TIERS}
 
     def probe(params: Any) -> dict[str, float]:
         shares = {}
         for tier, (images, tokens) in cases.items():
-            values = np.asarray(score(params, images, tokens))  # [scene, member], the scene itself first
+            values = np.asarray(_similarities(params, sizes, images, tokens))  # [scene, member], the scene itself first
             shares[f"{tier} pairs"] = float(np.mean(values[:, :1] > values[:, 1:]))
             shares[f"{tier} first"] = float(np.mean(values.argmax(1) == 0))
         return shares
@@ -110,6 +107,11 @@ def sample(params: Any, sizes: Sizes, prompt: Any, empty: Any, height: int, widt
     return jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:]))[0]
 
 
+@functools.partial(jax.jit, static_argnames="sizes")
+def _rebuilt(params: Any, sizes: Sizes, images: np.ndarray) -> jax.Array:
+    return _decode(params, sizes, autoencoder_kl.encode(params, sizes.vae, images)[0])
+
+
 def _decode(vae: Any, sizes: Sizes, latents: jax.Array) -> jax.Array:
     """Images in [0, 1]."""
     return jnp.clip(autoencoder_kl.decode(vae, sizes.vae, latents) / 2 + 0.5, 0, 1)
@@ -131,6 +133,7 @@ def _ranking_cases(sizes: Sizes, tokenizer: Any, tier: str) -> tuple[np.ndarray,
     return np.array(images), tokenize_clip(tokenizer, [captions.caption(rng, s) for s in wanted])
 
 
+@functools.partial(jax.jit, static_argnames="sizes")
 def _similarities(params: Any, sizes: Sizes, images: jax.Array, tokens: jax.Array) -> jax.Array:
     count, members = images.shape[:2]
     pixels = (images.reshape(-1, *images.shape[2:]).astype(jnp.float32) / 255 - CLIP_MEAN) / CLIP_STD

@@ -1,5 +1,6 @@
 """A training loop that can be killed at any time: state in Orbax, batches and keys a function of the step."""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -26,6 +27,14 @@ class State(NamedTuple):
     params: Any
     average: Any
     optimizer: Any
+
+
+class Parts(NamedTuple):
+    """What a training's compiled programs are made of."""
+
+    init: Callable[[jax.Array], Any]
+    optimizer: optax.GradientTransformation
+    loss: Loss
 
 
 class Limits(NamedTuple):
@@ -57,9 +66,7 @@ SCHEDULE = Schedule()
 
 def train(
     folder: Path,
-    init: Callable[[jax.Array], Any],
-    optimizer: optax.GradientTransformation,
-    loss: Loss,
+    parts: Parts,
     batch_at: Callable[[int], Any],
     limits: Limits,
     *,
@@ -68,13 +75,14 @@ def train(
     seed: int = 0,
     probe: Probe | None = None,
 ) -> State:
-    """Trains `init(key)` up to `limits`, continuing from `folder`'s latest checkpoint.
+    """Trains `parts.init(key)` up to `limits`, continuing from `folder`'s latest checkpoint.
 
-    Losses go to `folder`/losses.jsonl and stdout, what `probe` says of the averaged params to probes.jsonl.
+    Losses go to `folder`/losses.jsonl and stdout, what `probe` says of the averaged params to probes.jsonl. Trainings
+    of the same parts share their compiled programs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = _start(init, optimizer)(jax.random.key(seed))
-    update = _updater(optimizer, loss, average_decay)
+    state = _start(parts)(jax.device_put(jax.random.key(seed), jax.devices()[0]))  # lies where what is restored does
+    update = _updater(parts, average_decay)
     start = saved_at = time.monotonic()
     with ocp.CheckpointManager(
         (folder / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)
@@ -103,25 +111,28 @@ def load(folder: Path) -> tuple[int, Any]:
     with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
         if manager.latest_step() is None:
             raise FileNotFoundError(f"{folder} holds no checkpoint; train this stage first")
-        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
-    return int(state["step"]), jax.tree.map(jnp.asarray, state["average"])
+        step = manager.latest_step()
+        found = manager.restore(step, args=ocp.args.Composite(average=ocp.args.StandardRestore()))
+    return step, jax.tree.map(jnp.asarray, found.average)
 
 
-def _start(init, optimizer):
+@functools.lru_cache(maxsize=8)
+def _start(parts: Parts):
     @jax.jit
     def start(key: jax.Array) -> State:
-        params = init(key)
-        return State(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
+        params = parts.init(key)
+        return State(jnp.zeros((), jnp.int32), params, params, parts.optimizer.init(params))
 
     return start
 
 
-def _updater(optimizer, loss, average_decay):
+@functools.lru_cache(maxsize=8)
+def _updater(parts: Parts, average_decay: float):
     @jax.jit
     def update(state: State, batch: Any, key: jax.Array, scale: float) -> tuple[State, dict[str, jax.Array]]:
         with nn.intercept_methods(_quicker):
-            (value, facts), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+            (value, facts), gradients = jax.value_and_grad(parts.loss, has_aux=True)(state.params, batch, key)
+        updates, optimizer_state = parts.optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
         decay = jnp.minimum(average_decay, (1 + state.step) / (10 + state.step))
         average = optax.incremental_update(params, state.average, 1 - decay)
@@ -174,13 +185,21 @@ def _group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, ep
 def _restore(manager: ocp.CheckpointManager, state: State) -> State:
     if manager.latest_step() is None:
         return state
-    restored = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state._asdict()))
-    return State(**restored)
+    parts = {name: ocp.args.StandardRestore(part) for name, part in _items(state).items()}
+    restored = manager.restore(manager.latest_step(), args=ocp.args.Composite(**parts))
+    return State(average=restored.average, **restored.others)
 
 
 def _save(manager: ocp.CheckpointManager, state: State) -> int:
-    manager.save(int(state.step), args=ocp.args.StandardSave(state._asdict()))
+    parts = {name: ocp.args.StandardSave(part) for name, part in _items(state).items()}
+    manager.save(int(state.step), args=ocp.args.Composite(**parts))
     return int(state.step)
+
+
+def _items(state: State) -> dict[str, Any]:
+    """As they are saved: the average, which is all that the other stages read, apart."""
+    others = state._asdict()
+    return {"average": others.pop("average"), "others": others}
 
 
 def _log(folder: Path, file: str, step: int, facts: dict[str, Any], seconds: float) -> None:
