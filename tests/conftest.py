@@ -30,12 +30,17 @@ os.environ.update(
     # Where an operation was called from: one place instead of all of the stack, which takes 4% of the time.
     JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS="0",
     JAX_TRACEBACK_IN_LOCATIONS_LIMIT="1",
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
+    # Every program is kept: each file, and each process that a test starts, begins with the same small ones.
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
     # XLA's threads. By default as many as there are devices, which two collectives at once can all keep waiting for
     # each other: such tests stood still every few runs.
     NPROC="32",
     OMP_NUM_THREADS="1",
+    # For meshes; everything else stays on the first. By the environment, as the precision: programs of processes that
+    # tests start are those of the workers only where both are the same.
+    JAX_NUM_CPU_DEVICES="8",
+    JAX_DEFAULT_MATMUL_PRECISION="float32",
     TOKENIZERS_PARALLELISM="false",
 )
 
@@ -45,8 +50,6 @@ import jax  # reads the variables
 import numpy as np
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else stays on the first
-jax.config.update("jax_default_matmul_precision", "float32")
 hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("same")
 
