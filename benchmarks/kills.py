@@ -29,6 +29,7 @@ import ses_jax
 SETTINGS = {"budget": 5, "population": 3, "elites": 1, "steps": 2, "preview_steps": 1, "progress": False}
 STABLE = ("best.png", "baseline.png", "noise.npy", "history.jsonl")
 SECONDS = 300  # for a process to start, or to end
+PRELOADED = ["ses_jax.batch.run"]  # whose import takes as long as all the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,7 @@ def disturbed(out: Path, count: int, how: tuple[Arguments, int, random.Random]) 
 
 def _start(place: Place, args: Arguments) -> Searcher:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ses_jax.batch.run"])  # whose import takes as long as all the rest
+    context.set_forkserver_preload(PRELOADED)
     searching = context.Event()
     process = context.Process(target=search, args=(place, args, searching))
     process.start()

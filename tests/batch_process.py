@@ -1,11 +1,10 @@
-"""One process of a batch run on the toy pipeline, to be killed: `python batch_process.py '{"out": ..., ...}'`.
+"""One process of a batch run on the toy pipeline, to be killed.
 
 Arguments are those of `search_many`; besides, `sleep` is how many seconds the reward takes, and `meet` what
 `processes.meet` takes, or `connect` what `jax.distributed.initialize` takes.
 """
 
 import json
-import sys
 import time
 
 import jax
@@ -23,8 +22,9 @@ def brightness(images, prompts):
     return np.asarray(images).mean(axis=(1, 2, 3))
 
 
-if __name__ == "__main__":
-    arguments = json.loads(sys.argv[1])
+def search(arguments):
+    """What the process does; returns its exit status."""
+    global SLEEP
     SLEEP = arguments.pop("sleep", 0.0)
     if "meet" in arguments:
         place = processes.meet(**arguments.pop("meet"))
@@ -35,4 +35,4 @@ if __name__ == "__main__":
     reward = ses_jax.load_reward(brightness, traceable=False)
     summary = ses_jax.search_many(model=toy.pipeline(), reward=reward, **arguments)
     print(json.dumps(summary))
-    sys.exit(int(summary["failed"] > 0))
+    return int(summary["failed"] > 0)

@@ -1,13 +1,11 @@
 """What the tests of batch runs share: a small run, its files, and processes to kill."""
 
-import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import batch_process
+import forked
 import toy
 
 import ses_jax
@@ -30,15 +28,7 @@ def run(prompts, out, **settings):
 def start(out, prompts=PROMPTS, *, environment=None, **settings):
     """Starts a process; its `SearchResult`s are those of `run`."""
     arguments = {"prompts": prompts, "out": str(out), "progress": False} | SETTINGS | settings
-    tests = Path(__file__).parent
-    paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(
-        [sys.executable, str(tests / "batch_process.py"), json.dumps(arguments)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"} | (environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return forked.fork(out, batch_process.search, arguments, environment)
 
 
 def wait_for(path, *processes, seconds=60):
@@ -47,16 +37,6 @@ def wait_for(path, *processes, seconds=60):
     deadline = time.monotonic() + seconds
     while not any(folder.glob(pattern)):
         assert time.monotonic() < deadline, f"no {pattern} after {seconds} s"
-        for process in processes:
-            assert process.poll() is None, process.communicate()
+        for process, said in processes:
+            assert process.is_alive(), forked.said_so_far(said)
         time.sleep(0.01)
-
-
-def finish(process, seconds=60):
-    """Waits for a process.
-
-    Returns:
-      Its exit status, stdout and stderr.
-    """
-    out, error = process.communicate(timeout=seconds)
-    return process.returncode, out, error

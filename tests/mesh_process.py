@@ -1,4 +1,4 @@
-"""One process of searches whose meshes span several: `python mesh_process.py '{"meshes": ..., "out": ..., ...}'`.
+"""One process of searches whose meshes span several.
 
 Arguments are those of `search`; besides, `connect` is what `jax.distributed.initialize` takes, `meshes` are searched on
 one after the other, each into a folder of its own, and `model` is a folder with its own `clip/`. Last comes a judge
@@ -6,7 +6,6 @@ that says something else in every process, and fails.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -36,9 +35,9 @@ def judged():
         return scores, len(calls), str(error)
 
 
-if __name__ == "__main__":
-    arguments = json.loads(sys.argv[1])
-    jax.config.update("jax_default_matmul_precision", "float32")
+def search(arguments):
+    """What the process does; one device is its own."""
+    jax.config.update("jax_num_cpu_devices", 1)
     jax.distributed.initialize(**arguments.pop("connect"))
     meshes, out = arguments.pop("meshes"), Path(arguments.pop("out"))
     for mesh in meshes:

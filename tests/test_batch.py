@@ -6,6 +6,7 @@ import json
 import os
 
 import batch_runs
+import forked
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -410,8 +411,8 @@ def test_sigterm_ends_a_process_after_the_generation_at_hand(whole, tmp_path):
     """What SLURM and Kubernetes send."""
     process = batch_runs.start(tmp_path, sleep=0.1)
     batch_runs.wait_for((tmp_path, "*/result.json"), process)
-    process.terminate()
-    status, _, error = batch_runs.finish(process)
+    process.process.terminate()
+    status, _, error = forked.finish(process)
     assert status == 143
     assert "SIGTERM: stopping after the generation at hand" in error
     assert len(finished(tmp_path)) < len(PROMPTS)

@@ -1,19 +1,19 @@
 """Many processes on one machine: they meet, share the prompts, and the loss of one costs nobody else anything."""
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
+import mesh_process
 import numpy as np
 import oracle
 import pytest
-from batch_runs import PROMPTS, finish, finished, lines, run, stable_files, start, wait_for
+from batch_runs import PROMPTS, finished, lines, run, stable_files, start, wait_for
+from forked import finish, fork
 
 import ses_jax
 from ses_jax import cli
@@ -75,19 +75,12 @@ def test_a_mesh_may_span_processes(tmp_path):
     connect = {"coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
     spanning = settings | {"meshes": meshes, "out": str(tmp_path), "resume": True}
     running = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "mesh_process.py"), json.dumps(arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-        )
-        for arguments in (spanning | {"connect": connect | {"process_id": i}} for i in range(2))
+        fork(tmp_path / "said", mesh_process.search, spanning | {"connect": connect | {"process_id": i}})
+        for i in range(2)
     ]
     judged = []
-    for process in running:
-        out, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
+    for status, out, error in (finish(process, seconds=300) for process in running):
+        assert status == 0, error
         *of_meshes, last = out.splitlines()[-len(meshes) - 1 :]
         judged.append(json.loads(last))
         for line in of_meshes:
@@ -105,8 +98,8 @@ def test_four_processes_lose_two_and_two_others_finish(tmp_path, alone):
     """The coordinator, process 0, is one of the lost."""
     running = start_all(tmp_path, 4, sleep=0.4)
     wait_for((tmp_path, "00000/result.json"), *running)
-    running[0].kill()
-    running[2].send_signal(signal.SIGTERM)
+    running[0].process.kill()
+    running[2].process.terminate()
     statuses = [finish(process)[0] for process in running]
     assert statuses == [-signal.SIGKILL, 0, 128 + signal.SIGTERM, 0]
     before = finished(tmp_path)
