@@ -38,6 +38,7 @@ class Arguments:
       budget: of the searches.
       at_once: prompts in a batch.
       preview_steps, steps: of previews and of images; by default the demo's.
+      model: the checkpoint.
       out: folder for the results.
     """
 
@@ -47,16 +48,17 @@ class Arguments:
     at_once: int = 10
     preview_steps: int | None = None
     steps: int | None = None
+    model: str = "demo"
     out: Path = common.RESULTS
 
 
 def main(args: Arguments) -> None:
     cases = captions.evaluation_prompts(args.prompts, seed=7)
     rows = done(args)
-    exact = ses_jax.load_pipeline("demo")
+    exact = ses_jax.load_pipeline(args.model)
     for kind in ("float32", *args.kinds):
         if kind not in rows:
-            pipeline = exact if kind == "float32" else ses_jax.load_pipeline("demo", quantize=kind)
+            pipeline = exact if kind == "float32" else ses_jax.load_pipeline(args.model, quantize=kind)
             rows[kind] = searched(pipeline, cases, args)
             if kind != "float32":
                 rows[kind] |= compared(exact, pipeline, [prompt for _, prompt in cases], args.steps)

@@ -34,6 +34,7 @@ class Arguments:
       seed: of all draws.
       threads: of torch; 0 leaves its default, one a core.
       repeats: timed runs of each side, alternating; the median counts.
+      model: the checkpoint, in the demo's layout.
       out: folder of the JSON.
     """
 
@@ -42,13 +43,14 @@ class Arguments:
     seed: int = 0
     threads: int = 0
     repeats: int = 3
+    model: str = "demo"
     out: Path = common.RESULTS
 
 
 def main(args: Arguments) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    pipeline = ses_jax.load_pipeline("demo")
+    pipeline = ses_jax.load_pipeline(args.model)
     reward = ses_jax.load_reward("clip", source=pipeline.folder / "clip")
     config = ses_jax.SearchConfig(budget=args.budget, seed=args.seed).resolve(pipeline)
     judge = TorchSide(pipeline.folder, args.prompt, config)

@@ -54,6 +54,7 @@ class Arguments:
       seeds: of the noise.
       at_once: prompts in a batch.
       preview_steps, steps: of previews and of final images; by default the demo's.
+      model: the checkpoint.
       out: folder for the results.
     """
 
@@ -67,12 +68,13 @@ class Arguments:
     at_once: int = 10
     preview_steps: int | None = None
     steps: int | None = None
+    model: str = "demo"
     out: Path = common.RESULTS
 
 
 def main(args: Arguments) -> None:
     cases = captions.evaluation_prompts(args.prompts, args.tier, args.prompt_seed)
-    pipeline = ses_jax.load_pipeline("demo")
+    pipeline = ses_jax.load_pipeline(args.model)
     rows = done(args)
     for seed in args.seeds:
         for method in dict.fromkeys((args.against, *args.methods)):
