@@ -80,6 +80,12 @@ def script(name):
     return importlib.import_module(name)
 
 
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    """What a core can do at most takes seconds of products to find, and nothing here looks at it."""
+    monkeypatch.setitem(script("throughput_jax").MATMUL_SIZES, "cpu", 128)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
@@ -90,9 +96,15 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_both_sides_of_a_tiny_model(folder, tmp_path, capfd):
-    """As from the shell: two batch sizes, both sides in processes of their own."""
+def test_both_sides_of_a_tiny_model(folder, tmp_path, capfd, monkeypatch):
+    """As from the shell, with two batch sizes; only our side in a process of its own, as torch takes long to import."""
     throughput = script("throughput")
+    run_side = throughput.run_side
+
+    def run(module, job):
+        return run_side(module, job) if module == "throughput_jax" else throughput._run(module, job)
+
+    monkeypatch.setattr(throughput, "run_side", run)
     arguments = throughput.Arguments(
         str(folder),
         batch=(2, 1),
@@ -146,11 +158,16 @@ def test_without_torch_ours_runs_alone(tmp_path, capsys):
     assert "not installed" in capsys.readouterr().out
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def shapes(folder):
     """The tiny model as if it were a published one: without weights."""
     pipeline = ses_jax.load_pipeline(str(folder), dtype=jnp.bfloat16)
     return dataclasses.replace(pipeline, params=jax.eval_shape(lambda: pipeline.params))
+
+
+@pytest.fixture(scope="module")
+def scorer(folder):
+    return scorers.load_clip("clip", folder / "clip")
 
 
 def test_random_weights_and_the_checkpoints_own_reward(shapes):
@@ -184,7 +201,8 @@ def test_a_batch_that_does_not_fit_ends_alone(shapes, phase):
     with (
         mock.patch.object(side, "_pipeline", return_value=shapes),
         mock.patch.object(side.Meter, "__call__", measured),
-        mock.patch.object(side, "_compile", return_value=(None, 0.0)),  # nothing of it is run
+        mock.patch.object(side, "_lower"),  # nothing of it is run
+        mock.patch.object(side, "_compile", return_value=(None, 0.0)),
     ):
         first, second = side.run(job)["batches"]
     assert first["finite"]
@@ -195,7 +213,7 @@ def test_a_batch_that_does_not_fit_ends_alone(shapes, phase):
 def test_random_params():
     random_weights = script("random_weights")
     pipeline = ses_jax.load_pipeline("demo", dtype=jnp.bfloat16)
-    abstract = jax.eval_shape(lambda: pipeline.params)
+    abstract = jax.eval_shape(lambda: {name: pipeline.params[name] for name in ("vae", "text_encoder")})
     params = random_weights.random_params(abstract, seed=1)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
     kernel = np.asarray(params["vae"]["decoder"]["conv_in"]["kernel"], np.float32)
@@ -206,26 +224,25 @@ def test_random_params():
     assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
-def test_share_of_the_reward_in_a_generation_of_a_published_model(shapes, folder, tmp_path):
+def test_share_of_the_reward_in_a_generation_of_a_published_model(shapes, scorer, tmp_path):
+    """With the program of the search below."""
     reward_share, random_weights = script("reward_share"), script("random_weights")
-    scorer = scorers.load_clip("clip", folder / "clip")
     with (
         mock.patch.object(random_weights, "abstract_pipeline", return_value=shapes),
         mock.patch.object(random_weights, "clip_h", return_value=scorer),
     ):
         path = reward_share.main(
-            reward_share.Arguments("published/tiny", 32, 32, 1, population=3, repeats=1, out=tmp_path)
+            reward_share.Arguments("published/tiny", 32, 32, 1, population=10, chunk=5, repeats=1, out=tmp_path)
         )
     result = json.loads(path.read_text())
     assert path.name == "reward_share_tiny_cpu.json"
     assert 0 < result["share"] < 1
-    assert result["bytes_to_host"] == 3 * 4 * 2  # a score and a low band's size a candidate
-    assert result["bytes_of_images"] == 3 * 32 * 32 * 3 * 4
+    assert result["bytes_to_host"] == 10 * 4 * 2  # a score and a low band's size a candidate
+    assert result["bytes_of_images"] == 10 * 32 * 32 * 3 * 4
 
 
-def test_a_whole_search_with_a_published_model(shapes, folder, tmp_path, capsys):
+def test_a_whole_search_with_a_published_model(shapes, scorer, tmp_path, capsys):
     real_search, random_weights = script("real_search"), script("random_weights")
-    scorer = scorers.load_clip("clip", folder / "clip")
     with (
         mock.patch.object(random_weights, "abstract_pipeline", return_value=shapes),
         mock.patch.object(random_weights, "clip_h", return_value=scorer),
