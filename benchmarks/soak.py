@@ -39,6 +39,7 @@ class Arguments:
       prompts: how many.
       budget: candidates a prompt.
       parts: how often memory and compilations are looked at.
+      side: of the pictures, in pixels; by default the demo's.
       warm_up: prompts before the start counts, besides one of each token length.
       growth: bytes a prompt by which memory may grow, besides what the allocator keeps (`SLACK`).
       out: folder for the numbers; None is the benchmarks' own.
@@ -48,6 +49,7 @@ class Arguments:
     prompts: int = 1000
     budget: int = 4
     parts: int = 10
+    side: int | None = None
     warm_up: int = 10
     growth: float = 10e3
     out: Path | None = None
@@ -65,6 +67,7 @@ def main(args: Arguments) -> dict[str, Any]:
     compilations = count_compilations()
     settings = {"budget": args.budget, "population": max(2, args.budget // 2), "elites": 1, "progress": False}
     settings |= {"model": pipeline, "preview_steps": 2, "steps": 2, **rewards(args.form, pipeline)}
+    settings |= {"height": args.side, "width": args.side}
     marks = []
     with tempfile.TemporaryDirectory() as folder:
         for done in [len(first), *(len(first) + args.prompts * (i + 1) // args.parts for i in range(args.parts))]:

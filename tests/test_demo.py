@@ -125,7 +125,8 @@ def test_colours_follow_the_prompt(pipeline):
 
 def test_search_raises_the_reward(pipeline):
     """By far more than scores differ between devices."""
-    results = ses_jax.search(PROMPTS[2:], model=pipeline, **SMALL, budget=12, steps=8, preview_steps=8, progress=False)
+    settings = SMALL | {"budget": 12, "population": 6, "elites": 3, "steps": 8, "preview_steps": 8}
+    results = ses_jax.search(PROMPTS[2:], model=pipeline, **settings, progress=False)
     for result in results:
         assert result.score == max(row["score"] for row in result.history)
         assert result.score > result.baseline_score + 0.1

@@ -7,6 +7,7 @@ import nbformat
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "first_search.ipynb"
 # A module of None can't be imported, and counts as not installed.
+QUICK = "steps=2, height=64, width=64"
 WITHOUT_TORCH = "import sys\nsys.modules['torch'] = sys.modules['diffusers'] = None\n"
 
 
@@ -21,8 +22,8 @@ def test_notebook_runs_without_torch(tmp_path):
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     first.source = WITHOUT_TORCH + first.source
     for cell in notebook.cells:
-        cell.source = cell.source.replace("budget=20", "budget=3, population=2, elites=1, preview_steps=2, steps=2")
-        cell.source = cell.source.replace("noise=result.noise[None])", "noise=result.noise[None], steps=2)")
+        cell.source = cell.source.replace("budget=20", f"budget=3, population=2, elites=1, preview_steps=2, {QUICK}")
+        cell.source = cell.source.replace("noise=result.noise[None])", f"noise=result.noise[None], {QUICK})")
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]

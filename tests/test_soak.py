@@ -17,7 +17,8 @@ import soak
 
 def test_prompts_grow_nothing_and_compile_nothing(tmp_path):
     """In a process of its own, whose memory and compilations are the run's alone."""
-    command = [sys.executable, soak.__file__, "--prompts", "8", "--parts", "2", "--warm-up", "2", "--out", tmp_path]
+    options = ["--prompts", "8", "--parts", "2", "--warm-up", "2", "--side", "64", "--out", tmp_path]
+    command = [sys.executable, soak.__file__, *options]
     # With threads as users have them: each one's allocator keeps some memory.
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
