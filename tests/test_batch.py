@@ -474,6 +474,7 @@ def test_a_terminal_gets_a_bar_with_the_time_that_is_left(capsys, monkeypatch):
 
 
 FAST = ["--budget", "4", "--population", "2", "--elites", "1", "--preview-steps", "2", "--steps", "2", "--no-progress"]
+FAST += ["--height", "64", "--width", "64"]
 
 
 def test_shell(tmp_path, capsys):

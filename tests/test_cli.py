@@ -223,9 +223,10 @@ sys.exit(status)
 
 def test_a_search_runs_without_torch_and_keeps_its_compiled_programs(tmp_path):
     """In a process of its own, which finds those of the searches above, all but one, where it would keep them."""
-    kept = tmp_path / "cache" / "ses_jax" / "xla"
+    home = tmp_path / "cache"
+    kept = home / "ses_jax" / "xla"
     shutil.copytree(jax.config.jax_compilation_cache_dir, kept, ignore=shutil.ignore_patterns("jit_render-*"))
-    environment = {k: v for k, v in os.environ.items() if "CACHE" not in k} | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = {k: v for k, v in os.environ.items() if "CACHE" not in k} | {"XDG_CACHE_HOME": str(home)}
     arguments = ["search", PROMPT, *FAST, "--out", str(tmp_path / "out")]
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], check=True, env=environment, cwd=tmp_path)
     assert (tmp_path / "out" / "result.json").exists()
