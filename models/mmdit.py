@@ -10,7 +10,6 @@ stored in; "reference" rounds as the references do. With float32 weights the two
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,10 +129,12 @@ class JointAttention(nn.Module):
     def _project(self, x, prefix, infix):
         """Queries, keys and values, each `[B, S, N, D]`; the first two are normed."""
         suffix = "_proj" if infix else ""
-        split = (*x.shape[:2], self.heads, self.head_dim)
         names = {n: f"{prefix}_{n}{suffix}" for n in "qkv"}
-        layers = (Dense(math.prod(split[2:]), self.use_bias, bias_apart=n != "v", name=names[n]) for n in names)
-        q, k, v = (layer(x).reshape(split) for layer in layers)
+        width = self.heads * self.head_dim
+        q, k, v = (
+            Dense(width, self.use_bias, bias_apart=n != "v", heads=self.heads, name=name)(x)
+            for n, name in names.items()
+        )
         return RMSNorm(NORM_EPS, name=f"norm{infix}_q")(q), RMSNorm(NORM_EPS, name=f"norm{infix}_k")(k), v
 
 
@@ -156,11 +157,8 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x, cos, sin, key_lengths=None):
         """Takes and gives `[B, S, D]`; `cos, sin [B or 1, S, head_dim / 2]`."""
-        split = (*x.shape[:2], self.heads, self.head_dim)
-        q, k, v = (
-            Dense(math.prod(split[2:]), self.use_bias, bias_apart=n != "v", name=f"to_{n}")(x).reshape(split)
-            for n in "qkv"
-        )
+        width = self.heads * self.head_dim
+        q, k, v = (Dense(width, self.use_bias, bias_apart=n != "v", heads=self.heads, name=f"to_{n}")(x) for n in "qkv")
         q = rotate_interleaved(RMSNorm(self.eps, name="norm_q")(q), cos, sin)
         k = rotate_interleaved(RMSNorm(self.eps, name="norm_k")(k), cos, sin)
         out = attention(q, k, v, key_lengths=key_lengths)

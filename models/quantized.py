@@ -64,12 +64,15 @@ class Dense(nn.Module):
       bias_apart: whether the bias is left to what follows, where that goes over every number anyway. As part of the
         product it costs nothing, but then a GPU copies the weights of a layer out of those of the stack.
       wide: whether float16 gives float32, for what is part of a sum that float16 may hold where it does not hold that.
+      heads: into how many the output is split, `[.., heads, features / heads]`; before the bias is added, because a TPU
+        then has the product write heads as attention wants them, instead of laying them out anew twice.
     """
 
     features: int
     use_bias: bool = True
     bias_apart: bool = False
     wide: bool = False
+    heads: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,13 +81,16 @@ class Dense(nn.Module):
         scale = self.get_variable("params", "kernel" + SUFFIX)
         sums = jnp.float32 if self.wide and x.dtype == jnp.float16 else None
         if scale is not None:
-            return product(x, Quantized(kernel, scale), bias, sums)
+            return self._split(product(x, Quantized(kernel, scale), bias, sums))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
-        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=sums)
+        y = self._split(jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=sums))
         if bias is None:
             return y
         wide = jnp.float32 if self.bias_apart else y.dtype  # products take no sum in another dtype
-        return (y.astype(wide) + bias.astype(wide)).astype(y.dtype)
+        return (y.astype(wide) + self._split(bias).astype(wide)).astype(y.dtype)
+
+    def _split(self, y: jax.Array) -> jax.Array:
+        return y if self.heads is None else y.reshape(*y.shape[:-1], self.heads, -1)
 
 
 def product(
