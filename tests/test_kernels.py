@@ -23,10 +23,10 @@ from ses_jax.rewards.preprocess import Preprocessor
 KERNEL = "dot_product_attention_fwd"  # of cuDNN, in the names of its operations
 GPU = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
-CPU = types.SimpleNamespace(platform="cpu")
 # For each device, the platform that its programs are lowered for.
-DEVICES = {"gpu": (GPU, "cuda"), "tpu": (TPU, "tpu"), "cpu": (CPU, "cpu")}
-DTYPES = (jnp.bfloat16, jnp.float32)
+DEVICES = {"gpu": (GPU, "cuda"), "tpu": (TPU, "tpu")}
+# Where cuDNN's kernel could be taken and must not be, and where it is. On CPUs the other tests run all of them.
+TARGETS = [("gpu", jnp.float32), ("gpu", jnp.bfloat16), ("tpu", jnp.bfloat16)]
 # One checkpoint of every network. The encoders of the others differ in sizes only.
 MODELS = {
     "Tongyi-MAI/Z-Image": {},
@@ -126,8 +126,7 @@ def check(programs, device, dtype):
             traced.lower(lowering_platforms=(platform,))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
 @pytest.mark.parametrize("source", MODELS)
 def test_networks(source, device, dtype):
     check(of_pipeline(source, dtype), device, dtype)
@@ -146,11 +145,11 @@ def test_long_sequences_run_in_the_splash_kernel_on_tpus(source, monkeypatch):
         traced = jax.jit(compiled).trace(*arguments)
         fused = any(equation.primitive.name == "pallas_call" for equation in equations(traced.jaxpr))
         assert fused == (name != "encode"), name
-        traced.lower(lowering_platforms=("tpu",))
+        if fused:  # the other one is lowered above
+            traced.lower(lowering_platforms=("tpu",))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
 def test_rewards(device, dtype):
     check(of_rewards(dtype), device, dtype)
 

@@ -95,8 +95,8 @@ def test_bad_settings_are_refused():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
-    oracle.z_image_pipeline(oracle.ZImageSizes(shift=6.0, vae_layers=1), seed=3).save_pretrained(folder)
-    oracle.save_clip(folder / "clip", oracle.clip(seed=1))
+    sizes = oracle.ZImageSizes(vae_layers=1, vae_widths=(8, 16))  # an image of twice the latents' side
+    oracle.z_image_pipeline(sizes, seed=3).save_pretrained(folder)
     return folder
 
 
@@ -106,7 +106,7 @@ def tree_bytes(tree):
 
 def test_text_encoders_and_the_other_networks_are_never_on_the_device_together(folder, monkeypatch):
     """Live arrays are what is on the device: the weights at rest are NumPy's."""
-    settings = {"reward": ses_jax.load_reward("clip", source=folder / "clip"), "level": 1, "height": 64, "width": 64}
+    settings = {"reward": toy.brightness(), "level": 1, "height": 16, "width": 16}
     settings |= {"budget": 4, "population": 3, "elites": 1, "steps": 2, "preview_steps": 2, "progress": False}
     expected = ses_jax.search(PROMPTS[:2], model=ses_jax.load_pipeline(str(folder)), **settings)
     gc.collect()
@@ -170,13 +170,9 @@ def test_images_may_be_decoded_in_parts(monkeypatch, mesh, images):
     assert 10 <= max(scored) < 10 + images * devices
 
 
-@pytest.mark.parametrize("mesh", [None, "data=2,model=4"])
-@pytest.mark.parametrize("settings", [{}, {"fidelity": "cached2:0.5"}, {"searcher": "gradient"}], ids=str)
-def test_a_generation_in_two_programs_is_the_same(monkeypatch, mesh, settings):
-    """Where it can be: looks and gradients stay one program."""
-    run = {"reward": toy.mixture(red=1.0, blue=-0.5, green=0.0), "prompts_at_once": 2, **SETTINGS, **settings}
-    pipeline = toy.pipeline(partition.parse_mesh(mesh))
-    expected = ses_jax.search(PROMPTS, model=pipeline, **run)
+@pytest.fixture
+def used(monkeypatch):
+    """Which programs of generations were called, where they can be two."""
     used = []
 
     def noted(name):
@@ -185,13 +181,33 @@ def test_a_generation_in_two_programs_is_the_same(monkeypatch, mesh, settings):
 
     for name in ("generation_step", "denoised", "judged"):
         noted(name)
+    return used
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,model=2"])
+def test_a_generation_in_two_programs_is_the_same(monkeypatch, used, mesh):
+    run = {"reward": toy.mixture(red=1.0, blue=-0.5, green=0.0), "prompts_at_once": 2, **SETTINGS}
+    pipeline = toy.pipeline(mesh and partition.parse_mesh(mesh, jax.devices()[:4]))
+    expected = ses_jax.search(PROMPTS[:2], model=pipeline, **run)
+    assert set(used) == {"generation_step"}
+    used.clear()
     monkeypatch.setattr(compiler, "denoises_apart", lambda mesh: True)
-    found = ses_jax.search(PROMPTS, model=pipeline, chunk=7, **run)
+    found = ses_jax.search(PROMPTS[:2], model=pipeline, chunk=7, **run)
     assert_same(found, expected)
-    assert set(used) == ({"generation_step"} if settings else {"denoised", "judged"})
+    assert set(used) == {"denoised", "judged"}
 
 
-def test_the_half_that_judges_is_the_same_for_any_chunk(monkeypatch):
+@pytest.mark.parametrize("settings", [{"fidelity": "cached2:0.5"}, {"searcher": "gradient"}], ids=str)
+def test_looks_and_gradients_stay_one_program(monkeypatch, used, settings):
+    """The program that it is elsewhere, so with the same results."""
+    run = {"model": toy.pipeline(), "reward": toy.brightness(), **SETTINGS, **settings}
+    expected = ses_jax.search("a", **run)
+    monkeypatch.setattr(compiler, "denoises_apart", lambda mesh: True)
+    assert_same([ses_jax.search("a", **run)], [expected])
+    assert set(used) == {"generation_step"}
+
+
+def test_the_half_that_judges_is_the_same_for_any_chunk(monkeypatch, fresh_programs):
     """It is compiled once while a chunk is found that fits."""
     monkeypatch.setattr(compiler, "denoises_apart", lambda mesh: True)
     pipeline = toy.pipeline()
@@ -210,7 +226,7 @@ def test_the_half_that_judges_is_the_same_for_any_chunk(monkeypatch):
 
 def test_decoding_in_parts_takes_less_memory(folder):
     pipeline = ses_jax.load_pipeline(str(folder))
-    noise = jnp.zeros((8, *pipeline.noise_shape(128, 128)), jnp.float32)
+    noise = jnp.zeros((8, *pipeline.noise_shape(32, 32)), jnp.float32)
     tokens = pipeline.tokenize(["a"])
     condition = jax.eval_shape(pipeline.encode, pipeline.params, tokens)
     arrays = (jnp.array([1.0, 0.0]), condition), generation.Rows(noise, jnp.zeros(8, jnp.int32))
@@ -298,15 +314,14 @@ def test_processes_that_share_a_mesh_do_not_halve_alone(monkeypatch):
 
 
 def test_the_chunk_is_the_largest_that_fits(folder, monkeypatch, caplog, fresh_programs):
-    """On this small model a generation of ten needs some tens of megabytes; with less to give, fewer go at a time."""
+    """With less memory to give than a generation needs, fewer candidates go at a time."""
     pipeline = ses_jax.load_pipeline(str(folder))
-    reward = ses_jax.load_reward("clip", source=folder / "clip")
-    config = ses_jax.SearchConfig(population=8, height=128, width=128, level=1, preview_steps=2).resolve(pipeline)
+    config = ses_jax.SearchConfig(population=8, height=32, width=32, level=1, preview_steps=2).resolve(pipeline)
     compilations = generation.generation_step.cache_size()
 
     def chunk_under(room):
         monkeypatch.setattr(memory, "device_room", lambda mesh: room)
-        return tasks.fitted(tasks.prepare(pipeline, reward, config, ["a"], [0]))
+        return tasks.fitted(tasks.prepare(pipeline, toy.brightness(), config, ["a"], [0]))
 
     task = chunk_under(None)
     assert task.program.chunk == 8
