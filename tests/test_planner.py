@@ -1,6 +1,7 @@
 """Plans: their arithmetic against formulas, what they advise, and the shell."""
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -156,8 +157,20 @@ def test_rows_that_compute_for_nothing_are_told(work):
     assert told(16, "data=8") == told(10, "data=5,model=2") == told(10, "model=8") == []
 
 
+@pytest.fixture(scope="module")
+def changed(work):
+    """The same work after changes that a device may have been advised."""
+
+    @functools.cache
+    def make(quantize=None, **sides):
+        pipeline = abstract_pipeline(TURBO, quantize=quantize)
+        return Work(pipeline, SearchConfig(**sides).resolve(pipeline) if sides else work.config, 128)
+
+    return make
+
+
 @pytest.mark.parametrize("name", ["4090", "v5e"])
-def test_advice_makes_it_fit(work, name):
+def test_advice_makes_it_fit(work, changed, name):
     plan = plan_on(work, machine(name))
     assert not plan.fits
     assert plan.chunk == 1
@@ -166,14 +179,12 @@ def test_advice_makes_it_fit(work, name):
         flags = dict(part.split(" ", 1) if " " in part else (part, "") for part in line.split(" --")[1:])
         assert flags, line
         if "height" in flags:
-            size = {side: int(flags[side]) for side in ("height", "width")}
-            smaller = Work(work.pipeline, SearchConfig(**size).resolve(work.pipeline), 128)
+            smaller = changed(**{side: int(flags[side]) for side in ("height", "width")})
             assert plan_on(smaller, machine(name)).fits
         else:
-            offload, changed = "offload-text-encoder" in flags, work
-            if "quantize" in flags:
-                changed = Work(abstract_pipeline(TURBO, quantize=flags["quantize"]), work.config, 128)
-            assert plan_on(changed, machine(name, flags.get("mesh", ALONE), offload)).fits
+            offload = "offload-text-encoder" in flags
+            asked = changed(quantize=flags["quantize"]) if "quantize" in flags else work
+            assert plan_on(asked, machine(name, flags.get("mesh", ALONE), offload)).fits
 
 
 def test_a_chunk_that_the_caller_wants_is_taken_and_spoken_about(work):

@@ -385,7 +385,7 @@ def test_a_plan_counts_eight_bits():
     for kind in (None, "int8"):
         pipeline = registry.abstract_pipeline(FAMILIES[1], quantize=kind)
         works.append(Work(pipeline, SearchConfig().resolve(pipeline, blank(pipeline)), 128))
-    whole, small = (need.weights_of(work, machine, work.pipeline.params)["transformer"] for work in works)
+    whole, small = (need.weights_of(work, machine)["transformer"] for work in works)
     assert 0.5 < small / whole < 0.51
     assert 0.5 < footprint.size_of(works[1].scorer.params) / footprint.size_of(works[0].scorer.params) < 0.55
     room = [need.limit_bytes(machine) - need.lying(work, machine).search for work in works]

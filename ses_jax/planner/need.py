@@ -8,7 +8,7 @@ is not in it. On a mesh the temporaries count as if no network were split, which
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
@@ -60,21 +60,27 @@ class Need(NamedTuple):
         return max(self) <= limit_bytes(machine)
 
 
-def weights_of(work: Work, machine: Machine, params: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes per device by network."""
-    mesh = partition.abstract_mesh(machine.mesh)
-    parts = FAMILIES[work.pipeline.family].COMPONENTS
-    return {name: partition.bytes_per_device(mesh, parts[name].partition, tree) for name, tree in params.items()}
+def weights_of(work: Work, machine: Machine, part: str = "all") -> dict[str, int]:
+    """Bytes per device by network: of all params, or those of "text" or "image"."""
+    return dict(_weights(work, machine.mesh, part))
+
+
+@functools.lru_cache(maxsize=128)  # asked for again and again while a chunk is found
+def _weights(work: Work, mesh: str, part: str) -> Mapping[str, int]:
+    params = work.pipeline.params
+    if part != "all":
+        params = work.pipeline.text_params(params) if part == "text" else work.image_params
+    mesh, rules = partition.abstract_mesh(mesh), FAMILIES[work.pipeline.family].COMPONENTS
+    return {name: partition.bytes_per_device(mesh, rules[name].partition, tree) for name, tree in params.items()}
 
 
 def lying(work: Work, machine: Machine) -> Need:
     """The weights that lie on a device: without offloading all networks, all the time."""
     reward = footprint.size_of(work.scorer.params)
     if not machine.offload:
-        everything = sum(weights_of(work, machine, work.pipeline.params).values()) + reward
+        everything = sum(weights_of(work, machine).values()) + reward
         return Need(everything, everything)
-    text = weights_of(work, machine, work.pipeline.text_params(work.pipeline.params))
-    return Need(*(sum(part.values()) + reward for part in (text, weights_of(work, machine, work.image_params))))
+    return Need(*(sum(weights_of(work, machine, part).values()) + reward for part in ("text", "image")))
 
 
 def need_of(work: Work, machine: Machine, chunk: int) -> Need:
@@ -127,7 +133,7 @@ def _render_seconds(
     axes = machine.axes
     step, finish = (phase(1, form, gradient=gradient).flops for phase in (work.step, work.finish))
     arithmetic = step * _rows(count, axes[partition.DATA]) / (rate * axes[partition.MODEL])
-    reading = sum(weights_of(work, machine, work.image_params).values()) / machine.device.bandwidth
+    reading = sum(weights_of(work, machine, "image").values()) / machine.device.bandwidth
     reading *= evaluations.GRADIENT if gradient else 1
     return steps * max(arithmetic, reading) + finish * _rows(count, device_count(machine)) / rate
 

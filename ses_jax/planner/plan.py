@@ -185,7 +185,7 @@ def plan_on(work: Work, machine: Machine) -> Plan:
         mesh=machine.mesh,
         offload_text_encoder=machine.offload,
         settings=settings | {"utilization": machine.utilization},
-        weights=weights_of(work, machine, work.pipeline.params) | {REWARD: footprint.size_of(work.scorer.params)},
+        weights=weights_of(work, machine) | {REWARD: footprint.size_of(work.scorer.params)},
         encode_bytes=need.encode,
         search_bytes=need.search,
         limit_bytes=limit_bytes(machine),

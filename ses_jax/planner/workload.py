@@ -33,6 +33,7 @@ class Phase(NamedTuple):
     temporary_bytes: int
 
 
+@functools.lru_cache(maxsize=8)  # whose shapes take longer to find than those of most networks
 def clip_scorer(dtype: Any, quantize: str | None = None) -> Scorer:
     """CLIP ViT-H/14 as shapes; its tokens are blank."""
     config = clip.Config.from_open_clip({})
