@@ -110,6 +110,10 @@ def redness(images, prompts):
     return images[..., 0].mean(axis=(1, 2)) - images[..., 2].mean(axis=(1, 2))
 
 
+def brightness(images, prompts):
+    return images.mean(axis=(1, 2, 3))
+
+
 def on_host(images, prompts):
     return np.asarray(images)[..., 0].mean(axis=(1, 2))
 
@@ -117,11 +121,10 @@ def on_host(images, prompts):
 FORMS = {
     "a pipeline": lambda prompt, demo: ses_jax.search(prompt, model=demo, **SETTINGS),
     "a name": lambda prompt, demo: ses_jax.search(prompt, **SETTINGS),
-    "a mixture": lambda prompt, demo: ses_jax.search(
-        prompt, model=demo, reward={"clip": 1.0, redness: 0.3}, **SETTINGS
+    "a mixture with a report": lambda prompt, demo: ses_jax.search(
+        prompt, model=demo, reward={brightness: 1.0, redness: 0.3}, report=["clip"], **SETTINGS
     ),
-    "a report": lambda prompt, demo: ses_jax.search(prompt, model=demo, reward=redness, report=["clip"], **SETTINGS),
-    "on the host": lambda prompt, demo: ses_jax.search(prompt, model=demo, reward=on_host, **SETTINGS),
+    "on the host": lambda prompt, demo: ses_jax.search(prompt, model=toy.pipeline(), reward=on_host, **SETTINGS),
     "loaded again": lambda prompt, demo: ses_jax.search(
         prompt,
         model=ses_jax.load_pipeline("demo"),
@@ -154,11 +157,16 @@ def test_a_second_search_compiles_nothing(form, demo, compilations):
     assert compilations() == before
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["whole", "in two"])
 @pytest.mark.parametrize(
-    ("axes", "reward"),
-    [(None, toy.brightness()), ("data=1", toy.brightness()), ("data=2", redness), (None, on_host)],
-    ids=["a network", "a network on a mesh of one", "a function on a mesh", "on the host"],
+    ("axes", "reward", "apart"),
+    [
+        pytest.param(None, toy.brightness(), False, id="a network"),
+        pytest.param(None, toy.brightness(), True, id="a network, in two"),
+        pytest.param("data=1", toy.brightness(), False, id="a network on a mesh of one"),
+        pytest.param("data=2", redness, False, id="a function on a mesh"),
+        pytest.param("data=2", redness, True, id="a function on a mesh, in two"),
+        pytest.param(None, on_host, False, id="on the host"),  # never in two
+    ],
 )
 def test_what_is_compiled_ahead_is_not_compiled_again(axes, reward, apart, compilations, monkeypatch, fresh_programs):
     monkeypatch.setattr(compiler, "denoises_apart", lambda mesh: apart)
