@@ -16,7 +16,6 @@ TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 SIZES = {
     "default": oracle_flux2.Sizes(),
     "small decoder": oracle_flux2.Sizes(vae_widths=(8, 8, 16, 24), decoder_widths=(4, 8, 12, 8), vae_layers=1),
-    "three levels, one group": oracle_flux2.Sizes(vae_widths=(12, 6, 18), vae_layers=3, vae_groups=1),
     "faint": oracle_flux2.Sizes(vae_widths=(4, 8), vae_layers=1, gain=0.03),
 }
 encode = jax.jit(autoencoder_kl.encode, static_argnums=1)

@@ -12,6 +12,8 @@ from ses_jax.searchers import cem
 pytestmark = pytest.mark.quick
 
 SHAPE = (2, 3)
+# One program each instead of one an operation.
+ask, tell = jax.jit(cem.ask, static_argnums=2), jax.jit(cem.tell)
 
 
 class Reference:
@@ -65,7 +67,7 @@ def test_equals_the_reference_over_generations(objective, elites):
     reference, state = Reference(6, elites), cem.init(SHAPE, elites=elites)
     for generation in range(6):
         key = jax.random.fold_in(jax.random.key(3), generation)
-        samples = cem.ask(key, state, population)
+        samples = ask(key, state, population)
         normal = np.asarray(jax.random.normal(key, (population, *SHAPE))).reshape(population, -1)
         expected = reference.ask(normal)
         np.testing.assert_allclose(samples.reshape(population, -1), expected, atol=1e-4)
@@ -74,7 +76,7 @@ def test_equals_the_reference_over_generations(objective, elites):
         scores = objective(np.asarray(samples, np.float64).reshape(population, -1))
         reference.tell(np.asarray(samples, np.float64).reshape(population, -1)[:count], scores[:count])
         hidden = np.where(np.arange(population) < count, scores, np.nan)
-        state = cem.tell(state, samples, jnp.asarray(hidden, jnp.float32))
+        state = tell(state, samples, jnp.asarray(hidden, jnp.float32))
 
         np.testing.assert_allclose(state.mean.ravel(), reference.mean, atol=1e-4)
         np.testing.assert_allclose(state.variance.ravel(), reference.variance, rtol=1e-3, atol=1e-6)
@@ -85,18 +87,18 @@ def test_equals_the_reference_over_generations(objective, elites):
 
 def test_hand_computed_step():
     state = cem.init((1,), elites=2)
-    state = cem.tell(state, jnp.array([[1.0], [3.0], [10.0]]), jnp.array([5.0, 7.0, 0.0]))
+    state = tell(state, jnp.array([[1.0], [3.0], [10.0]]), jnp.array([5.0, 7.0, 0.0]))
     np.testing.assert_allclose(state.mean, [2.0])
     np.testing.assert_allclose(state.variance, [2.0 + 1e-7])
-    state = cem.tell(state, jnp.array([[4.0]]), jnp.array([6.0]))
+    state = tell(state, jnp.array([[4.0]]), jnp.array([6.0]))
     np.testing.assert_allclose(state.mean, [3.5])
     np.testing.assert_allclose(state.variance, [0.5 + 1e-7])
 
 
 def test_on_ties_the_earlier_sample_stays():
-    state = cem.tell(cem.init((1,), elites=2), jnp.array([[1.0], [2.0], [3.0]]), jnp.array([4.0, 4.0, 4.0]))
+    state = tell(cem.init((1,), elites=2), jnp.array([[1.0], [2.0], [3.0]]), jnp.array([4.0, 4.0, 4.0]))
     np.testing.assert_array_equal(state.elite_samples, [[1.0], [2.0]])
-    state = cem.tell(state, jnp.array([[9.0]]), jnp.array([4.0]))
+    state = tell(state, jnp.array([[9.0]]), jnp.array([4.0]))
     np.testing.assert_array_equal(state.elite_samples, [[1.0], [2.0]])
     np.testing.assert_array_equal(state.best_sample, [1.0])
 
@@ -115,8 +117,8 @@ def test_non_finite_scores_never_win(generations):
     state = cem.init(SHAPE, elites=3)
     finite = []
     for index, scores in enumerate(generations):
-        samples = cem.ask(jax.random.key(index), state, 4)
-        state = cem.tell(state, samples, jnp.array(scores, jnp.float32))
+        samples = ask(jax.random.key(index), state, 4)
+        state = tell(state, samples, jnp.array(scores, jnp.float32))
         finite += [np.float32(score) for score in scores if np.isfinite(score)]
     assert int(state.count) == len(finite)
     assert np.isfinite(state.mean).all()
@@ -130,27 +132,27 @@ def test_non_finite_scores_never_win(generations):
 
 def test_without_a_finite_score_the_distribution_stays():
     before = cem.init(SHAPE)
-    after = cem.tell(before, jnp.ones((4, *SHAPE)), jnp.full(4, jnp.nan))
+    after = tell(before, jnp.ones((4, *SHAPE)), jnp.full(4, jnp.nan))
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new)
 
 
 def test_one_elite_moves_the_mean_and_keeps_the_variance():
-    state = cem.tell(cem.init(SHAPE), jnp.full((1, *SHAPE), 2.0), jnp.array([1.0]))
+    state = tell(cem.init(SHAPE), jnp.full((1, *SHAPE), 2.0), jnp.array([1.0]))
     np.testing.assert_array_equal(state.mean, np.full(SHAPE, 2.0))
     np.testing.assert_array_equal(state.variance, np.ones(SHAPE))
 
 
 def test_draws_are_standard_normal_at_the_start():
-    samples = cem.ask(jax.random.key(0), cem.init((16,)), 4000)
+    samples = ask(jax.random.key(0), cem.init((16,)), 4000)
     assert abs(float(samples.mean())) < 0.02
     assert abs(float(samples.std()) - 1) < 0.02
 
 
 def test_finds_the_maximum_inside_one_scan(key):
     def generation(state, key):
-        samples = cem.ask(key, state, 40)
-        return cem.tell(state, samples, -jnp.square(samples - 1.5).sum(axis=-1)), state.best_score
+        samples = ask(key, state, 40)
+        return tell(state, samples, -jnp.square(samples - 1.5).sum(axis=-1)), state.best_score
 
     state, best = jax.lax.scan(generation, cem.init((2,), elites=8), jax.random.split(key, 20))
     np.testing.assert_allclose(state.best_sample, [1.5, 1.5], atol=0.01)
@@ -163,11 +165,12 @@ def test_vmaps_over_independent_searches():
 
     def run(key, target):
         state = cem.init((2,), elites=3)
-        samples = cem.ask(key, state, 6)
-        return cem.tell(state, samples, -jnp.square(samples - target).sum(axis=-1))
+        samples = ask(key, state, 6)
+        return tell(state, samples, -jnp.square(samples - target).sum(axis=-1))
 
-    batched = jax.vmap(run)(keys, targets)
+    batched = jax.jit(jax.vmap(run))(keys, targets)
+    alone = jax.jit(run)
     for i in range(3):
-        single = run(keys[i], targets[i])
+        single = alone(keys[i], targets[i])
         np.testing.assert_allclose(batched.mean[i], single.mean, atol=1e-6)
         np.testing.assert_allclose(batched.elite_scores[i], single.elite_scores, rtol=1e-6)

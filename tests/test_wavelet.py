@@ -18,6 +18,15 @@ WAVELETS = ["db1", "db2", "sym4", "bior2.2"]
 GRIDS = [(64, 64), (45, 52), (63, 33), (90, 160)]
 
 
+def split(noise, **options):
+    """Compiled as a whole, and anew each time."""
+    return jax.jit(functools.partial(wavelet.split, **options))(noise)
+
+
+def merge(low, high, **options):
+    return jax.jit(functools.partial(wavelet.merge, **options))(low, high)
+
+
 def reference_split(noise, name, level):
     return pywt.wavedec2(noise, name, mode="symmetric", level=level, axes=(-2, -1))
 
@@ -32,13 +41,12 @@ def test_equals_pywavelets(name, grid):
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((3, *grid)).astype(np.float32)
     for level in {1, pywt.dwtn_max_level(grid, name)}:
-        split = jax.jit(functools.partial(wavelet.split, wavelet=name, level=level))
-        low, high = split(noise)
+        low, high = split(noise, wavelet=name, level=level)
         bands = reference_split(noise, name, level)
         np.testing.assert_allclose(low, bands[0], atol=2e-5)
 
         lows = rng.standard_normal((4, *low.shape)).astype(np.float32)
-        merged = jax.jit(functools.partial(wavelet.merge, wavelet=name, shape=grid))(lows, high)
+        merged = merge(lows, high, wavelet=name, shape=grid)
         expected = np.stack([reference_merge(x, bands[1:], name, grid) for x in lows])
         np.testing.assert_allclose(merged, expected, atol=2e-5)
 
@@ -64,7 +72,7 @@ def test_merge_inverts_split(name, height, width, lead):
 @pytest.mark.parametrize("level", [1, 2, 4])
 def test_haar_low_band_is_scaled_block_mean(level):
     noise = jax.random.normal(jax.random.key(1), (2, 32, 48))
-    low, _ = wavelet.split(noise, level=level)
+    low, _ = split(noise, level=level)
     size = 2**level
     means = np.asarray(noise).reshape(2, 32 // size, size, 48 // size, size).mean(axis=(2, 4))
     np.testing.assert_allclose(low, size * means, atol=1e-5)
@@ -73,19 +81,19 @@ def test_haar_low_band_is_scaled_block_mean(level):
 def test_fast_haar_equals_the_general_path(monkeypatch):
     noise = jax.random.normal(jax.random.key(2), (4, 32, 32))
     new = jax.random.normal(jax.random.key(3), (5, 4, 2, 2))
-    fast_low, fast_high = wavelet.split(noise, level=4)
-    fast = wavelet.merge(new, fast_high, shape=(32, 32))
+    fast_low, fast_high = split(noise, level=4)
+    fast = merge(new, fast_high, shape=(32, 32))
     monkeypatch.setattr(wavelet, "HAAR", ())
-    low, high = wavelet.split(noise, level=4)
+    low, high = split(noise, level=4)
     assert isinstance(high, tuple)
     np.testing.assert_allclose(fast_low, low, atol=1e-5)
-    np.testing.assert_allclose(fast, wavelet.merge(new, high, shape=(32, 32)), atol=1e-5)
+    np.testing.assert_allclose(fast, merge(new, high, shape=(32, 32)), atol=1e-5)
 
 
 def test_merge_changes_nothing_but_the_low_band():
     noise = jax.random.normal(jax.random.key(4), (2, 64, 64))
-    low, high = wavelet.split(noise, level=3)
-    merged = np.asarray(wavelet.merge(jnp.zeros_like(low), high, shape=(64, 64)))
+    low, high = split(noise, level=3)
+    merged = np.asarray(merge(jnp.zeros_like(low), high, shape=(64, 64)))
     before, after = reference_split(np.asarray(noise), "db1", 3), reference_split(merged, "db1", 3)
     np.testing.assert_allclose(after[0], 0, atol=1e-5)
     for old, new in zip(before[1:], after[1:], strict=True):
@@ -93,7 +101,7 @@ def test_merge_changes_nothing_but_the_low_band():
 
 
 def test_low_band_of_white_noise_is_white():
-    low, _ = wavelet.split(jax.random.normal(jax.random.key(5), (64, 128, 128)), level=4)
+    low, _ = split(jax.random.normal(jax.random.key(5), (64, 128, 128)), level=4)
     assert low.shape == (64, 8, 8)
     assert abs(float(low.std()) - 1) < 0.05
 
