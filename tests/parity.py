@@ -87,7 +87,7 @@ def assert_an_export_gives_the_same_image(pair, folder, *, size, steps, guidance
     assert difference.mean() <= 1e-5
 
 
-def assert_rows_are_alone(pipeline, prompts, rows, *, size=(32, 48), **settings):
+def assert_rows_are_alone(pipeline, prompts, rows, *, size, **settings):
     """Those rows of a batch are the images that their prompts make alone."""
     noise = draw(pipeline, len(prompts), size, seed=0)
     settings = {"steps": 2, "height": size[0], "width": size[1]} | settings
@@ -97,15 +97,16 @@ def assert_rows_are_alone(pipeline, prompts, rows, *, size=(32, 48), **settings)
         np.testing.assert_allclose(together[i], alone[0], atol=2e-5)
 
 
-def bfloat16_image(pipeline, expected, **options):
-    """An image of the same checkpoint in bfloat16; it is close to that of float32."""
+def assert_bfloat16_stays_close(pipeline, size, **options):
+    """An image of the same checkpoint in bfloat16 is close to that of float32."""
+    settings = {"height": size[0], "width": size[1], "steps": 2}
+    expected = ses_jax.generate(pipeline, "a cat", **settings)
     rough = ses_jax.load_pipeline(str(pipeline.folder), dtype=jnp.bfloat16, **options)
     assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
-    image = np.asarray(ses_jax.generate(rough, "a cat", height=32, width=32, steps=2))
+    image = np.asarray(ses_jax.generate(rough, "a cat", **settings))
     assert image.dtype == np.float32
     assert np.isfinite(image).all()
     assert np.abs(image - expected).mean() < 0.05
-    return image
 
 
 def assert_a_search_previews_what_is_generated(pipeline, *, size, **settings):

@@ -347,7 +347,7 @@ def test_a_mesh_and_an_offloaded_one_make_the_same_image(eight):
 
 
 def test_a_search_with_an_adapter(tmp_path, eight):
-    """Of Z-Image, by the demo; the other families' are in their own files."""
+    """Of Z-Image, by the demo; FLUX.1's is with the adapters, and the other families' files compare the weights."""
     found = assert_a_search_with_an_adapter_in_eight_bits(hub.DEMO, tmp_path)
     settings = {name: found.config[name] for name in ("budget", "population", "elites", "level", "height", "width")}
     settings |= {"steps": 1, "preview_steps": 1, "progress": False, "reward": toy.brightness()}
