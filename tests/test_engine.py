@@ -49,10 +49,11 @@ def test_equals_a_search_written_out_by_hand(search, pipeline, reward):
     noise_key, key = tasks.prompt_keys(7, 0)
     noise = tasks.base_noise(noise_key, (3, 16, 16))
     low, high = wavelet.split(noise, level=2)
+    ask, tell = jax.jit(cem.ask, static_argnums=2), jax.jit(cem.tell)
     state = cem.init(low.shape, elites=4)
     expected = []
     for index in range(3):
-        lows = cem.ask(jax.random.fold_in(key, index), state, 10)
+        lows = ask(jax.random.fold_in(key, index), state, 10)
         lows = lows.at[0].set(low) if index == 0 else lows
         for i, candidate in enumerate(lows):
             if len(expected) < 23:
@@ -62,7 +63,7 @@ def test_equals_a_search_written_out_by_hand(search, pipeline, reward):
             else:
                 lows = lows.at[i].set(0.0)
         told = jnp.array(expected[index * 10 :] + [jnp.nan] * 10)[:10]
-        state = cem.tell(state, lows, told)
+        state = tell(state, lows, told)
     np.testing.assert_allclose(scores(result), expected, atol=1e-5)
     np.testing.assert_allclose(result.score, max(expected), atol=1e-5)
 

@@ -46,8 +46,7 @@ def tokens(guided):
     return Guided(rows, rows if guided else None, guidance)
 
 
-@pytest.mark.parametrize("size", [(1024, 1024), (832, 1216)])
-@pytest.mark.parametrize("guided", [False, True], ids=["turbo", "guided"])
+@pytest.mark.parametrize(("size", "guided"), [((1024, 1024), False), ((832, 1216), True)], ids=["turbo", "guided"])
 def test_a_generation_of_z_image_with_clip_h(size, guided):
     params = abstract_params(jnp.bfloat16)
     shape = 16, size[0] // 8, size[1] // 8

@@ -26,16 +26,17 @@ SETTINGS = {"budget": 13, "population": 10, "elites": 4, "preview_steps": 4, "pr
 PLAN = "half3:0.5>early2:0.5"
 
 
+def velocity(params, latents, sigma, condition):
+    drift = jnp.sin(3 * latents) + jnp.roll(latents, 1, axis=-1) * sigma[:, None, None, None]
+    return drift * params["gain"] + condition[:, :1, None, None]
+
+
+def sigmas(steps, height, width):
+    return np.linspace(1, 0, steps + 1, dtype=np.float32) ** (width / 16)
+
+
 def pipeline(mesh=None):
     """The toy with a schedule that depends on the size, and a velocity that mixes neighbours."""
-
-    def velocity(params, latents, sigma, condition):
-        drift = jnp.sin(3 * latents) + jnp.roll(latents, 1, axis=-1) * sigma[:, None, None, None]
-        return drift * params["gain"] + condition[:, :1, None, None]
-
-    def sigmas(steps, height, width):
-        return np.linspace(1, 0, steps + 1, dtype=np.float32) ** (width / 16)
-
     return dataclasses.replace(toy.pipeline(mesh=mesh), velocity=velocity, sigmas=sigmas)
 
 
@@ -202,7 +203,7 @@ def test_noise_that_half_the_size_does_not_halve_is_refused(monkeypatch):
 def test_equals_looks_written_out_by_hand(full, looked):
     """Of both generations, the second of three candidates within the budget."""
     noise = candidates_noise()
-    small = ses_jax.generate(PIPELINE, PROMPTS[:1] * 13, noise=wavelet.half(noise), height=8, width=8, steps=3)
+    small = ses_jax.generate(PIPELINE, PROMPTS[:1] * 13, noise=jax.jit(wavelet.half)(noise), height=8, width=8, steps=3)
     first = REWARD(small, PROMPTS[0])
     second = REWARD(predicted_after_two(noise), PROMPTS[0])
     expected = {index: [] for index in range(13)}
@@ -245,6 +246,7 @@ def test_a_cached_look_is_the_preview_with_a_velocity_carried_on(full):
     np.testing.assert_allclose(*np.transpose(kept), atol=1e-6)
 
 
+@jax.jit
 def candidates_noise():
     """Independent draws, the base noise first."""
     noise_key, key = tasks.prompt_keys(0, 0)
@@ -252,6 +254,7 @@ def candidates_noise():
     return jnp.concatenate(draws)[:13].at[0].set(tasks.base_noise(noise_key, (3, 16, 16)))
 
 
+@jax.jit
 def predicted_after_two(noise):
     """Images that the second of four steps predicts."""
     condition, sigmas = PIPELINE.encode(PIPELINE.params, PIPELINE.tokenize(PROMPTS[:1])), PIPELINE.sigmas(4, 16, 16)

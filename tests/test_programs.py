@@ -131,7 +131,7 @@ FORMS = {
         reward=ses_jax.load_reward("clip", source=demo.folder / "clip"),
         **SETTINGS,
     ),
-    "generate": lambda prompt, demo: ses_jax.generate("demo", prompt, steps=2),
+    "generate": lambda prompt, demo: ses_jax.generate("demo", prompt, steps=2, height=64, width=64),
 }
 
 

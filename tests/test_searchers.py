@@ -132,7 +132,7 @@ def test_exploring_lends_the_high_bands_of_the_best(key):
     np.testing.assert_allclose(high[20:], high[[np.argmax(scores[:20])] * 60], atol=1e-5)
     state = searcher.init(over)
     assert state.high.points.shape == (1, *SHAPE)
-    blind = searcher.ask(over, key, state, jnp.int32(9))
+    blind = jax.jit(functools.partial(searcher.ask, over))(key, state, jnp.int32(9))
     assert np.abs(blind.high).max(axis=(1, 2, 3)).min() > 0.5  # never noise without high bands
 
 
@@ -170,18 +170,20 @@ def test_evosax_proposes_the_same_whatever_the_default(strategy, key):
 def test_children_by_hand(key):
     searcher = ZeroOrder(parents=2, mutation=0.6, anneal=0, space="low")
     over = problem(searcher)
-    points = searcher.ask(over, key, searcher.init(over), jnp.int32(0))
+    ask, tell = (jax.jit(functools.partial(f, over)) for f in (searcher.ask, searcher.tell))
+    nothing = searcher.init(over)
+    points = ask(key, nothing, jnp.int32(0))
     np.testing.assert_array_equal(points, jax.random.normal(key, (POPULATION, 2, 4, 4)))
     scores = jnp.array([0.0, 5, 1, 7, *[-1] * 6])
-    state = searcher.tell(over, searcher.init(over), points, scores)
+    state = tell(nothing, points, scores)
     later = jax.random.fold_in(key, 1)
-    children = searcher.ask(over, later, state, jnp.int32(1))
+    children = ask(later, state, jnp.int32(1))
     fresh = np.asarray(jax.random.normal(later, (POPULATION, 2, 4, 4)))
     for index in range(POPULATION):
         parent = np.asarray(points)[(3, 1)[index % 2]]
         np.testing.assert_allclose(children[index], 0.8 * parent + 0.6 * fresh[index], atol=1e-6)
-    alone = searcher.tell(over, searcher.init(over), points, jnp.full(POPULATION, -jnp.inf).at[4].set(0.0))
-    children = searcher.ask(over, later, alone, jnp.int32(1))
+    alone = tell(nothing, points, jnp.array([-jnp.inf] * 4 + [0.0] + [-jnp.inf] * 5))
+    children = ask(later, alone, jnp.int32(1))
     np.testing.assert_allclose(children, 0.8 * np.asarray(points)[4] + 0.6 * fresh, atol=1e-6)
 
 
@@ -196,6 +198,7 @@ def test_the_share_of_fresh_noise_falls_with_the_candidates_made():
     np.testing.assert_allclose(shares(10, anneal=5), [0.35] * 7, rtol=1e-6)
 
 
+best = jax.jit(elites.best)
 # XLA takes subnormal numbers for zero.
 numbers = st.one_of(st.integers(-3, 3).map(float), st.sampled_from([np.nan, np.inf, -np.inf]))
 
@@ -206,7 +209,7 @@ def test_elites_are_the_best_of_all_in_the_order_they_came(generations, count):
     found, pool = elites.none({"x": jnp.zeros(())}, count), []
     for scores in generations:
         points = np.arange(len(pool), len(pool) + 4, dtype=np.float32)
-        found = elites.best(found, {"x": jnp.asarray(points)}, jnp.array(scores, jnp.float32))
+        found = best(found, {"x": jnp.asarray(points)}, jnp.array(scores, jnp.float32))
         pool += zip(scores, points, strict=True)
     ranked = sorted((pair for pair in pool if np.isfinite(pair[0])), key=lambda pair: -pair[0])[:count]
     np.testing.assert_array_equal(found.scores, [s for s, _ in ranked] + [-np.inf] * (count - len(ranked)))
@@ -313,24 +316,26 @@ def test_bad_searchers_are_named(spec, message):
 @pytest.mark.parametrize("strategy", evosax.STRATEGIES)
 def test_strategies_of_evosax_learn_from_points_and_scores_alone(strategy):
     searcher, over = evosax.Evosax(strategy=strategy), problem(evosax.Evosax())
+    init, ask, tell = (jax.jit(functools.partial(f, over)) for f in (searcher.init, searcher.ask, searcher.tell))
 
     def run(seed):
-        state, generations = searcher.init(over), []
+        state, generations = init(), []
         for index in range(3):
-            points = searcher.ask(over, jax.random.key(seed + index), state, jnp.int32(index))
+            points = ask(jax.random.key(seed + index), state, jnp.int32(index))
             generations.append((points, points.sum((1, 2, 3))))
-            state = searcher.tell(over, state, *generations[-1])
+            state = tell(state, *generations[-1])
         return state, generations
 
     state, generations = run(0)
     package, parameters = searcher._strategy(over)
-    asked = [package.ask(jax.random.key(seed), state, parameters)[1] for seed in (1, 2)]
+    updated = jax.jit(lambda key, state: package.ask(key, state, parameters)[1])
+    asked = [updated(jax.random.key(seed), state) for seed in (1, 2)]
     jax.tree.map(np.testing.assert_array_equal, *asked)
     points, scores = (jnp.concatenate(all_of) for all_of in zip(*generations, strict=True))
     nothing = points.at[POPULATION:].set(jnp.nan), scores.at[POPULATION:].set(-jnp.inf)
-    first = searcher.tell(over, searcher.init(over), *generations[0])
-    jax.tree.map(np.testing.assert_array_equal, searcher.tell(over, searcher.init(over), *nothing), first)
-    at_once = searcher.tell(over, searcher.init(over), points, scores)
+    first = tell(init(), *generations[0])
+    jax.tree.map(np.testing.assert_array_equal, tell(init(), *nothing), first)
+    at_once = tell(init(), points, scores)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), at_once, state)
 
 
