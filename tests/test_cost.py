@@ -1,6 +1,7 @@
 """What a search says that it cost, against counts by hand and against what really runs; budgets in evaluations."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -25,6 +26,7 @@ STEP, DECODE, SCORE = 2 * 3 * 16 * 16 * 16, 2 * 16 * 16 * 3 * 3, 2 * 768
 SETTINGS = {"budget": 7, "population": 4, "elites": 2, "preview_steps": 3, "steps": 5, "progress": False}
 
 
+@functools.cache  # so that tests share programs
 def pipeline(ran=None):
     """One matrix product a forward, one to decode; `ran` is called with the rows of every forward."""
 

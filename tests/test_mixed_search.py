@@ -79,8 +79,9 @@ def test_standardising_balances_parts_of_different_units(pipeline):
         result = ses_jax.search([PROMPT] * 4, model=pipeline, reward=reward, **settings)
         return np.mean([r.components["blue"]["score"] - r.components["blue"]["baseline_score"] for r in result])
 
-    assert run(True, 1000.0) > run(False, 1000.0)
-    np.testing.assert_allclose(run(True, 1000.0), run(True, 1.0), atol=0.02)
+    balanced = run(True, 1000.0)
+    assert balanced > run(False, 1000.0)
+    np.testing.assert_allclose(balanced, run(True, 1.0), atol=0.02)
 
 
 def test_reported_rewards_score_everything_and_drive_nothing(pipeline, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import toy
@@ -51,7 +52,7 @@ def test_a_search_depends_on_its_key_alone(searcher):
     """Not on its neighbours, the mesh, how many candidates are made at a time, or a larger budget."""
     run = {"reward": toy.brightness(), "searcher": searcher, **SETTINGS}
     alone = ses_jax.search(PROMPTS, model=PIPELINE, **run)
-    on_mesh = toy.pipeline(mesh=partition.parse_mesh("data=4,model=2"))
+    on_mesh = toy.pipeline(mesh=partition.parse_mesh("data=2,model=2", jax.devices()[:4]))
     together = ses_jax.search(PROMPTS, model=on_mesh, prompts_at_once=2, chunk=7, **run)
     for a, b in zip(together, alone, strict=True):
         np.testing.assert_allclose(scores(a), scores(b), atol=1e-5)
