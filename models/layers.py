@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
 
 from ses_jax.models import target
 from ses_jax.models.quantized import Dense, dtype_of
@@ -94,7 +95,18 @@ def channels_last(x: jax.Array) -> jax.Array:
     """
     if target.device().platform != "tpu":
         return x
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    def local(x):
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    mesh = target.mesh()
+    if mesh is None or mesh.size == 1:
+        return local(x)
+    rows = mesh.axis_names[0]
+    if len(x) % mesh.shape[rows]:
+        return x
+    # Each device its own rows: the compiler would gather all of them for what it cannot split.
+    return jax.shard_map(local, mesh=mesh, in_specs=P(rows), out_specs=P(rows), check_vma=False)(x)
 
 
 class TimeEmbedder(nn.Module):

@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxprs import equations
 
+from ses_jax.loading import partition
 from ses_jax.models import blip, clip, layers, score_head, splash
 from ses_jax.models.target import compiled_for, differentiated
 from ses_jax.pipelines.registry import abstract_pipeline
@@ -236,3 +239,22 @@ def test_tokens_lie_channels_last_on_a_tpu(device, constraints):
     assert ("LayoutConstraint" in text) == bool(constraints)
     for transform in (jax.jit, jax.grad, jax.vmap):
         np.testing.assert_array_equal(transform(constrained)(x), transform(lambda x: jnp.sin(x).sum())(x))
+
+
+@pytest.mark.parametrize("rows", [8, 5])
+def test_tokens_of_a_mesh_stay_where_they_are(monkeypatch, rows):
+    """Their layout is asked for device by device; rows that do not divide over a mesh are left to the compiler."""
+    mesh, divides = partition.parse_mesh("data=4,model=2"), rows % 4 == 0
+    placed = NamedSharding(mesh, P("data") if divides else P())
+    x = jax.device_put(jax.random.normal(jax.random.key(1), (rows, 5, 8)), placed)
+    monkeypatch.setattr(layers.target, "device", lambda: TPU)
+
+    def constrained(x):
+        with compiled_for(mesh):
+            return jnp.tanh(layers.channels_last(x))
+
+    lowered = jax.jit(constrained).lower(x)
+    compiled = lowered.compile()
+    assert ("LayoutConstraint" in lowered.as_text()) == divides
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_allclose(compiled(x), jnp.tanh(x), rtol=1e-6)

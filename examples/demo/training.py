@@ -149,7 +149,8 @@ def _quicker(call, args, kwargs, context):
         return call(*args, **kwargs)
     if isinstance(module, nn.Dense | Dense):  # on `[B * L, D]`: with one batch axis
         (x,) = args
-        return call(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        y = call(x.reshape(-1, x.shape[-1]))
+        return y.reshape(*x.shape[:-1], *y.shape[1:])
     if isinstance(module, nn.Conv) and not module.use_bias and module.strides == module.kernel_size:
         return _patches(args[0], module.get_variable("params", "kernel"))
     if isinstance(module, GroupNorm):
