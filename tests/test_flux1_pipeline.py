@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import jaxprs
 import numpy as np
-import oracle
 import oracle_flux1
 import pytest
+import toy
 from oracle_flux1 import Flux1Sizes
 from parity import (
     assert_an_export_gives_the_same_image,
@@ -219,14 +219,13 @@ def test_the_rounding_of_time_is_an_option(dev):
         assert pipeline.velocity.args[0].timestep_rounding == rounding
 
 
-def test_a_search_runs_with_a_clip_reward(short, tmp_path, fresh_programs):
+def test_a_search_runs(short, fresh_programs):
     """Three prompts, the shortest and the longest; one program serves all."""
     _, pipeline = short
-    oracle.save_clip(tmp_path, oracle.clip())
     settings = {"guidance": {"true_cfg": 2.0}, "negative_prompt": "a dog", **SMALL}
     before = generation.generation_step.cache_size()
     results = ses_jax.search(
-        ["a cat", "", LONG], model=pipeline, reward=ses_jax.load_reward("clip", source=str(tmp_path)), budget=5,
+        ["a cat", "", LONG], model=pipeline, reward=toy.brightness(), budget=5,
         population=4, elites=2, level=1, preview_steps=2, progress=False, **settings,
     )  # fmt: skip
     for result in results:

@@ -1,7 +1,6 @@
 """What to change where a search does not fit, the mildest change first; and what a large one needs to be told."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 from ses_jax.loading import partition
@@ -32,25 +31,16 @@ def _eight_bits(work: Work, machine: Machine) -> Iterator[str]:
     """Half the weights, without offloading if that is enough."""
     if quantized.kind_of(work.pipeline.params):
         return
-    smaller, guess = _in_eight_bits(work)
+    pipeline = abstract_pipeline(str(work.pipeline.folder), quantize="int8")
+    smaller, guess = (Work(pipeline, work.config, 1) for _ in range(2))
+    smaller.tokens = guess.tokens = work.tokens
+    # But for a cast layer what programs need is known already; so most of what does not fit is not traced.
+    guess.encode, guess.step, guess.finish = work.encode, work.step, work.finish
     for offload in sorted({machine.offload, True}):
         tried = machine._replace(offload=offload)
         if fits_somehow(guess, tried) and fits_somehow(smaller, tried):
             yield f"weights in eight bits: --quantize int8{' --offload-text-encoder' * offload}"
             return
-
-
-@functools.lru_cache(maxsize=8)  # what is traced for one machine serves the next
-def _in_eight_bits(work: Work) -> tuple[Work, Work]:
-    """The work with weights in eight bits, and a guess at it that nothing is traced for.
-
-    But for a cast layer what programs need is known already; so most of what does not fit is not traced.
-    """
-    pipeline = abstract_pipeline(str(work.pipeline.folder), quantize="int8")
-    smaller, guess = (Work(pipeline, work.config, 1) for _ in range(2))
-    smaller.tokens = guess.tokens = work.tokens
-    guess.encode, guess.step, guess.finish = work.encode, work.step, work.finish
-    return smaller, guess
 
 
 def _larger_mesh(work: Work, machine: Machine) -> Iterator[str]:
@@ -67,21 +57,14 @@ def _larger_mesh(work: Work, machine: Machine) -> Iterator[str]:
 
 def _smaller_image(work: Work, machine: Machine) -> Iterator[str]:
     """The largest of three quarters and a half of the image's sides that does."""
-    for part in (0.75, 0.5):
-        smaller = _of_part(work, part)
-        if fits_somehow(smaller, machine):
-            yield f"a smaller image: --height {smaller.config.height} --width {smaller.config.width}"
-            return
-
-
-@functools.lru_cache(maxsize=16)
-def _of_part(work: Work, part: float) -> Work:
-    """The work with that part of the image's sides."""
     multiple = work.pipeline.size_multiple
-    sides = {name: int(getattr(work.config, name) * part) // multiple * multiple for name in ("height", "width")}
-    smaller = Work(work.pipeline, dataclasses.replace(work.config, **sides), 1)
-    smaller.tokens = work.tokens
-    return smaller
+    for part in (0.75, 0.5):
+        sides = {name: int(getattr(work.config, name) * part) // multiple * multiple for name in ("height", "width")}
+        smaller = Work(work.pipeline, dataclasses.replace(work.config, **sides), 1)
+        smaller.tokens = work.tokens
+        if fits_somehow(smaller, machine):
+            yield f"a smaller image: --height {sides['height']} --width {sides['width']}"
+            return
 
 
 def memory_fraction(need: Need, machine: Machine) -> Iterator[str]:

@@ -4,6 +4,7 @@ The reward is CLIP ViT-H/14, the network of "pick", "hps" and "clip", or the CLI
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from ses_jax.engine import cost, evaluations, flops
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.cost import search_stages
 from ses_jax.engine.fidelity import WHOLE, Form
+from ses_jax.loading.programs import comparable
 from ses_jax.models import clip, quantized
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.guidance import unguided
@@ -56,7 +58,7 @@ def scorer_of(pipeline: Pipeline) -> Scorer:
 
 
 class Work:
-    """What a search asks of any machine; every program is traced once."""
+    """What a search asks of any machine; every program is traced once, also for another search that asks it too."""
 
     def __init__(self, pipeline: Pipeline, config: SearchConfig, tokens: int):
         self.pipeline, self.config = pipeline, config
@@ -95,13 +97,11 @@ class Work:
         scorer = self.scorer
         text = jax.eval_shape(scorer.embed_text, scorer.params, scorer.tokenize([""] * rows))
 
-        def finish(params, reward, latents, text):
-            if not gradient:
-                return scorer.score(reward, self.pipeline.decode(params, latents), text)
-            scores, networks = DeviceScores((scorer.score,)), (params, (reward,))
-            return cost.finished_with_gradient(self.pipeline.decode, scores, (1.0,), networks, latents, (text,))
-
-        return _phase(finish, self.image_params, scorer.params, self._latents(rows, part), text)
+        scores = DeviceScores((scorer.score,))
+        finish = functools.partial(cost.finished, self.pipeline.decode, scores)
+        if gradient:
+            finish = functools.partial(cost.finished_with_gradient, self.pipeline.decode, scores, (1.0,))
+        return _phase(finish, (self.image_params, (scorer.params,)), self._latents(rows, part), (text,))
 
     def _latents(self, rows: int, part: int) -> jax.ShapeDtypeStruct:
         shape = self.pipeline.noise_shape(self.config.height // part, self.config.width // part)
@@ -124,5 +124,11 @@ class Work:
 
 
 def _phase(function: Callable[..., Any], *args: Any) -> Phase:
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    leaves, tree = jax.tree.flatten(args)
+    return _traced(comparable(function), tree, tuple((x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in leaves))
+
+
+@functools.lru_cache(maxsize=512)  # plans for several machines ask for much the same
+def _traced(function: Callable[..., Any], tree: Any, leaves: tuple[tuple[Any, Any], ...]) -> Phase:
+    jaxpr = jax.make_jaxpr(function)(*jax.tree.unflatten(tree, itertools.starmap(jax.ShapeDtypeStruct, leaves))).jaxpr
     return Phase(flops.count_jaxpr(jaxpr), footprint.temporary_bytes_of_jaxpr(jaxpr))
