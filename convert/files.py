@@ -4,16 +4,18 @@ Files of torch are read as well (`pickles.py`), never written.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ses_jax.convert import arrays
 from ses_jax.convert.damage import damaged
 from ses_jax.convert.engine import ConversionError, Header, Weights
 from ses_jax.convert.pickles import open_pickle
@@ -22,6 +24,24 @@ SHARD_BYTES = 4 << 30
 PICKLES = (".pt", ".pth")
 INDEX = ".safetensors.index.json"
 FLOAT8 = {"F8_E4M3": np.dtype(jnp.float8_e4m3fn), "F8_E5M2": np.dtype(jnp.float8_e5m2)}
+# What safetensors' names of dtypes stand for.
+STORED = FLOAT8 | {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "BOOL": np.dtype(bool),
+    **{f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
+}
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: from which byte of which file on, and as what."""
+
+    file: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -95,17 +115,15 @@ def open_files(files: Iterable[Path]) -> Weights:
     Raises:
       ConversionError: naming a file that is truncated or corrupt, or a tensor that is in two files.
     """
-    headers = {}
+    headers, found = {}, {}
     for file in files:
-        for name, header in _headers(file).items():
+        for name, tensor in _tensors(file).items():
             if name in headers:
                 raise ConversionError(f"{name} is both in {headers[name].file} and in {file}")
-            headers[name] = header
+            headers[name], found[name] = Header(tensor.shape, tensor.dtype, str(file)), tensor
 
     def read(name, index=None):
-        if headers[name].dtype in FLOAT8:
-            return _read_float8(headers[name], name)[... if index is None else index]
-        return _read(headers[name].file, name, index)
+        return _read(found[name], name, index)
 
     return Weights(headers, read, read_part=read)
 
@@ -181,34 +199,32 @@ def _is_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
-def _headers(file: Path) -> dict[str, Header]:
-    """What a file says about its tensors; opening checks that against the file's size."""
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """What a file says about its tensors; the package's reader checks that, also against the file's size."""
     try:
-        with safetensors.safe_open(os.fspath(file), "numpy") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            return {name: Header(tuple(s.get_shape()), s.get_dtype(), str(file)) for name, s in slices.items()}
+        with safetensors.safe_open(os.fspath(file), "numpy"), open(file, "rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
     except (safetensors.SafetensorError, ValueError, OverflowError) as error:
         raise damaged(file, error) from error
+    header.pop("__metadata__", None)
+    return {
+        name: Tensor(str(file), 8 + size + said["data_offsets"][0], tuple(said["shape"]), said["dtype"])
+        for name, said in header.items()
+    }
 
 
-def _read(file: str, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-    """One tensor or part of it. The file is opened for it alone: what is read through a mapping stays in memory."""
-    try:
-        with safetensors.safe_open(file, "numpy") as opened:
-            return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ConversionError(f"{name} in {file} cannot be read: {error}") from error
-
-
-def _read_float8(header: Header, name: str) -> np.ndarray:
-    """A tensor of eight bits, which safetensors does not give to NumPy: its bytes, mapped from where they lie."""
-    try:
-        with open(header.file, "rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            start, _ = json.loads(opened.read(size))[name]["data_offsets"]
-        return np.memmap(header.file, FLOAT8[header.dtype], "r", 8 + size + start, header.shape)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConversionError(f"{name} in {header.file} cannot be read: {error}") from error
+def _read(tensor: Tensor, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+    """One tensor or part of it, of which rows alone are read. What would be read through a mapping stays in memory."""
+    if tensor.dtype not in STORED:
+        raise ConversionError(f"{name} in {tensor.file} is {tensor.dtype}, which is not read")
+    if index is None or len(index) > 1 or index[0].step not in (None, 1):
+        whole = arrays.read(tensor.file, tensor.start, tensor.shape, STORED[tensor.dtype])
+        return whole if index is None else whole[index]
+    first, last, _ = index[0].indices(tensor.shape[0])
+    row = math.prod(tensor.shape[1:]) * STORED[tensor.dtype].itemsize
+    shape = (max(last - first, 0), *tensor.shape[1:])
+    return arrays.read(tensor.file, tensor.start + first * row, shape, STORED[tensor.dtype])
 
 
 def _shards(tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:

@@ -122,7 +122,7 @@ def quantize(values: Shaped[np.ndarray, "*rows i o"], kind: str) -> Quantized:
 
     def fill(place):
         row, columns = place
-        band = _float32(values[(*row, slice(None), columns)])
+        band = float32(values[(*row, slice(None), columns)])
         # Not zero for a row of zeros, nor for one that float32 can hardly hold.
         scale = np.maximum(np.abs(band).max(axis=0) / np.float32(largest), np.finfo(np.float32).tiny)
         # Divided so, no value is past the largest, where float8 would be NaN and int8 change sign.
@@ -140,8 +140,8 @@ def quantize(values: Shaped[np.ndarray, "*rows i o"], kind: str) -> Quantized:
     return out
 
 
-def _float32(values: np.ndarray) -> np.ndarray:
-    """A copy in float32; of bfloat16 by its bits, which is much faster than by a cast."""
+def float32(values: np.ndarray) -> np.ndarray:
+    """A copy in float32, on the host; of bfloat16 by its bits, which is much faster than by a cast."""
     if values.dtype == jnp.bfloat16:
         return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)

@@ -134,7 +134,19 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         [
             *("flux1", "flux2", "qwen_image", "z_image", "autoencoder_kl_bn", "autoencoder_kl", "qwen_vae"),
             *("decoder_lm", "t5", "clip", "open_clip", "blip", "score_head", "mmdit"),
-            *("dialects", "files", "pickles", "gguf", "lora", "names", "damage", "engine", "matching", "table"),
+            *(
+                "dialects",
+                "files",
+                "pickles",
+                "gguf",
+                "lora",
+                "names",
+                "engine",
+                "arrays",
+                "damage",
+                "matching",
+                "table",
+            ),
         ],
     ),
     "ses_jax.models": (

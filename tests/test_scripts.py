@@ -41,6 +41,7 @@ ELSEWHERE = {
     "benchmarks/compiled.py": "test_compilation",
     "benchmarks/fuzz.py": "test_fuzz",
     "benchmarks/kills.py": "test_kills",
+    "benchmarks/loading.py": "test_throughput",
     "benchmarks/real_search.py": "test_throughput",
     "benchmarks/soak.py": "test_soak",
     "benchmarks/throughput.py": "test_throughput",

@@ -312,3 +312,19 @@ def test_every_published_model_has_another_side():
     assert set(ours) == set(other) == set(PARAMETERS)
     for source, family in ours.items():
         assert FAMILIES[other[source].pipeline] is family
+
+
+def test_every_way_of_loading_a_network(tmp_path, monkeypatch, capsys):
+    """In one process, where the script takes one for each."""
+    loading, torch_pipelines = script("loading"), script("torch_pipelines")
+    model, name = "black-forest-labs/FLUX.2-klein-4B", "Flux2Transformer2DModel"
+    tiny = torch_pipelines.PUBLISHED[model]._replace(transformer=torch_pipelines.Network(name, TINY[name]))
+    monkeypatch.setitem(torch_pipelines.PUBLISHED, model, tiny)
+    monkeypatch.setattr(loading, "child", lambda args, way: loading.measure(dataclasses.replace(args, way=way)))
+    loading.main(loading.Arguments(model, networks=("transformer",), out=tmp_path))
+    (file,) = tmp_path.glob("loading_FLUX.2-klein-4B_cpu.json")
+    row = json.loads(file.read_text())["rows"]["transformer"]
+    assert row["bytes"] > 1000
+    assert list(row["ways"]) == list(loading.WAYS)
+    assert all(found["seconds"] > 0 and found["peak_bytes"] > row["bytes"] for found in row["ways"].values())
+    assert len(capsys.readouterr().out.splitlines()) == len(loading.WAYS) + 1

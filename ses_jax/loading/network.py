@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ses_jax.convert import dialects, engine, matching
+from ses_jax.convert import arrays, dialects, engine, matching
 from ses_jax.convert.engine import ConversionError, Edits, Placement, Weights
 from ses_jax.convert.files import open_files, open_weights, read_json, write_json, write_weights
 from ses_jax.convert.table import Component
@@ -275,7 +275,7 @@ def _on_host(leaf: np.ndarray | jax.Array) -> bool:
 
 def _finite_on_host(leaf: np.ndarray | jax.Array) -> bool:
     parts = [leaf] if isinstance(leaf, np.ndarray) else [shard.data for shard in leaf.addressable_shards]
-    return all(np.isfinite(part).all() for part in parts)
+    return all(arrays.all_finite(np.asarray(part)) for part in parts)
 
 
 @jax.jit

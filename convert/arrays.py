@@ -1,0 +1,100 @@
+"""Large arrays on the host: moved and looked at in bands that fit the cache, by threads side by side.
+
+NumPy lets other threads run while it moves elements, but not where they are bfloat16 or float8: these are moved, and
+looked at, by their bits.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent import futures
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ses_jax.convert.damage import damaged
+from ses_jax.models import quantized
+
+ALIGNMENT = 64  # bytes; what lies so, a CPU's device takes as it is
+BAND = 64  # elements of the last axis
+BLOCK = 1 << 18  # bytes
+CHUNK = 1 << 23  # bytes that are read at a time
+SMALL = 1 << 20  # bytes, of which threads would take longer to start
+# By dtype, what of its bits says how large a number is, and from where on it is none.
+EXPONENTS = {np.dtype(jnp.bfloat16): (0x7FFF, 0x7F80), np.dtype(np.float16): (0x7FFF, 0x7C00)}
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array whose values are still to be written, aligned for JAX to take it without a copy."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def read(file: str, start: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that lies in a file as it is in memory, from some byte on.
+
+    Raises:
+      ConversionError: naming the file, where it ends too early or cannot be read.
+    """
+    out = empty(shape, dtype)
+    whole = out.reshape(-1).view(np.uint8)
+
+    def fill(first):
+        part = memoryview(whole[first : first + CHUNK])
+        with open(file, "rb", buffering=0) as opened:
+            opened.seek(start + first)
+            while part:
+                count = opened.readinto(part)
+                if not count:
+                    raise EOFError("it ends too early")
+                part = part[count:]
+
+    try:
+        in_threads(fill, range(0, whole.size, CHUNK), whole.size)
+    except (OSError, EOFError) as error:
+        raise damaged(file, error) from error
+    return out
+
+
+def copy(out: np.ndarray, values: np.ndarray) -> None:
+    """`out[...] = values`, of the same shape; for transposed values that is three times as fast."""
+    if out.dtype == values.dtype:
+        bits = f"u{out.dtype.itemsize}"
+        out, values = out.view(bits), values.view(bits)
+    if values.flags.c_contiguous and out.flags.c_contiguous:
+        out, values = out.reshape(-1), values.reshape(-1)
+    band = BLOCK // out.itemsize if out.ndim == 1 else BAND
+    widened = (out.dtype, values.dtype) == (np.float32, jnp.bfloat16)
+
+    def move(start):
+        part = (..., slice(start, start + band))
+        with np.errstate(over="ignore"):  # such values are not finite, which is looked at
+            out[part] = quantized.float32(values[part]) if widened else values[part]
+
+    in_threads(move, range(0, values.shape[-1], band), values.nbytes)
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite."""
+    if not values.flags.c_contiguous:
+        return bool(np.isfinite(values).all())
+    flat, step = values.reshape(-1), BLOCK // values.itemsize
+
+    def finite(start):
+        block = flat[start : start + step]
+        if block.dtype not in EXPONENTS:
+            return np.isfinite(block).all()
+        magnitude, none = EXPONENTS[block.dtype]
+        return (block.view(np.uint16) & np.uint16(magnitude)).max() < none
+
+    return all(in_threads(finite, range(0, flat.size, step), values.nbytes))
+
+
+def in_threads(function: Callable[[Any], Any], pieces: Iterable[Any], size: int) -> list[Any]:
+    """What a function gives for the pieces of an array of so many bytes."""
+    if size < SMALL:
+        return [function(piece) for piece in pieces]
+    with futures.ThreadPoolExecutor() as threads:
+        return list(threads.map(function, pieces))
