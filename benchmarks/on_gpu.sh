@@ -22,3 +22,4 @@ within 4 python reward_share.py --model Tongyi-MAI/Z-Image-Turbo --repeats 3
 within 5 python reward_share.py --model black-forest-labs/FLUX.1-dev --repeats 1
 within 2 python real_search.py black-forest-labs/FLUX.2-klein-4B --budget 50
 within 4 python real_search.py Tongyi-MAI/Z-Image-Turbo --budget 50
+within 2 python loading.py black-forest-labs/FLUX.2-klein-4B --networks transformer --ways published diffusers
