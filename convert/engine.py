@@ -67,7 +67,7 @@ def load(
     def values(slot):
         published = slot.transform.forward(_read(weights, slot))
         edit = (edits or {}).get((slot.target, slot.index))
-        return published if edit is None else edit(published.astype(np.float32))
+        return published if edit is None else edit(quantized.float32(published))
 
     def fill(key_path, leaf):
         path = path_of(key_path)
