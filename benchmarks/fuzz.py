@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 import common
+import fuzz_files
 import fuzz_values
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ from PIL import Image
 import ses_jax
 from ses_jax import cli
 from ses_jax.batch import run as batch
-from ses_jax.convert import autoencoder_kl, clip, decoder_lm, files, pickles, score_head, z_image
+from ses_jax.convert import autoencoder_kl, clip, decoder_lm, dialects, files, pickles, score_head, z_image
+from ses_jax.convert.matching import path_of
 from ses_jax.engine import kept, repeat, resume
 from ses_jax.engine import search as engine
 from ses_jax.engine.config import Placement, RunConfig, SearchConfig
@@ -47,8 +49,9 @@ from ses_jax.engine.program import Scored, State
 from ses_jax.engine.result import SearchResult
 from ses_jax.engine.settings import fields, shown
 from ses_jax.engine.watching import Shot
-from ses_jax.loading import hub, network
+from ses_jax.loading import adapters, hub, network
 from ses_jax.loading.configs import read_config
+from ses_jax.loading.lora_files import open_adapters
 from ses_jax.loading.tokenizers import load_tokenizer
 from ses_jax.pipelines.base import Defaults, Pipeline, in_chat_template
 
@@ -307,6 +310,33 @@ def pickled(rng: random.Random, folder: Path) -> None:
         assert weights.read(name).shape == header.shape
 
 
+def quantised(rng: random.Random, folder: Path) -> None:
+    """Quantised files, safetensors and GGUF, with all that stands beside a weight."""
+    if rng.random() < 0.3:
+        file = fuzz_files.gguf(rng, folder / "it.gguf")
+    else:
+        file = fuzz_files.quantised(rng, folder / "it.safetensors")
+    weights = dialects.without_prefix(dialects.open_file(file))
+    for name, header in weights.headers.items():
+        values = weights.read(name)
+        assert values.shape == header.shape, "another shape"
+        if values.ndim and weights.read_part is not None:
+            part = weights.read_part(name, (slice(1, 3),))
+            np.testing.assert_array_equal(part, values[1:3])
+
+
+def loras(rng: random.Random, folder: Path) -> None:
+    """Adapters for the demo's transformer."""
+    file = fuzz_files.adapter(rng, folder / "it.safetensors")
+    component, json_ = NETWORKS["transformer"], files.read_json(hub.DEMO / "transformer" / "config.json")
+    edits = adapters.plan_edits(open_adapters({file: 0.5}), {"transformer": (component, json_)})["transformer"]
+    abstract = component.abstract(component.from_json(json_))
+    shapes = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    for (path, index), edit in edits.items():
+        piece = np.zeros(shapes[path] if index is None else shapes[path][1:], np.float32)
+        assert edit(piece).shape == piece.shape, "another shape"
+
+
 def runs(rng: random.Random, folder: Path) -> None:
     """Damaged folders of batch runs and results."""
     with contextlib.suppress(StartedError):
@@ -354,6 +384,8 @@ AREAS: dict[str, Callable[[random.Random, Path], None]] = {
     "configs": configs,
     "tokenizers": tokenizers,
     "pickles": pickled,
+    "quantised": quantised,
+    "adapters": loras,
     "runs": runs,
     "states": states,
 }

@@ -165,7 +165,7 @@ def _nf4(weights: Weights, name: str, header: Header) -> Tensor:
         packed = weights.read(name).reshape(-1)
         places = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[: math.prod(shape)]
         absmax = np.repeat(_absmax(weights, name, state), size)[: len(places)]
-        values = weights.read(name + ".quant_map").astype(np.float32)[places] * absmax
+        values = weights.read(name + ".quant_map").astype(np.float32).reshape(-1)[places] * absmax
         return values.reshape(shape)[(...,) if index is None else index]
 
     return Tensor(Header(shape, LOGICAL, header.file), read, helpers)
@@ -178,10 +178,13 @@ def _nf4_state(weights: Weights, name: str, header: Header) -> Mapping[str, Any]
         count = math.prod(state["shape"])
         blocks = -(-count // state["blocksize"])
         sizes = {"": -(-count // 2), ".quant_map": 16, ".absmax": blocks}
-        if "nested_offset" in state:
+        nested = "nested_offset" in state
+        if nested:
             sizes |= {".nested_quant_map": 256, ".nested_absmax": -(-blocks // state["nested_blocksize"])}
         fits = all(math.prod(weights.headers[name + part].shape) == size for part, size in sizes.items())
-    except (KeyError, TypeError, ZeroDivisionError):
+        fits &= not nested or weights.headers[name + ".absmax"].dtype == "U8"
+        fits &= abs(float(state.get("nested_offset", 0))) <= np.finfo(np.float32).max
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
         fits = False
     if not fits:
         raise ConversionError(f"{name} in {header.file}: it and what stands beside it do not make a tensor in nf4")
@@ -195,7 +198,7 @@ def _absmax(weights: Weights, name: str, state: Mapping[str, Any]) -> np.ndarray
         return absmax.astype(np.float32)
     table, largest = (weights.read(name + part).astype(np.float32) for part in (".nested_quant_map", ".nested_absmax"))
     blocks = np.repeat(largest, state["nested_blocksize"])[: absmax.size]
-    return table[absmax.reshape(-1)] * blocks + np.float32(state["nested_offset"])
+    return table.reshape(-1)[absmax.reshape(-1)] * blocks + np.float32(state["nested_offset"])
 
 
 def _values(weights: Weights, name: str, index: Index) -> np.ndarray:

@@ -357,6 +357,15 @@ def nf4_of(state, **sizes):
 
 
 NF4_STATE = {"shape": [4, 4], "blocksize": 64}
+
+
+def nested_nf4(changed=None, **parts):
+    """Such a layer whose largest values are quantised themselves."""
+    state = NF4_STATE | {"nested_offset": 0.25, "nested_blocksize": 256} | (changed or {})
+    nested = {"absmax": np.zeros(1, np.uint8), "nested_quant_map": 256, "nested_absmax": 1}
+    return nf4_of(as_bytes(state), **nested | parts)
+
+
 DAMAGE = {
     "comfy's metadata": ({}, "{", "_quantization_metadata of .*it.safetensors is not a JSON object"),
     "a list": ({}, "[]", "_quantization_metadata of .*it.safetensors is not a JSON object"),
@@ -367,6 +376,9 @@ DAMAGE = {
     "a shape": (nf4_of(as_bytes(NF4_STATE | {"shape": [4, 40]})), "{}", "do not make a tensor in nf4"),
     "no absmax": (nf4_of(as_bytes(NF4_STATE), absmax=0), "{}", "do not make a tensor in nf4"),
     "a short map": (nf4_of(as_bytes(NF4_STATE), quant_map=8), "{}", "do not make a tensor in nf4"),
+    "no number": (nested_nf4({"nested_offset": "x"}), "{}", "do not make a tensor in nf4"),
+    "too large a number": (nested_nf4({"nested_offset": 1e300}), "{}", "do not make a tensor in nf4"),
+    "no places": (nested_nf4(absmax=np.ones(1, np.float32)), "{}", "do not make a tensor in nf4"),
     "nothing nested": (nf4_of(as_bytes(NF4_STATE | {"nested_offset": 0.1})), "{}", "do not make a tensor in nf4"),
 }
 
@@ -378,6 +390,13 @@ def test_what_a_file_says_of_its_packing_may_be_damaged(case, tmp_path):
     file = write(tmp_path / "it.safetensors", tensors, {"_quantization_metadata": metadata})
     with pytest.raises(ConversionError, match=complaint):
         dialects.open_file(file)
+
+
+def test_tables_of_four_bits_may_have_two_axes(tmp_path):
+    tensors, expected = content(nf4(nested=True))
+    tables = (".quant_map", ".nested_quant_map", ".nested_absmax", ".absmax")
+    tensors = {name: array[None] if name.endswith(tables) else array for name, array in tensors.items()}
+    assert_loads(dialects.open_file(write(tmp_path / "it.safetensors", tensors)), expected)
 
 
 def test_a_scale_without_its_tensor_is_not_forgotten(tmp_path):
