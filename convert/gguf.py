@@ -7,11 +7,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from ses_jax.convert import arrays
 from ses_jax.convert.damage import damaged
 from ses_jax.convert.engine import ConversionError, Header, Weights
 
+ROWS = 64
 PLAIN = ("F32", "F16", "BF16")
 RESHAPED = "comfy.gguf.orig_shape."  # where a tensor lies in another shape than it has
 # They have names of llama.cpp's own, and some have other weights under them.
@@ -44,11 +47,28 @@ def open_gguf(file: Path) -> Weights:
         tensor, shape = tensors[name], headers[name].shape
         rows = _rows(shape, index)
         if rows is not None and tensor.data.shape[0] == shape[0]:
-            return gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+            return _decoded(gguf, tensor.data[rows], tensor.tensor_type)
+        values = _decoded(gguf, tensor.data, tensor.tensor_type).reshape(shape)
         return values if index is None else values[index]
 
     return Weights(headers, read, read)
+
+
+def _decoded(gguf: ModuleType, data: np.ndarray, kind: Any) -> np.ndarray:
+    """The values of a tensor; rows of what is quantised by threads side by side, float32."""
+    if kind.name in PLAIN:
+        return data.view(jnp.bfloat16) if kind.name == "BF16" else data
+    if data.ndim == 1:
+        return gguf.quants.dequantize(data, kind)
+    count, size = gguf.GGML_QUANT_SIZES[kind]
+    out = arrays.empty((*data.shape[:-1], data.shape[-1] // size * count), np.float32)
+
+    def decode(start):
+        band = slice(start, start + ROWS)
+        out[band] = gguf.quants.dequantize(data[band], kind)
+
+    arrays.in_threads(decode, range(0, len(data), ROWS), out.nbytes)
+    return out
 
 
 def _reader(gguf: ModuleType, file: Path) -> Any:
