@@ -72,6 +72,31 @@ def copy(out: np.ndarray, values: np.ndarray) -> None:
     in_threads(move, range(0, values.shape[-1], band), values.nbytes)
 
 
+def look_up(table: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """`table[places]`, a table of 256 entries and places of eight bits: much faster than casts of eight bits."""
+    places = np.ascontiguousarray(places).view(np.uint8)
+    out = empty(places.shape, table.dtype)
+    flat, into = places.reshape(-1), out.reshape(-1)
+
+    def take(start):
+        band = slice(start, start + BLOCK)
+        np.take(table, flat[band], out=into[band], mode="clip")  # which needs no copy of the places
+
+    in_threads(take, range(0, flat.size, BLOCK), flat.size)
+    return out
+
+
+def scale(values: np.ndarray, factors: np.ndarray) -> None:
+    """`values *= factors`, of which there is one, or one for each of the first axes of the values."""
+    step = max(1, BLOCK * len(values) // max(1, values.nbytes))
+
+    def multiply(start):
+        rows = slice(start, start + step)
+        values[rows] *= factors if factors.ndim == 0 else factors[rows]
+
+    in_threads(multiply, range(0, len(values), step), values.nbytes)
+
+
 def all_finite(values: np.ndarray) -> bool:
     """Whether no value is NaN or infinite."""
     if not values.flags.c_contiguous:

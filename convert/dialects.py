@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ses_jax.convert import arrays
 from ses_jax.convert.damage import json_object
 from ses_jax.convert.engine import DTYPES, ConversionError, Header, Weights
 from ses_jax.convert.files import FLOAT8, open_files, read_metadata
@@ -141,16 +142,19 @@ def _scaled(weights: Weights, name: str, header: Header, scale_name: str, factor
         )
 
     def read(index):
-        scale = weights.read(scale_name).astype(np.float32) * np.float32(factor)
+        scale = np.asarray(weights.read(scale_name).astype(np.float32) * np.float32(factor))
         if blocks:
-            values = _values(weights, name, None).reshape(shape[0], scales[1], -1) * scale
+            values = _values(weights, name, None).reshape(shape[0], scales[1], -1)
+            arrays.scale(values, scale)
             return values.reshape(shape)[(...,) if index is None else index]
         if rows:
             scale = scale.reshape(-1, *(1,) * (len(shape) - 1))
             scale = scale if index is None else scale[index[0]]
         else:
             scale = scale.reshape(())
-        return _values(weights, name, index) * scale
+        values = _values(weights, name, index)
+        arrays.scale(values, scale)
+        return values
 
     return Tensor(header._replace(dtype=LOGICAL), read, (scale_name,))
 
@@ -162,10 +166,12 @@ def _nf4(weights: Weights, name: str, header: Header) -> Tensor:
     helpers = tuple(name + part for part in NF4_PARTS if name + part in weights.headers)
 
     def read(index):
-        packed = weights.read(name).reshape(-1)
-        places = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[: math.prod(shape)]
-        absmax = np.repeat(_absmax(weights, name, state), size)[: len(places)]
-        values = weights.read(name + ".quant_map").astype(np.float32).reshape(-1)[places] * absmax
+        table = weights.read(name + ".quant_map").astype(np.float32).reshape(-1)
+        pairs = np.stack([table[np.arange(256) >> 4], table[np.arange(256) & 15]], axis=-1).view(np.uint64)[:, 0]
+        values = arrays.look_up(pairs, weights.read(name).reshape(-1)).view(np.float32)[: math.prod(shape)]
+        absmax, whole = _absmax(weights, name, state), len(values) // size
+        arrays.scale(values[: whole * size].reshape(whole, size), absmax.reshape(-1, 1))
+        values[whole * size :] *= absmax.reshape(-1)[whole:]
         return values.reshape(shape)[(...,) if index is None else index]
 
     return Tensor(Header(shape, LOGICAL, header.file), read, helpers)
@@ -177,11 +183,12 @@ def _nf4_state(weights: Weights, name: str, header: Header) -> Mapping[str, Any]
     try:
         count = math.prod(state["shape"])
         blocks = -(-count // state["blocksize"])
+        whole = all(isinstance(value, int) for value in (*state["shape"], state["blocksize"]))
         sizes = {"": -(-count // 2), ".quant_map": 16, ".absmax": blocks}
         nested = "nested_offset" in state
         if nested:
             sizes |= {".nested_quant_map": 256, ".nested_absmax": -(-blocks // state["nested_blocksize"])}
-        fits = all(math.prod(weights.headers[name + part].shape) == size for part, size in sizes.items())
+        fits = whole and all(math.prod(weights.headers[name + part].shape) == size for part, size in sizes.items())
         fits &= not nested or weights.headers[name + ".absmax"].dtype == "U8"
         fits &= abs(float(state.get("nested_offset", 0))) <= np.finfo(np.float32).max
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
@@ -202,7 +209,10 @@ def _absmax(weights: Weights, name: str, state: Mapping[str, Any]) -> np.ndarray
 
 
 def _values(weights: Weights, name: str, index: Index) -> np.ndarray:
+    """A tensor or a part of it in float32, an array of its own."""
     values = weights.read(name) if index is None else weights.read_part(name, index)
+    if values.dtype.itemsize == 1 and values.ndim:
+        return arrays.look_up(np.arange(256, dtype=np.uint8).view(values.dtype).astype(np.float32), values)
     return values.astype(np.float32)
 
 

@@ -80,6 +80,29 @@ def test_a_device_of_the_cpu_takes_it_as_it_is(shape):
         assert np.asarray(placed).ctypes.data == values.ctypes.data
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int8"])
+def test_eight_bits_are_looked_up(dtype):
+    every = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype))
+    table = every.astype(np.float32)
+    for places in (
+        every,
+        np.repeat(every, 3).reshape(2, 3, 128),
+        every.reshape(16, 16)[:, 3:9],
+        every[::-3],
+        every[:0],
+    ):
+        np.testing.assert_array_equal(arrays.look_up(table, places), places.astype(np.float32))
+
+
+@given(st.integers(0, 20), st.integers(1, 5), st.sampled_from(((), (1,), (1, 1))))
+def test_rows_are_scaled_in_place(rows, columns, axes):
+    values = values_of((rows, columns, *axes[1:]), "float32")
+    factors = np.asarray(values_of((rows, *axes) if axes else (), "float32", 1))
+    expected = values * factors
+    arrays.scale(values, factors)
+    np.testing.assert_array_equal(values, expected)
+
+
 def test_tensors_are_those_that_the_package_reads(tmp_path):
     tensors = {dtype: values_of((5, 4, 3), dtype) for dtype in DTYPES if "float8" not in dtype}
     tensors |= {
