@@ -4,6 +4,7 @@ NumPy lets other threads run while it moves elements, but not where they are bfl
 looked at, by their bits.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import Any
@@ -18,6 +19,7 @@ ALIGNMENT = 64  # bytes; what lies so, a CPU's device takes as it is
 BAND = 64  # elements of the last axis
 BLOCK = 1 << 18  # bytes
 CHUNK = 1 << 23  # bytes that are read at a time
+THREADS = 16  # at most: each takes a while to start
 SMALL = 1 << 20  # bytes, of which threads would take longer to start
 # By dtype, what of its bits says how large a number is, and from where on it is none.
 EXPONENTS = {np.dtype(jnp.bfloat16): (0x7FFF, 0x7F80), np.dtype(np.float16): (0x7FFF, 0x7C00)}
@@ -117,7 +119,7 @@ def in_threads(function: Callable[[Any], Any], pieces: Iterable[Any], size: int)
     """What a function gives for the pieces of an array of so many bytes."""
     if size < SMALL:
         return [function(piece) for piece in pieces]
-    with futures.ThreadPoolExecutor() as threads:
+    with futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
         return list(threads.map(function, pieces))
 
 
