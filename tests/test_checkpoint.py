@@ -32,6 +32,17 @@ def test_restores_what_was_saved(tmp_path, params):
     assert [path.name for path in tmp_path.iterdir()] == ["params"]
 
 
+def test_nothing_is_compressed(tmp_path):
+    checkpoint.save(tmp_path / "params", {"zeros": jnp.zeros(1 << 20)})
+    assert sum(file.stat().st_size for file in (tmp_path / "params").rglob("*") if file.is_file()) > 4 << 20
+
+
+@pytest.mark.parametrize("largest", [3, 10**9, 7 * 10**9])
+def test_what_is_on_its_way_at_a_time_is_little_more_than_the_largest_leaf(largest):
+    tree = [jax.ShapeDtypeStruct((size,), jnp.bfloat16) for size in (1, largest, largest // 2)]
+    assert 4 * largest < checkpoint._at_once(tree) * 10**9 <= 4 * largest + 2 * 10**9
+
+
 def test_saving_again_replaces(tmp_path, params):
     checkpoint.save(tmp_path / "params", params)
     checkpoint.save(tmp_path / "params", {"only": jnp.zeros(1)})

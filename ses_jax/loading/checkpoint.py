@@ -5,6 +5,7 @@ Orbax takes a second to import and only converted checkpoints need it, so it is 
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def save(folder: Path, params: Any) -> None:
     import orbax.checkpoint as ocp
 
     args = ocp.args.PyTreeSave(params, save_args=jax.tree.map(rows.save_args, params))
-    with _tree_checkpointer(use_compression=False) as checkpointer:
+    with _tree_checkpointer(use_compression=False, save_concurrent_gb=_at_once(params)) as checkpointer:
         checkpointer.save(folder.absolute(), args=args, force=True)
 
 
@@ -57,7 +58,7 @@ def restore(
       FileNotFoundError: if there is no such folder.
       ValueError: naming the folder, if it is damaged or holds another tree.
     """
-    with _opened(folder, abstract) as (checkpointer, saved):
+    with _opened(folder, abstract, restore_concurrent_gb=_at_once(abstract)) as (checkpointer, saved):
         return checkpointer.restore(folder.absolute(), _target(saved, abstract, dtype, sharding))
 
 
@@ -114,11 +115,17 @@ def _damaged(folder: Path, error: Exception) -> ValueError:
     return ValueError(f"{folder} is not a complete checkpoint: {reason[:300]}")
 
 
-def _checkpointer() -> Any:
+def _at_once(tree: Any) -> int:
+    """GB of a tree that are on their way at a time: each leaf by itself fits, and the host has little beside them."""
+    sizes = (math.prod(leaf.shape) * max(4, leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
+    return max(sizes, default=0) // 10**9 + 2
+
+
+def _checkpointer(**options: Any) -> Any:
     """Orbax's checkpointer."""
     import orbax.checkpoint as ocp
 
-    return ocp.StandardCheckpointer(**_processes())
+    return ocp.StandardCheckpointer(**options, **_processes())
 
 
 def _tree_checkpointer(**options: Any) -> Any:
@@ -142,12 +149,12 @@ def _processes() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, abstract: Any) -> Iterator[tuple[Any, Any]]:
+def _opened(folder: Path, abstract: Any, **options: Any) -> Iterator[tuple[Any, Any]]:
     """A checkpointer and what it says of a folder, which holds the expected tree; errors name the folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist")
     try:
-        with _checkpointer() as checkpointer:
+        with _checkpointer(**options) as checkpointer:
             saved = checkpointer.metadata(folder.absolute()).item_metadata.tree
             _check_tree(folder, saved, abstract)
             yield checkpointer, saved
