@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import sys
+import time
 
 import jax
 import pytest
@@ -60,6 +61,22 @@ def test_a_terminal_shows_the_bar_while_it_runs(monkeypatch, width):
     assert before > 0
     assert max(len(line.strip("\r")) for line in re.split(r"[\r\n]", plain)) <= width
     assert "20/40" in plain
+
+
+def test_a_terminal_says_what_is_waited_for_and_forgets_it(monkeypatch, capsys):
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=screen, force_terminal=True, width=80))
+    with progress.waiting("loading [red]"):
+        time.sleep(0.2)
+    assert "loading [red]" in screen.getvalue()
+    assert screen.getvalue().endswith("\x1b[2K")  # the line is empty again
+    written = screen.tell()
+    with progress.waiting("loading", enabled=False):
+        pass
+    monkeypatch.undo()
+    with progress.waiting("loading"):  # in a log
+        pass
+    assert (screen.tell(), capsys.readouterr()) == (written, ("", ""))
 
 
 def test_a_notebook_has_one_place_that_changes(monkeypatch):

@@ -27,6 +27,7 @@ from ses_jax.engine import resume as saved_search
 from ses_jax.engine.config import BUDGET, Placement, RunConfig, SearchConfig, check_reward
 from ses_jax.engine.finals import Found, NoScoreError
 from ses_jax.engine.identity import identity_of
+from ses_jax.engine.progress import waiting
 from ses_jax.engine.result import SearchResult
 from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.settings import gather, takes
@@ -114,7 +115,8 @@ def _go_on(run: Run, settings: tuple[Any, ...], described: Mapping[str, Any], me
     work = None
     if any(row.error is None for row in pending):
         mesh = partition.parse_mesh(place.mesh, jax.local_devices())
-        pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **(place.load or {})})
+        with waiting("loading the models", enabled=how.progress):
+            pipeline, reward = models.load_models(how.model, how.reward, report, {"mesh": mesh, **(place.load or {})})
         check_reward(config.resolve(pipeline), reward)
         word = partition.unused(pipeline.mesh, jax.local_devices())
         if how.progress and me.process_id == 0 and word:

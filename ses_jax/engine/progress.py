@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 # Columns that a terminal has for everything there is to show.
@@ -90,6 +91,17 @@ def progress_bar(work: Work, *, enabled: bool = True) -> Iterator[Report]:
     else:
         with _bar(work, console) as report:
             yield report
+
+
+@contextlib.contextmanager
+def waiting(what: str, *, enabled: bool = True) -> Iterator[None]:
+    """Says on a terminal what takes its time, and takes that away again; elsewhere nothing."""
+    console = Console(stderr=True)
+    if enabled and console.is_terminal and _notebook() is None:
+        with console.status(escape(what)):
+            yield
+    else:
+        yield
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from ses_jax.engine.identity import identity_of, settings_of
 from ses_jax.engine.models import check_rewards, find_pipeline, load_models
 from ses_jax.engine.output import Output, claim
 from ses_jax.engine.placement import check_path
+from ses_jax.engine.progress import waiting
 from ses_jax.engine.result import SearchResult
 from ses_jax.engine.runner import search_prompts
 from ses_jax.engine.settings import fields, gather, read, shown, takes
@@ -93,7 +94,8 @@ def search(
         raise ValueError("save_candidates needs out=, the folder that they are saved in")
     given = base.read(base_noise)
     output = claim(out, listed=listed, resume=run.resume, overwrite=overwrite)
-    pipeline, reward = load_models(run.model, run.reward, report, {"mesh": place.mesh, **(place.load or {})})
+    with waiting("loading the models", enabled=run.progress):
+        pipeline, reward = load_models(run.model, run.reward, report, {"mesh": place.mesh, **(place.load or {})})
     config = config.resolve(pipeline)
     check_reward(config, reward)
     start_from = given and given.fit(pipeline, (config.height, config.width), len(asked))

@@ -1,6 +1,8 @@
 """Where weights come from: the packaged demo, a folder on disk (published or converted), or the Hugging Face hub."""
 
+import logging
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ __all__ = [
     "told",
 ]
 
+LOG = logging.getLogger("ses_jax")
 DEMO = Path(__file__).parents[1] / "demo"
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md")
 # A pipeline's own weights lie in subfolders; single files beside them hold the same weights in other layouts.
@@ -151,7 +154,10 @@ def load_component(
       ValueError: naming the file, and the tensors where there are any to name, if something does not fit.
     """
     how = {"sharding": sharding, "edits": edits, "quantize": quantize, "file": file}
+    start = time.monotonic()
     loaded = network.load(folder, component, dtype=params_dtype(dtype), **how)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
+    LOG.info("loaded %s: %.2f GB in %.1f s", file or folder, size / 1e9, time.monotonic() - start)
     return loaded.config, loaded.params
 
 
