@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+import types
 
 # Workers inherit the cache of the process that starts them, and so do the processes that tests start. It is empty at
 # first and gone at the end, so that every run does the same.
@@ -47,6 +48,7 @@ os.environ.update(
 import flax
 import hypothesis
 import jax  # reads the variables
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -71,6 +73,19 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+
+
+def _jaxtyped(function=None, *, typechecker=None, jaxtyped=jaxtyping.jaxtyped):
+    """What checks annotations takes a millisecond to make, wherever a function is defined in another, and says nothing
+    of a function without annotations: such a one stays as it is."""
+    if function is None:
+        return functools.partial(_jaxtyped, typechecker=typechecker)
+    if isinstance(function, types.FunctionType) and not function.__annotations__:
+        return function
+    return jaxtyped(function, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = _jaxtyped
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,8 +7,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import beartype
 import jaxtyping
+import numpy as np
 import pytest
+
+from ses_jax.searchers import wavelet
 
 pytestmark = pytest.mark.quick
 
@@ -268,6 +272,23 @@ def test_modules_and_public_functions_are_documented_and_typed(name):
         if node in tree.body and not node.name.startswith("_"):
             assert ast.get_docstring(node) or name == "ses_jax.cli", f"{name}.{node.name}"
             assert all(a.annotation for a in arguments) and node.returns, f"{name}.{node.name}"  # noqa: PT018
+
+
+def test_annotations_are_checked():
+    """By what pytest's options install; `conftest` keeps it from functions that have none."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        wavelet.half(np.zeros(4, np.float32))
+    checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
+
+    def annotated(x: jaxtyping.Float[np.ndarray, "n n"]):
+        return x
+
+    def returning(x) -> int:
+        return x
+
+    for function in (annotated, returning):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            checked(function)(np.zeros((2, 3), np.float32))
 
 
 def undefined_names(folder):
