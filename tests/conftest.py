@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import types
+import typing
 
 # Workers inherit the cache of the process that starts them, and so do the processes that tests start. It is empty at
 # first and gone at the end, so that every run does the same.
@@ -76,13 +77,25 @@ def pytest_collection_finish():
 
 
 def _jaxtyped(function=None, *, typechecker=None, jaxtyped=jaxtyping.jaxtyped):
-    """What checks annotations takes a millisecond to make, wherever a function is defined in another, and says nothing
-    of a function without annotations: such a one stays as it is."""
+    """What compares shapes takes a millisecond to make, wherever a function is defined in another, and 20 microseconds
+    a call. A function without annotations stays as it is; one whose annotations name no array is checked without it."""
     if function is None:
         return functools.partial(_jaxtyped, typechecker=typechecker)
-    if isinstance(function, types.FunctionType) and not function.__annotations__:
-        return function
-    return jaxtyped(function, typechecker=typechecker)
+    if not isinstance(function, types.FunctionType) or any(map(_may_name_arrays, function.__annotations__.values())):
+        return jaxtyped(function, typechecker=typechecker)
+    return typechecker(function) if function.__annotations__ else function
+
+
+def _may_name_arrays(annotation):
+    """Whether it is, or contains, a type of `jaxtyping`, or a string, which may be anything."""
+    if isinstance(annotation, list | tuple):
+        return any(map(_may_name_arrays, annotation))
+    if isinstance(annotation, str | typing.ForwardRef | typing.TypeVar | typing.NewType):
+        return True
+    if typing.get_origin(annotation) is typing.Literal:
+        return False
+    modules = (getattr(part, "__module__", None) for part in (annotation, type(annotation)))
+    return any(str(m).startswith("jaxtyping") for m in modules) or _may_name_arrays(typing.get_args(annotation))
 
 
 jaxtyping.jaxtyped = _jaxtyped

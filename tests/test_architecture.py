@@ -11,6 +11,7 @@ import beartype
 import jaxtyping
 import numpy as np
 import pytest
+from jaxtyping import Float
 
 from ses_jax.searchers import wavelet
 
@@ -275,20 +276,27 @@ def test_modules_and_public_functions_are_documented_and_typed(name):
 
 
 def test_annotations_are_checked():
-    """By what pytest's options install; `conftest` keeps it from functions that have none."""
+    """By what pytest's options install; `conftest` leaves out what has nothing to compare."""
+    square, oblong = np.zeros((2, 2), np.float32), np.zeros((2, 3), np.float32)
     with pytest.raises(jaxtyping.TypeCheckError):
         wavelet.half(np.zeros(4, np.float32))
     checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
 
-    def annotated(x: jaxtyping.Float[np.ndarray, "n n"]):
-        return x
+    def alike(x: Float[np.ndarray, "n n"], more: dict[str, Float[np.ndarray, "n *m"]]) -> int:
+        return len(more)
 
-    def returning(x) -> int:
-        return x
-
-    for function in (annotated, returning):
+    assert checked(alike)(square, {"a": oblong}) == 1
+    for arguments in ((oblong, {}), (square, {"a": oblong.T}), (square, {"a": 1})):
         with pytest.raises(jaxtyping.TypeCheckError):
-            checked(function)(np.zeros((2, 3), np.float32))
+            checked(alike)(*arguments)
+
+    def plain(x: int | None) -> int:
+        return x
+
+    assert checked(plain)(1) == 1
+    for wrong in ("1", None):
+        with pytest.raises(beartype.roar.BeartypeCallHintViolation):
+            checked(plain)(wrong)
 
 
 def undefined_names(folder):
