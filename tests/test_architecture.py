@@ -282,7 +282,7 @@ def test_annotations_are_checked():
         wavelet.half(np.zeros(4, np.float32))
     checked = jaxtyping.jaxtyped(typechecker=beartype.beartype)
 
-    def alike(x: Float[np.ndarray, "n n"], more: dict[str, Float[np.ndarray, "n *m"]]) -> int:
+    def alike(x: Float[np.ndarray, "n n"] | None, more: dict[str, Float[np.ndarray, "n *m"]]) -> int:
         return len(more)
 
     assert checked(alike)(square, {"a": oblong}) == 1
