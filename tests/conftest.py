@@ -46,6 +46,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import beartype
 import flax
 import hypothesis
 import jax  # reads the variables
@@ -76,6 +77,9 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 50, 100)
 
 
+SAME_ERROR = beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError)
+
+
 def _jaxtyped(function=None, *, typechecker=None, jaxtyped=jaxtyping.jaxtyped):
     """What compares shapes takes a millisecond to make, wherever a function is defined in another, and 20 microseconds
     a call. A function without annotations stays as it is; one whose annotations name no array is checked without it."""
@@ -83,7 +87,7 @@ def _jaxtyped(function=None, *, typechecker=None, jaxtyped=jaxtyping.jaxtyped):
         return functools.partial(_jaxtyped, typechecker=typechecker)
     if not isinstance(function, types.FunctionType) or any(map(_may_name_arrays, function.__annotations__.values())):
         return jaxtyped(function, typechecker=typechecker)
-    return typechecker(function) if function.__annotations__ else function
+    return typechecker(function, conf=SAME_ERROR) if function.__annotations__ else function
 
 
 def _may_name_arrays(annotation):
