@@ -107,7 +107,7 @@ class Component:
 
     Attributes:
       from_json: content of `config.json` to the network's config.
-      init: `(key, config) -> params`; only its shapes are used.
+      init: `(key, config) -> params`; only its shapes are used, and so no key is given.
       table: content of `config.json` to the conversion table.
       stem: name of the published weights file, without `.safetensors`.
       single_file: the other published form, which is read where the network's own folder has no weights.
@@ -118,7 +118,7 @@ class Component:
     """
 
     from_json: Callable[[Mapping[str, Any]], Any]
-    init: Callable[[jax.Array, Any], Any]
+    init: Callable[[jax.Array | None, Any], Any]
     table: Callable[[Mapping[str, Any]], Table]
     stem: str = "diffusion_pytorch_model"
     single_file: SingleFile | None = None
@@ -136,9 +136,9 @@ class Component:
 
 
 @functools.lru_cache(maxsize=32)
-def _shapes(init: Callable[[jax.Array, Any], Any], config: Any) -> Any:
+def _shapes(init: Callable[[jax.Array | None, Any], Any], config: Any) -> Any:
     """Tracing a network takes longer than reading a small one's weights."""
-    return jax.eval_shape(lambda: init(jax.random.key(0), config))
+    return jax.eval_shape(lambda: init(None, config))
 
 
 def linear(source: str, target: str, *, bias: bool = True) -> tuple[Rule, ...]:

@@ -15,7 +15,9 @@ from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import GroupNorm, Upsample, weights_dtype
+from ses_jax.models.layers import Conv, GroupNorm, Upsample, weights_dtype
+from ses_jax.models.params import first_values
+from ses_jax.models.quantized import Dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +64,10 @@ def decode(params: Any, config: Config, latents: Float[Array, "b c h w"]) -> Flo
     return AutoencoderKL(config).apply({"params": params}, latents, method="decode")
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for training and for abstract shapes."""
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for training; without a key zeros, for abstract shapes."""
     side = config.downscale
-    return AutoencoderKL(config).init(key, jnp.zeros((1, side, side, config.in_channels)))["params"]
+    return first_values(AutoencoderKL(config), key, jnp.zeros((1, side, side, config.in_channels)))
 
 
 class AutoencoderKL(nn.Module):
@@ -78,9 +80,9 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
         if c.use_quant_conv:
-            self.quant_conv = nn.Conv(2 * c.latent_channels, (1, 1))
+            self.quant_conv = Conv(2 * c.latent_channels, (1, 1))
         if c.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv(c.latent_channels, (1, 1))
+            self.post_quant_conv = Conv(c.latent_channels, (1, 1))
 
     def __call__(self, images):
         mean, _ = self.encode(images)
@@ -114,7 +116,7 @@ class Encoder(nn.Module):
                 x = ResNet(channels, c.norm_num_groups, name=f"down_{i}_resnet_{j}")(x)
             if i < len(c.block_out_channels) - 1:
                 # Padded on the right and the bottom only, as the reference does.
-                x = nn.Conv(channels, (3, 3), 2, padding=((0, 1), (0, 1)), name=f"down_{i}_downsample")(x)
+                x = Conv(channels, strides=(2, 2), padding=((0, 1), (0, 1)), name=f"down_{i}_downsample")(x)
         x = MidBlock(c.norm_num_groups, name="mid")(x)
         x = jax.nn.silu(GroupNorm(c.norm_num_groups, name="norm_out")(x))
         return conv3x3(2 * c.latent_channels, "conv_out")(x)
@@ -161,8 +163,8 @@ class SpatialAttention(nn.Module):
     def __call__(self, x):
         batch, height, width, channels = x.shape
         h = GroupNorm(self.groups, name="norm")(x).reshape(batch, height * width, channels)
-        q, k, v = (nn.Dense(channels, name=name)(h)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))
-        return nn.Dense(channels, name="to_out")(attention(q, k, v)).reshape(x.shape)
+        q, k, v = (Dense(channels, name=name)(h)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))
+        return Dense(channels, name="to_out")(attention(q, k, v)).reshape(x.shape)
 
 
 class ResNet(nn.Module):
@@ -176,10 +178,10 @@ class ResNet(nn.Module):
         h = conv3x3(self.channels, "conv1")(jax.nn.silu(GroupNorm(self.groups, name="norm1")(x)))
         h = conv3x3(self.channels, "conv2")(jax.nn.silu(GroupNorm(self.groups, name="norm2")(h)))
         if x.shape[-1] != self.channels:
-            x = nn.Conv(self.channels, (1, 1), name="conv_shortcut")(x)
+            x = Conv(self.channels, (1, 1), name="conv_shortcut")(x)
         return x + h
 
 
-def conv3x3(channels: int, name: str) -> nn.Conv:
+def conv3x3(channels: int, name: str) -> Conv:
     """A 3x3 convolution that keeps the size."""
-    return nn.Conv(channels, (3, 3), padding=1, name=name)
+    return Conv(channels, name=name)

@@ -42,8 +42,8 @@ def decode(params: Any, config: Config, latents: Float[Array, "b c h w"]) -> Flo
     return autoencoder_kl.decode(_network(params), config, unpack(latents, config.patch_size))
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for training and for abstract shapes."""
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for training; without a key zeros, for abstract shapes."""
     channels = config.packed_channels
     return {**autoencoder_kl.init(key, config), "bn": {"mean": jnp.zeros(channels), "variance": jnp.ones(channels)}}
 

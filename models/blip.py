@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ses_jax.models.attention import attention
 from ses_jax.models.clip import EncoderLayer, Tower, gelu
-from ses_jax.models.layers import in_eights, stack
+from ses_jax.models.layers import Conv, Embed, LayerNorm, in_eights, stack
+from ses_jax.models.params import VECTOR, first_values, param
 from ses_jax.models.quantized import Dense
 
 # `med_config.json` says nothing of the ViT: it is the large one, in patches of 16.
@@ -97,10 +98,10 @@ def embed_image(params: Any, config: Config, pixels: Float[Array, "b size size 3
     return BLIP(config).apply({"params": params}, pixels, method="image_states")
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for abstract shapes and tests."""
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for tests; without a key zeros, for abstract shapes."""
     pixels = jnp.zeros((1, config.image_size, config.image_size, 3))
-    return BLIP(config).init(key, pixels, jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool))["params"]
+    return first_values(BLIP(config), key, pixels, jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool))
 
 
 class BLIP(nn.Module):
@@ -128,15 +129,15 @@ class VisionTower(nn.Module):
     def __call__(self, pixels):
         c, tower = self.config, self.config.vision
         patch = (c.patch_size, c.patch_size)
-        cls = self.param("class_embedding", nn.initializers.normal(0.02), (tower.hidden_size,))
+        cls = param(self, "class_embedding", VECTOR, (tower.hidden_size,))
         pixels = pixels.astype(cls.dtype)
-        x = nn.Conv(tower.hidden_size, patch, patch, padding="VALID", name="patch_embedding")(pixels)
+        x = Conv(tower.hidden_size, patch, patch, "VALID", name="patch_embedding")(pixels)
         x = x.reshape(x.shape[0], -1, tower.hidden_size)
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, tower.hidden_size)), x], axis=1)
-        x = x + self.param("position_embedding", nn.initializers.normal(0.02), x.shape[1:])
+        x = x + param(self, "position_embedding", VECTOR, x.shape[1:])
         padded, lengths = in_eights(x)
         padded, _ = stack(EncoderLayer, tower.layers)(tower, causal=False, name="layers")(padded, lengths)
-        return _layer_norm(tower.norm_eps, "norm")(padded[:, : x.shape[1]])
+        return LayerNorm(tower.norm_eps, name="norm")(padded[:, : x.shape[1]])
 
 
 class TextEncoder(nn.Module):
@@ -147,9 +148,9 @@ class TextEncoder(nn.Module):
     @nn.compact
     def __call__(self, ids, mask, image):
         t = self.bert
-        x = nn.Embed(t.vocab_size, t.hidden_size, name="word_embedding")(ids)
-        positions = self.param("position_embedding", nn.initializers.normal(0.02), (t.max_length, t.hidden_size))
-        x = _layer_norm(t.norm_eps, "embedding_norm")(x + positions[: ids.shape[1]])
+        x = Embed(t.vocab_size, t.hidden_size, name="word_embedding")(ids)
+        positions = param(self, "position_embedding", VECTOR, (t.max_length, t.hidden_size))
+        x = LayerNorm(t.norm_eps, name="embedding_norm")(x + positions[: ids.shape[1]])
         x, _ = stack(TextLayer, t.layers)(t, name="layers")(x, mask, image)
         return x
 
@@ -162,10 +163,10 @@ class TextLayer(nn.Module):
     @nn.compact
     def __call__(self, x, mask, image):
         t = self.bert
-        x = _layer_norm(t.norm_eps, "self_norm")(x + Attention(t.heads, name="self")(x, x, mask))
-        x = _layer_norm(t.norm_eps, "cross_norm")(x + Attention(t.heads, name="cross")(x, image, None))
+        x = LayerNorm(t.norm_eps, name="self_norm")(x + Attention(t.heads, name="self")(x, x, mask))
+        x = LayerNorm(t.norm_eps, name="cross_norm")(x + Attention(t.heads, name="cross")(x, image, None))
         h = Dense(t.hidden_size, name="output")(gelu(Dense(t.intermediate_size, name="intermediate")(x)))
-        return _layer_norm(t.norm_eps, "output_norm")(x + h), None
+        return LayerNorm(t.norm_eps, name="output_norm")(x + h), None
 
 
 class Attention(nn.Module):
@@ -181,7 +182,3 @@ class Attention(nn.Module):
             for name, source in (("q_proj", x), ("k_proj", context), ("v_proj", context))
         )
         return Dense(dim, name="out_proj")(attention(q, k, v, key_mask=mask))
-
-
-def _layer_norm(eps: float, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, name=name)

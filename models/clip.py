@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention
-from ses_jax.models.layers import in_eights, stack, weights_dtype
+from ses_jax.models.layers import Conv, Embed, LayerNorm, in_eights, stack, weights_dtype
+from ses_jax.models.params import VECTOR, first_values, param
 from ses_jax.models.quantized import Dense
 
 # open_clip's "ViT-H-14".
@@ -147,15 +148,15 @@ def logit_scale(params: Any) -> Float[Array, ""]:
     return jnp.exp(params["logit_scale"].astype(jnp.float32))
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for training and for abstract shapes."""
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for training; without a key zeros, for abstract shapes."""
     pixels = jnp.zeros((1, config.image_size, config.image_size, 3))
-    return CLIP(config).init(key, pixels, jnp.zeros((1, config.max_length), jnp.int32))["params"]
+    return first_values(CLIP(config), key, pixels, jnp.zeros((1, config.max_length), jnp.int32))
 
 
-def init_text(key: jax.Array, config: TextConfig) -> Any:
-    """Random params of the text tower by itself."""
-    return TextTower(config).init(key, jnp.zeros((1, config.max_length), jnp.int32))["params"]
+def init_text(key: jax.Array | None, config: TextConfig) -> Any:
+    """Random params of the text tower by itself; without a key zeros."""
+    return first_values(TextTower(config), key, jnp.zeros((1, config.max_length), jnp.int32))
 
 
 class CLIP(nn.Module):
@@ -167,9 +168,9 @@ class CLIP(nn.Module):
         c = self.config
         self.vision = VisionTower(c)
         self.text = TextTower(c)
-        self.visual_projection = nn.Dense(c.projection_dim, use_bias=False)
-        self.text_projection = nn.Dense(c.projection_dim, use_bias=False)
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
+        self.visual_projection = Dense(c.projection_dim, use_bias=False)
+        self.text_projection = Dense(c.projection_dim, use_bias=False)
+        self.logit_scale = param(self, "logit_scale", nn.initializers.constant(2.6592), ())
 
     def __call__(self, pixels, token_ids):
         return self.image_features(pixels), self.text_features(token_ids)
@@ -190,9 +191,9 @@ class VisionTower(nn.Module):
     def __call__(self, pixels):
         c, tower = self.config, self.config.vision
         patch, pixels = (c.patch_size, c.patch_size), pixels.astype(weights_dtype(self))
-        x = nn.Conv(tower.hidden_size, patch, patch, padding="VALID", use_bias=False, name="patch_embedding")(pixels)
+        x = Conv(tower.hidden_size, patch, patch, "VALID", use_bias=False, name="patch_embedding")(pixels)
         x = x.reshape(x.shape[0], -1, tower.hidden_size)
-        cls = self.param("class_embedding", nn.initializers.normal(0.02), (tower.hidden_size,))
+        cls = param(self, "class_embedding", VECTOR, (tower.hidden_size,))
         x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, tower.hidden_size)).astype(x.dtype), x], axis=1)
         x = x + _positions(self, x.shape[1], tower.hidden_size)
         x, lengths = in_eights(_layer_norm(tower, "pre_layrnorm")(x))
@@ -208,7 +209,7 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(self, token_ids):
         c, tower = self.config, self.config.text
-        x = nn.Embed(c.vocab_size, tower.hidden_size, name="token_embedding")(token_ids)
+        x = Embed(c.vocab_size, tower.hidden_size, name="token_embedding")(token_ids)
         x = x + _positions(self, c.max_length, tower.hidden_size)[: token_ids.shape[1]]
         x, _ = stack(EncoderLayer, tower.layers)(tower, causal=True, name="layers")(x, None)
         x = _layer_norm(tower, "final_layer_norm")(x)
@@ -260,11 +261,11 @@ def _open_clip_tower(config: Mapping[str, Any], heads: int, act: str) -> Tower:
 
 
 def _positions(module: nn.Module, length: int, dim: int) -> jax.Array:
-    return module.param("position_embedding", nn.initializers.normal(0.02), (length, dim))
+    return param(module, "position_embedding", VECTOR, (length, dim))
 
 
-def _layer_norm(tower: Tower, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=tower.norm_eps, use_fast_variance=False, name=name)
+def _layer_norm(tower: Tower, name: str) -> LayerNorm:
+    return LayerNorm(tower.norm_eps, name=name)
 
 
 def _normalise(x: jax.Array) -> jax.Array:

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from ses_jax.models.attention import attention, rotate_half
-from ses_jax.models.layers import GatedMLP, RMSNorm, stack
+from ses_jax.models.layers import Embed, GatedMLP, RMSNorm, stack
+from ses_jax.models.params import first_values
 from ses_jax.models.quantized import Dense
 
 # Heads and feed-forward widths are split over the model axis of a mesh; leaves of layers are stacked.
@@ -127,9 +128,9 @@ def hidden_state(
     return DecoderLM(config).apply({"params": params}, token_ids, key_mask)
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for training and for abstract shapes."""
-    return DecoderLM(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for training; without a key zeros, for abstract shapes."""
+    return first_values(DecoderLM(config), key, jnp.zeros((1, 1), jnp.int32))
 
 
 class DecoderLM(nn.Module):
@@ -140,7 +141,7 @@ class DecoderLM(nn.Module):
     @nn.compact
     def __call__(self, token_ids, key_mask=None):
         c = self.config
-        embedded = nn.Embed(c.vocab_size, c.hidden_size, name="embed_tokens")(token_ids)
+        embedded = Embed(c.vocab_size, c.hidden_size, name="embed_tokens")(token_ids)
         cos, sin = rope(c, token_ids.shape[1])
         last, states = stack(DecoderLayer, c.layers)(c, name="layers")(embedded, cos, sin, key_mask)
         if c.final_norm:

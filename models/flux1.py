@@ -31,6 +31,7 @@ from ses_jax.models.mmdit import (
     pack,
     unpack,
 )
+from ses_jax.models.params import first_values
 from ses_jax.models.quantized import Dense
 
 PATCH = 2
@@ -111,11 +112,11 @@ def velocity(
     return Flux1(config).apply({"params": params}, latents, sigma, prompt, guidance).astype(jnp.float32)
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for training and for abstract shapes."""
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for training; without a key zeros, for abstract shapes."""
     latents = jnp.zeros((1, config.latent_channels, PATCH, PATCH))
     prompt = Prompt(jnp.zeros((1, 1, config.joint_attention_dim)), jnp.zeros((1, config.pooled_projection_dim)))
-    return Flux1(config).init(key, latents, jnp.zeros(1), prompt, jnp.zeros(1))["params"]
+    return first_values(Flux1(config), key, latents, jnp.zeros(1), prompt, jnp.zeros(1))
 
 
 class Flux1(nn.Module):
@@ -129,8 +130,8 @@ class Flux1(nn.Module):
         grid = tuple(size // PATCH for size in latents.shape[2:])
         vector = ConditionEmbedder(c, c.guidance_embeds, name="condition")(sigma, guidance, dtype)
         vector = vector + VectorEmbedder(c.dim, name="pooled_embedder")(prompt.pooled.astype(dtype))
-        image = nn.Dense(c.dim, name="x_embedder")(pack(latents.astype(dtype), PATCH))
-        text = nn.Dense(c.dim, name="context_embedder")(prompt.features.astype(dtype))
+        image = Dense(c.dim, name="x_embedder")(pack(latents.astype(dtype), PATCH))
+        text = Dense(c.dim, name="context_embedder")(prompt.features.astype(dtype))
         cos, sin = axes_rope(c.axes_dims_rope, ROPE_THETA, positions(grid, text.shape[1]))
 
         double = stack(JointBlock, c.num_layers)(c.num_attention_heads, c.attention_head_dim, name="double_blocks")
@@ -147,7 +148,7 @@ class VectorEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(self.dim, name="linear_2")(jax.nn.silu(nn.Dense(self.dim, name="linear_1")(x)))
+        return Dense(self.dim, name="linear_2")(jax.nn.silu(Dense(self.dim, name="linear_1")(x)))
 
 
 class SingleBlock(nn.Module):

@@ -33,6 +33,8 @@ from ses_jax.models.mmdit import (
     pack,
     unpack,
 )
+from ses_jax.models.params import first_values
+from ses_jax.models.quantized import Dense
 
 PARTITION = (
     *mmdit.PARTITION,
@@ -99,10 +101,10 @@ def velocity(
     return Flux2(config).apply({"params": params}, latents, sigma, text, guidance).astype(jnp.float32)
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for training and for abstract shapes."""
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for training; without a key zeros, for abstract shapes."""
     latents, text = jnp.zeros((1, config.in_channels, 1, 1)), jnp.zeros((1, 1, config.joint_attention_dim))
-    return Flux2(config).init(key, latents, jnp.zeros(1), text, jnp.zeros(1))["params"]
+    return first_values(Flux2(config), key, latents, jnp.zeros(1), text, jnp.zeros(1))
 
 
 class Flux2(nn.Module):
@@ -114,7 +116,7 @@ class Flux2(nn.Module):
     def __call__(self, latents, sigma, text, guidance):
         c, dtype = self.config, weights_dtype(self)
         grid, length = latents.shape[2:], text.shape[1]
-        embed_image, embed_text = (nn.Dense(c.dim, use_bias=False, name=f"{n}_embedder") for n in ("x", "context"))
+        embed_image, embed_text = (Dense(c.dim, use_bias=False, name=f"{n}_embedder") for n in ("x", "context"))
         image, text = embed_image(pack(latents.astype(dtype), 1)), embed_text(text.astype(dtype))
         vector = ConditionEmbedder(c, c.guidance_embeds, use_bias=False, name="condition")(sigma, guidance, dtype)
         cos, sin = axes_rope(c.axes_dims_rope, c.rope_theta, positions(grid, length))

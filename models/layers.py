@@ -11,10 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from ses_jax.models import target
+from ses_jax.models.params import EMBEDDING, KERNEL, ONES, ZEROS, param
 from ses_jax.models.quantized import Dense, dtype_of
 
 IMAGES = ("NHWC", "HWIO", "NHWC")
@@ -28,10 +30,24 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = param(self, "scale", ONES, (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis with a learned scale and bias, in float32."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale, bias = (param(self, name, of, (x.shape[-1],)) for name, of in (("scale", ONES), ("bias", ZEROS)))
+        x32 = x.astype(jnp.float32)
+        centered = x32 - x32.mean(-1, keepdims=True)
+        factor = jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + self.eps) * scale.astype(jnp.float32)
+        return (centered * factor + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -47,8 +63,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = param(self, "scale", ONES, (channels,))
+        bias = param(self, "bias", ZEROS, (channels,))
 
         def mean(values):
             grouped = values.mean((1, 2), keepdims=True).reshape(len(x), 1, 1, self.groups, -1)
@@ -119,8 +135,44 @@ class TimeEmbedder(nn.Module):
     @nn.compact
     def __call__(self, timestep: jax.Array, dtype: Any) -> jax.Array:
         x = timestep_embedding(timestep).astype(dtype)
-        x = jax.nn.silu(nn.Dense(self.hidden_dim, use_bias=self.use_bias, name="linear_1")(x))
-        return nn.Dense(self.dim, use_bias=self.use_bias, name="linear_2")(x)
+        x = jax.nn.silu(Dense(self.hidden_dim, use_bias=self.use_bias, name="linear_1")(x))
+        return Dense(self.dim, use_bias=self.use_bias, name="linear_2")(x)
+
+
+class Embed(nn.Module):
+    """Rows of a learned table `[num_embeddings, features]`, by their numbers."""
+
+    num_embeddings: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids: jax.typing.ArrayLike) -> jax.Array:
+        return jnp.take(param(self, "embedding", EMBEDDING, (self.num_embeddings, self.features)), ids, axis=0)
+
+
+class Conv(nn.Module):
+    """A convolution of `x [B, H, W, C]`, in the dtype that it and the weights share; by default it keeps the size.
+
+    Attributes:
+      features: channels of the output.
+      kernel_size, strides: along height and width.
+      padding: "SAME", "VALID", or cells before and after, along height and width.
+      use_bias: whether there is one.
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    padding: str | tuple[tuple[int, int], ...] = "SAME"
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = param(self, "kernel", KERNEL, (*self.kernel_size, x.shape[-1], self.features))
+        bias = param(self, "bias", ZEROS, (self.features,)) if self.use_bias else None
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
+        y = jax.lax.conv_general_dilated(x, kernel, self.strides, self.padding, dimension_numbers=IMAGES)
+        return y if bias is None else y + bias
 
 
 class Upsample(nn.Module):
@@ -134,8 +186,8 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = param(self, "kernel", KERNEL, (3, 3, x.shape[-1], self.features))
+        bias = param(self, "bias", ZEROS, (self.features,))
         if target.device().platform == "tpu":
             return upsample_as_one(x, kernel) + bias
         x = x.repeat(2, axis=1).repeat(2, axis=2)

@@ -211,7 +211,7 @@ class ModulatedOutput(nn.Module):
     @nn.compact
     def __call__(self, x, vector):
         scale, shift = Modulation(x.shape[-1], 2, self.use_bias, name="norm_out")(vector)
-        return nn.Dense(self.patch_dim, use_bias=self.use_bias, name="proj_out")(modulate(x, shift, scale))
+        return Dense(self.patch_dim, use_bias=self.use_bias, name="proj_out")(modulate(x, shift, scale))
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

@@ -17,9 +17,10 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Shaped
 
+from ses_jax.models.params import KERNEL, ZEROS, param
+
 SUFFIX = "_scale"  # of the leaf beside a kernel
 BAND = 64
-KERNEL, BIAS = nn.initializers.lecun_normal(), nn.initializers.zeros
 
 
 class Kind(NamedTuple):
@@ -76,8 +77,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", KERNEL, (x.shape[-1], self.features))
-        bias = self.param("bias", BIAS, (self.features,)) if self.use_bias else None
+        kernel = param(self, "kernel", KERNEL, (x.shape[-1], self.features))
+        bias = param(self, "bias", ZEROS, (self.features,)) if self.use_bias else None
         scale = self.get_variable("params", "kernel" + SUFFIX)
         sums = jnp.float32 if self.wide and x.dtype == jnp.float16 else None
         if scale is not None:

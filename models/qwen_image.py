@@ -20,6 +20,8 @@ from ses_jax.models import mmdit
 from ses_jax.models.config import known_fields
 from ses_jax.models.layers import RMSNorm, TimeEmbedder, stack, weights_dtype
 from ses_jax.models.mmdit import JointBlock, ModulatedOutput, axes_rope, grid_positions, pack, pipeline_time, unpack
+from ses_jax.models.params import first_values
+from ses_jax.models.quantized import Dense
 
 ROPE_THETA = 10000.0
 PARTITION = (
@@ -89,11 +91,11 @@ def velocity(
     return QwenImage(config).apply({"params": params}, latents, sigma, text).astype(jnp.float32)
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for training and for abstract shapes."""
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for training; without a key zeros, for abstract shapes."""
     latents = jnp.zeros((1, config.out_channels, config.patch_size, config.patch_size))
     text = Text(jnp.zeros((1, 1, config.joint_attention_dim)), jnp.ones(1, jnp.int32))
-    return QwenImage(config).init(key, latents, jnp.zeros(1), text)["params"]
+    return first_values(QwenImage(config), key, latents, jnp.zeros(1), text)
 
 
 class QwenImage(nn.Module):
@@ -104,9 +106,9 @@ class QwenImage(nn.Module):
     def setup(self):
         c = self.config
         self.time_embedder = TimeEmbedder(c.dim, c.dim)
-        self.img_in = nn.Dense(c.dim)
+        self.img_in = Dense(c.dim)
         self.txt_norm = RMSNorm(1e-6)
-        self.txt_in = nn.Dense(c.dim)
+        self.txt_in = Dense(c.dim)
         self.blocks = stack(JointBlock, c.num_layers)(c.num_attention_heads, c.attention_head_dim)
         self.output = ModulatedOutput(c.patch_size**2 * c.out_channels)
 

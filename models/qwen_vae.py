@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import Upsample, weights_dtype
+from ses_jax.models.layers import Conv, Upsample, weights_dtype
+from ses_jax.models.params import KERNEL, ONES, ZEROS, first_values, param
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +84,10 @@ def decode(params: Any, config: Config, latents: Float[Array, "b c h w"]) -> Flo
     return QwenVAE(config).apply({"params": params}, latents, method="decode")
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for training and for abstract shapes."""
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for training; without a key zeros, for abstract shapes."""
     side = config.downscale
-    return QwenVAE(config).init(key, jnp.zeros((1, side, side, config.input_channels)))["params"]
+    return first_values(QwenVAE(config), key, jnp.zeros((1, side, side, config.input_channels)))
 
 
 class QwenVAE(nn.Module):
@@ -131,7 +132,7 @@ class Encoder(nn.Module):
                 number += 1
             if i < len(c.widths) - 1:
                 # Padded on the right and the bottom only, as the reference does.
-                x = nn.Conv(channels, (3, 3), 2, padding=((0, 1), (0, 1)), name=f"down_{number}_downsample")(x)
+                x = Conv(channels, strides=(2, 2), padding=((0, 1), (0, 1)), name=f"down_{number}_downsample")(x)
                 number += 1
         x = jax.nn.silu(ChannelNorm(name="norm_out")(MidBlock(name="mid")(x)))
         return CausalConv(2 * c.z_dim, name="conv_out")(x)
@@ -173,9 +174,9 @@ class SpatialAttention(nn.Module):
     @nn.compact
     def __call__(self, x):
         batch, height, width, channels = x.shape
-        qkv = nn.Conv(3 * channels, (1, 1), name="to_qkv")(ChannelNorm(name="norm")(x))
+        qkv = Conv(3 * channels, (1, 1), name="to_qkv")(ChannelNorm(name="norm")(x))
         q, k, v = jnp.split(qkv.reshape(batch, height * width, 1, 3 * channels), 3, axis=-1)
-        return nn.Conv(channels, (1, 1), name="proj")(attention(q, k, v).reshape(x.shape))
+        return Conv(channels, (1, 1), name="proj")(attention(q, k, v).reshape(x.shape))
 
 
 class ResNet(nn.Module):
@@ -201,8 +202,8 @@ class CausalConv(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (self.size, self.size, self.size, x.shape[-1], self.features)  # time, height, width, in, out
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = param(self, "kernel", KERNEL, shape)
+        bias = param(self, "bias", ZEROS, (self.features,))
         last = kernel[-1]  # the earlier taps meet the zeros before the first frame
         return jax.lax.conv_general_dilated(x, last, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
 
@@ -212,7 +213,7 @@ class ChannelNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        scale = param(self, "scale", ONES, (x.shape[-1],)).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         # The reference's epsilon is a lower bound of the norm, not a summand.
         norm = jnp.maximum(jnp.linalg.norm(x32, axis=-1, keepdims=True), 1e-12)

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import scaled_products
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import GatedMLP, RMSNorm, stack
+from ses_jax.models.layers import Embed, GatedMLP, RMSNorm, stack
+from ses_jax.models.params import first_values
 from ses_jax.models.quantized import Dense
 
 # Heads and feed-forward widths are split over the model axis of a mesh; leaves of blocks are stacked.
@@ -67,9 +68,9 @@ def encode(params: Any, config: Config, token_ids: Int[Array | np.ndarray, "b l"
     return T5Encoder(config).apply({"params": params}, token_ids)
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for training and for abstract shapes."""
-    return T5Encoder(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for training; without a key zeros, for abstract shapes."""
+    return first_values(T5Encoder(config), key, jnp.zeros((1, 1), jnp.int32))
 
 
 class T5Encoder(nn.Module):
@@ -80,10 +81,10 @@ class T5Encoder(nn.Module):
     @nn.compact
     def __call__(self, token_ids):
         c = self.config
-        x = nn.Embed(c.vocab_size, c.d_model, name="embed_tokens")(token_ids)
+        x = Embed(c.vocab_size, c.d_model, name="embed_tokens")(token_ids)
         dtype = x.dtype
         x = x.astype(jnp.float32) if dtype == jnp.float16 else x  # which could not hold what large models add up
-        buckets = nn.Embed(c.relative_attention_num_buckets, c.num_heads, name="relative_attention_bias")
+        buckets = Embed(c.relative_attention_num_buckets, c.num_heads, name="relative_attention_bias")
         bias = jnp.moveaxis(buckets(relative_buckets(c, token_ids.shape[1])), -1, 0)[None]
         x, _ = stack(EncoderBlock, c.num_layers)(c, name="blocks")(x, bias)
         return RMSNorm(c.layer_norm_epsilon, name="final_layer_norm")(x).astype(dtype)

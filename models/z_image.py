@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 from ses_jax.models.config import known_fields
 from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, channels_last, layer_norm, stack
 from ses_jax.models.mmdit import SelfAttention
+from ses_jax.models.params import VECTOR, first_values, param
+from ses_jax.models.quantized import Dense
 
 SEQUENCE_MULTIPLE = 32
 TIME_HIDDEN = 1024
@@ -120,12 +122,12 @@ def velocity(
     return -out.astype(jnp.float32)
 
 
-def init(key: jax.Array, config: Config) -> Any:
-    """Random params, for training and for abstract shapes."""
+def init(key: jax.Array | None, config: Config) -> Any:
+    """Random params, for training; without a key zeros, for abstract shapes."""
     side = config.patch_size
     latents = jnp.zeros((1, config.in_channels, side, side))
     features = jnp.zeros((1, SEQUENCE_MULTIPLE, config.cap_feat_dim))
-    return ZImage(config).init(key, latents, jnp.zeros(1), features, jnp.ones(1, jnp.int32))["params"]
+    return first_values(ZImage(config), key, latents, jnp.zeros(1), features, jnp.ones(1, jnp.int32))
 
 
 class ZImage(nn.Module):
@@ -135,12 +137,12 @@ class ZImage(nn.Module):
 
     def setup(self):
         c = self.config
-        self.x_embedder = nn.Dense(c.dim)
+        self.x_embedder = Dense(c.dim)
         self.t_embedder = TimeEmbedder(TIME_HIDDEN, c.time_dim)
         self.cap_norm = RMSNorm(c.norm_eps)
-        self.cap_embedder = nn.Dense(c.dim)
-        self.x_pad_token = self.param("x_pad_token", nn.initializers.normal(0.02), (1, c.dim))
-        self.cap_pad_token = self.param("cap_pad_token", nn.initializers.normal(0.02), (1, c.dim))
+        self.cap_embedder = Dense(c.dim)
+        self.x_pad_token = param(self, "x_pad_token", VECTOR, (1, c.dim))
+        self.cap_pad_token = param(self, "cap_pad_token", VECTOR, (1, c.dim))
         self.noise_refiner = stack(ModulatedBlock, c.n_refiner_layers)(c)
         self.context_refiner = stack(Block, c.n_refiner_layers)(c)
         self.layers = stack(ModulatedBlock, c.n_layers)(c)
@@ -193,7 +195,7 @@ class ModulatedBlock(nn.Module):
     @nn.compact
     def __call__(self, x, cos, sin, key_lengths, time_embedding):
         c = self.config
-        modulation = nn.Dense(4 * c.dim, name="modulation")(time_embedding)[:, None, :]
+        modulation = Dense(4 * c.dim, name="modulation")(time_embedding)[:, None, :]
         scale_attn, gate_attn, scale_ffn, gate_ffn = jnp.split(modulation, 4, axis=-1)
 
         x = channels_last(x)
@@ -227,8 +229,8 @@ class FinalLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, time_embedding):
-        scale = nn.Dense(x.shape[-1], name="modulation")(jax.nn.silu(time_embedding))
-        return nn.Dense(self.patch_dim, name="linear")(layer_norm(x) * (1 + scale[:, None, :]))
+        scale = Dense(x.shape[-1], name="modulation")(jax.nn.silu(time_embedding))
+        return Dense(self.patch_dim, name="linear")(layer_norm(x) * (1 + scale[:, None, :]))
 
 
 def self_attention(config: Config) -> SelfAttention:

@@ -47,11 +47,9 @@ os.environ.update(
 )
 
 import beartype
-import flax
 import hypothesis
 import jax  # reads the variables
 import jaxtyping
-import numpy as np
 import pytest
 
 hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
@@ -103,26 +101,6 @@ def _may_name_arrays(annotation):
 
 
 jaxtyping.jaxtyped = _jaxtyped
-
-
-@functools.lru_cache(maxsize=4096)
-def _shape(initializer, arguments):
-    return jax.eval_shape(lambda: initializer(jax.random.key(0), *arguments)).shape
-
-
-def _param(scope, name, initializer, *arguments, flax_param=flax.core.Scope.param, **options):
-    """Flax traces an initializer wherever its parameter is used, to compare shapes; here once a shape."""
-    if not scope.has_variable("params", name):
-        return flax_param(scope, name, initializer, *arguments, **options)
-    scope.reserve(name, "params")
-    value = scope.get_variable("params", name)
-    shape = _shape(initializer, tuple(tuple(a) if isinstance(a, list) else a for a in arguments))
-    if np.shape(value) != shape:
-        raise flax.errors.ScopeParamShapeError(name, scope.path_text, np.shape(value), shape)
-    return value
-
-
-flax.core.Scope.param = _param
 
 
 @pytest.fixture

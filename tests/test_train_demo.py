@@ -106,10 +106,10 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(8, (2, 2), (2, 2), padding="VALID", use_bias=False)(x)
+        x = layers.Conv(8, (2, 2), (2, 2), "VALID", use_bias=False)(x)
         x = layers.GroupNorm(4)(x).reshape(len(x), -1, 8)
         heads = quantized.Dense(6, heads=2)(x)
-        return nn.Dense(3)(heads.reshape(*x.shape[:-1], 6))
+        return quantized.Dense(3)(heads.reshape(*x.shape[:-1], 6))
 
 
 def test_the_head_is_asked_for_the_shape_of_each_cell():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from ses_jax.models.layers import GroupNorm
+from ses_jax.models.layers import Conv, GroupNorm
 from ses_jax.models.quantized import Dense
 
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -147,11 +147,11 @@ def _quicker(call, args, kwargs, context):
     module = context.module
     if context.method_name != "__call__":
         return call(*args, **kwargs)
-    if isinstance(module, nn.Dense | Dense):  # on `[B * L, D]`: with one batch axis
+    if isinstance(module, Dense):  # on `[B * L, D]`: with one batch axis
         (x,) = args
         y = call(x.reshape(-1, x.shape[-1]))
         return y.reshape(*x.shape[:-1], *y.shape[1:])
-    if isinstance(module, nn.Conv) and not module.use_bias and module.strides == module.kernel_size:
+    if isinstance(module, Conv) and not module.use_bias and module.strides == module.kernel_size:
         return _patches(args[0], module.get_variable("params", "kernel"))
     if isinstance(module, GroupNorm):
         scale, bias = (module.get_variable("params", name) for name in ("scale", "bias"))
