@@ -1,7 +1,7 @@
 """One process of searches whose meshes span several.
 
-Arguments are those of `search`; besides, `connect` is what `jax.distributed.initialize` takes, `meshes` are searched on
-one after the other, each into a folder of its own, and `model` is a folder with its own `clip/`. Last comes a judge
+Arguments are those of `search`; besides, `connect` is what `jax.distributed.initialize` takes, and `model` is a folder
+with its own `clip/`, whose networks are split over the processes. Then the toy's candidates are, and last comes a judge
 that says something else in every process, and fails.
 """
 
@@ -35,12 +35,19 @@ def judged():
         return scores, len(calls), str(error)
 
 
+def candidates(mesh=None, **settings):
+    """Scores of two prompts' searches of the toy, whose candidates lie along the mesh."""
+    settings |= {"reward": toy.mixture(red=1.0, blue=-0.5), "budget": 6, "population": 3, "elites": 2}
+    results = ses_jax.search(["a", "b c"], model=toy.pipeline(mesh), prompts_at_once=2, progress=False, **settings)
+    return [[row["score"] for row in result.history] for result in results]
+
+
 def search(arguments):
     """What the process does; one device is its own."""
     jax.config.update("jax_num_cpu_devices", 1)
     jax.distributed.initialize(**arguments.pop("connect"))
-    meshes, out = arguments.pop("meshes"), Path(arguments.pop("out"))
-    for mesh in meshes:
-        results = ses_jax.search(reward="clip", progress=False, mesh=mesh, out=out / mesh, **arguments)
-        print(json.dumps([[row["score"] for row in result.history] for result in results]))
+    out = Path(arguments.pop("out"))
+    results = ses_jax.search(reward="clip", progress=False, mesh="model=2", out=out / "model=2", **arguments)
+    print(json.dumps([[row["score"] for row in result.history] for result in results]))
+    print(json.dumps(candidates(partition.parse_mesh("data=2"), out=out / "data=2")))
     print(json.dumps(judged()))

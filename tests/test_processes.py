@@ -62,7 +62,6 @@ def test_two_processes_of_a_cluster_share_the_prompts(tmp_path, alone):
 
 def test_a_mesh_may_span_processes(tmp_path):
     """All run the same search and end with the same scores; one of them writes, and calls what scores on the host."""
-    meshes = ["model=2", "data=2"]
     folder = tmp_path / "model"
     sizes = oracle.ZImageSizes(
         dim=24, heads=2, axes_dims=(4, 4, 4), layers=1, refiner_layers=1, text_layers=2, vae_widths=(4, 8), vae_layers=1
@@ -71,9 +70,10 @@ def test_a_mesh_may_span_processes(tmp_path):
     oracle.save_clip(folder / "clip", oracle.clip(seed=1))
     settings = {"model": str(folder), "budget": 4, "population": 3, "elites": 2, "preview_steps": 1, "steps": 1}
     settings |= {"height": 32, "width": 32, "level": 1, "prompts_at_once": 2, "prompt": ["a cat", "b"]}
-    expected = ses_jax.search(reward="clip", progress=False, **settings)
+    results = ses_jax.search(reward="clip", progress=False, **settings)
+    expected = [[row["score"] for row in result.history] for result in results], mesh_process.candidates()
     connect = {"coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2}
-    spanning = settings | {"meshes": meshes, "out": str(tmp_path), "resume": True}
+    spanning = settings | {"out": str(tmp_path), "resume": True}
     running = [
         fork(tmp_path / "said", mesh_process.search, spanning | {"connect": connect | {"process_id": i}})
         for i in range(2)
@@ -81,12 +81,11 @@ def test_a_mesh_may_span_processes(tmp_path):
     judged = []
     for status, out, error in (finish(process, seconds=300) for process in running):
         assert status == 0, error
-        *of_meshes, last = out.splitlines()[-len(meshes) - 1 :]
+        *of_meshes, last = out.splitlines()[-len(expected) - 1 :]
         judged.append(json.loads(last))
-        for line in of_meshes:
-            for ours, alone in zip(json.loads(line), expected, strict=True):
-                np.testing.assert_allclose(ours, [row["score"] for row in alone.history], rtol=1e-4, atol=1e-4)
-    for mesh in meshes:
+        for line, alone in zip(of_meshes, expected, strict=True):
+            np.testing.assert_allclose(json.loads(line), alone, rtol=1e-4, atol=1e-4)
+    for mesh in ("model=2", "data=2"):
         assert sorted(path.name for path in (tmp_path / mesh).iterdir()) == ["000", "001"]
     (scores, *leading), (same, *other) = judged
     assert scores == same
