@@ -45,7 +45,7 @@ def _leaf(seed: jax.Array, shape: tuple[int, ...], dtype: Any, centred: bool) ->
 
 def clip_h(dtype: Any = jnp.bfloat16) -> scorers.Scorer:
     """CLIP ViT-H/14, the network of three of the rewards."""
-    abstract = jax.eval_shape(lambda: clip.init(jax.random.key(0), CLIP_H))
+    abstract = jax.eval_shape(lambda: clip.init(None, CLIP_H))
     params = random_params(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract))
     return scorers.Scorer(
         name="clip",

@@ -11,6 +11,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Initializer = Callable[..., jax.Array]
 
@@ -31,7 +32,7 @@ def first_values(module: nn.Module, key: jax.Array | None, *inputs: Any) -> Any:
     return module.init({} if key is None else key, *inputs)["params"]
 
 
-def param(module: nn.Module, name: str, initializer: Initializer, shape: Sequence[int]) -> jax.Array:
+def param(module: nn.Module, name: str, initializer: Initializer, shape: Sequence[int]) -> jax.Array | np.ndarray:
     """As `module.param`, from inside of it; zeros where there is neither a value nor a key.
 
     Raises:
@@ -42,6 +43,6 @@ def param(module: nn.Module, name: str, initializer: Initializer, shape: Sequenc
         return module.param(name, initializer, tuple(shape))
     if value is None:
         return module.variable("params", name, jnp.zeros, tuple(shape)).value
-    if value.shape != tuple(shape):
-        raise flax.errors.ScopeParamShapeError(name, module.scope.path_text, value.shape, tuple(shape))
+    if np.shape(value) != tuple(shape):
+        raise flax.errors.ScopeParamShapeError(name, module.scope.path_text, np.shape(value), tuple(shape))
     return value

@@ -118,14 +118,14 @@ def test_colours_follow_the_prompt(pipeline):
     """Means over several noises: red is redder than blue, a white background lighter than gray."""
     prompts = [f"a large {color} circle on a {background} background" for color, background in
                [("red", "white"), ("blue", "white"), ("red", "gray")]]  # fmt: skip
-    means = [np.asarray(ses_jax.generate(pipeline, [p] * 4, **SMALL, steps=8)).mean(axis=(0, 1, 2)) for p in prompts]
+    means = [np.asarray(ses_jax.generate(pipeline, [p] * 4, **SMALL, steps=4)).mean(axis=(0, 1, 2)) for p in prompts]
     assert means[0][0] - means[0][2] > means[1][0] - means[1][2] + 0.1
     assert means[0].mean() > means[2].mean() + 0.1
 
 
 def test_search_raises_the_reward(pipeline):
     """By far more than scores differ between devices."""
-    settings = SMALL | {"budget": 12, "population": 6, "elites": 3, "steps": 8, "preview_steps": 8}
+    settings = SMALL | {"budget": 12, "population": 6, "elites": 3, "steps": 4, "preview_steps": 4}
     results = ses_jax.search(PROMPTS[2:], model=pipeline, **settings, progress=False)
     for result in results:
         assert result.score == max(row["score"] for row in result.history)

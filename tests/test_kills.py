@@ -15,7 +15,7 @@ import kills
 
 def test_a_few_kills_do_no_harm(tmp_path):
     """Real ones, at random moments, of one process and of two that share a run."""
-    kills.main(kills.Arguments(kills=3, processes=(1, 2), prompts=5, out=tmp_path))
+    kills.main(kills.Arguments(kills=2, processes=(1, 2), prompts=4, out=tmp_path))
     saved = json.loads((tmp_path / "kills.json").read_text())
     assert saved["campaigns"].keys() == {"1", "2"}
 

@@ -39,7 +39,7 @@ class Phase(NamedTuple):
 def clip_scorer(dtype: Any, quantize: str | None = None) -> Scorer:
     """CLIP ViT-H/14 as shapes; its tokens are blank."""
     config = clip.Config.from_open_clip({})
-    shapes = jax.eval_shape(lambda: clip.init(jax.random.key(0), config))
+    shapes = jax.eval_shape(lambda: clip.init(None, config))
     cast = quantized.cast(shapes, dtype)
     return Scorer(
         name="clip",
