@@ -56,6 +56,11 @@ hypothesis.settings.register_profile("same", derandomize=True, database=None, de
 hypothesis.settings.load_profile("same")
 
 
+# Disks take long, and no test pulls the plug of the machine. Tests of full disks have a function of their own here, and
+# processes that tests start wait for theirs.
+os.fsync = lambda file: None
+
+
 # Files of about half a minute and more, which start first so that no worker waits for the other one at the end.
 LONG = {
     *("scripts", "train_demo", "processes", "flux2_pipeline", "throughput", "partition", "scale", "scorers", "cli"),
