@@ -63,7 +63,8 @@ def test_the_summary_has_means_and_standard_errors(whole):
 
 
 def test_summaries_of_few_or_broken_scores():
-    row = dict.fromkeys(run_folder.SCORES, 1.0) | {"components": {}, "scored": 3, "search_seconds": 2.0, "seconds": 3.0}
+    row = dict.fromkeys(run_folder.SCORES, 1.0) | {"components": {}, "scored": 9, "seconds": 3.0}
+    row |= {"search_seconds": 2.0, "images_per_second": 1.5}  # of a search that was continued after six
     one = run_folder.summarize([row, None, {"error": "x"}])
     assert [one[name] for name in ("prompts", "finished", "failed", "unfinished")] == [3, 1, 1, 1]
     assert one["scores"]["preview"]["search"] == {"mean": 1.0, "standard_error": None}

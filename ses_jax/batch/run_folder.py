@@ -215,6 +215,8 @@ def summarize(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
     done = [outcome for outcome in outcomes if outcome and "error" not in outcome]
     failed = sum(outcome is not None and "error" in outcome for outcome in outcomes)
     searching = sum(outcome["search_seconds"] for outcome in done)
+    # Of rows that were continued those since then, as the seconds are.
+    images = sum(outcome["images_per_second"] * outcome["search_seconds"] for outcome in done)
     parts = list(dict.fromkeys(name for outcome in done for name in outcome["components"]))
     return {
         "prompts": len(outcomes),
@@ -227,7 +229,7 @@ def summarize(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
             for name in parts
         },
         "seconds": sum(outcome["seconds"] for outcome in done),
-        "images_per_second": sum(outcome["scored"] for outcome in done) / searching if searching else None,
+        "images_per_second": images / searching if searching else None,
     }
 
 
@@ -272,6 +274,7 @@ def _success(row: Row, summary: Mapping[str, Any]) -> Outcome:
         "components": summary["components"],
         "scored": summary["scored"],
         "search_seconds": searching,
+        "images_per_second": timings["images_per_second"],
         "seconds": share * (timings["encode"] + timings["search"] + timings["render"]),
     }
 
