@@ -22,7 +22,7 @@ def once_a_shape(initializer: Initializer) -> Initializer:
 
 
 KERNEL = once_a_shape(nn.initializers.lecun_normal())
-EMBEDDING = once_a_shape(nn.linear.default_embed_init)
+EMBEDDING = once_a_shape(nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0))
 VECTOR = once_a_shape(nn.initializers.normal(0.02))
 ONES, ZEROS = nn.initializers.ones, nn.initializers.zeros
 
