@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import Conv, GroupNorm, Upsample, weights_dtype
+from ses_jax.models.convolution import Conv, Upsample
+from ses_jax.models.layers import GroupNorm, weights_dtype
 from ses_jax.models.params import first_values
 from ses_jax.models.quantized import Dense
 

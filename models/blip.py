@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ses_jax.models.attention import attention
 from ses_jax.models.clip import EncoderLayer, Tower, gelu
-from ses_jax.models.layers import Conv, Embed, LayerNorm, in_eights, stack
+from ses_jax.models.convolution import Conv
+from ses_jax.models.layers import Embed, LayerNorm, in_eights, stack
 from ses_jax.models.params import VECTOR, first_values, param
 from ses_jax.models.quantized import Dense
 

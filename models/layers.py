@@ -11,15 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.dtypes import promote_dtype
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from ses_jax.models import target
-from ses_jax.models.params import EMBEDDING, KERNEL, ONES, ZEROS, param
+from ses_jax.models.params import EMBEDDING, ONES, ZEROS, param
 from ses_jax.models.quantized import Dense, dtype_of
 
-IMAGES = ("NHWC", "HWIO", "NHWC")
 _MAKING = threading.Lock()  # Flax takes fields out of a class's bases while it makes one, and threads trace networks
 
 
@@ -148,61 +146,6 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.typing.ArrayLike) -> jax.Array:
         return jnp.take(param(self, "embedding", EMBEDDING, (self.num_embeddings, self.features)), ids, axis=0)
-
-
-class Conv(nn.Module):
-    """A convolution of `x [B, H, W, C]`, in the dtype that it and the weights share; by default it keeps the size.
-
-    Attributes:
-      features: channels of the output.
-      kernel_size, strides: along height and width.
-      padding: "SAME", "VALID", or cells before and after, along height and width.
-      use_bias: whether there is one.
-    """
-
-    features: int
-    kernel_size: tuple[int, int] = (3, 3)
-    strides: tuple[int, int] = (1, 1)
-    padding: str | tuple[tuple[int, int], ...] = "SAME"
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = param(self, "kernel", KERNEL, (*self.kernel_size, x.shape[-1], self.features))
-        bias = param(self, "bias", ZEROS, (self.features,)) if self.use_bias else None
-        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
-        y = jax.lax.conv_general_dilated(x, kernel, self.strides, self.padding, dimension_numbers=IMAGES)
-        return y if bias is None else y + bias
-
-
-class Upsample(nn.Module):
-    """Doubles height and width of `x [B, H, W, C]` by repeating cells, then a 3x3 convolution.
-
-    On a TPU both are one convolution of the cells with zeros between them: the repetition alone would take twice as
-    long as it. The zeros would cost other devices four times the products.
-    """
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = param(self, "kernel", KERNEL, (3, 3, x.shape[-1], self.features))
-        bias = param(self, "bias", ZEROS, (self.features,))
-        if target.device().platform == "tpu":
-            return upsample_as_one(x, kernel) + bias
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=IMAGES) + bias
-
-
-def upsample_as_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """What `kernel [3, 3, C, features]` makes of repeated cells, by one of 4x4: its own and its neighbour's."""
-    wide = kernel.astype(jnp.float32)
-    for axis in (0, 1):
-        before, after = ([(0, 0)] * axis + [pad] + [(0, 0)] * (3 - axis) for pad in ((0, 1), (1, 0)))
-        wide = jnp.pad(wide, before) + jnp.pad(wide, after)
-    return jax.lax.conv_general_dilated(
-        x, wide.astype(kernel.dtype), (1, 1), [(2, 2)] * 2, lhs_dilation=(2, 2), dimension_numbers=IMAGES
-    )
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import Conv, Upsample, weights_dtype
+from ses_jax.models.convolution import Conv, Upsample, convolved
+from ses_jax.models.layers import weights_dtype
 from ses_jax.models.params import KERNEL, ONES, ZEROS, first_values, param
 
 
@@ -205,7 +206,7 @@ class CausalConv(nn.Module):
         kernel = param(self, "kernel", KERNEL, shape)
         bias = param(self, "bias", ZEROS, (self.features,))
         last = kernel[-1]  # the earlier taps meet the zeros before the first frame
-        return jax.lax.conv_general_dilated(x, last, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+        return convolved(x, last) + bias
 
 
 class ChannelNorm(nn.Module):

@@ -159,7 +159,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
         [
             *("flux1", "flux2", "qwen_image", "z_image", "mmdit", "decoder_lm", "t5", "blip", "clip"),
             *("autoencoder_kl_bn", "autoencoder_kl", "qwen_vae", "score_head"),
-            *("attention", "splash", "layers", "quantized", "params", "target", "config"),
+            *("attention", "splash", "convolution", "layers", "quantized", "params", "target", "config"),
         ],
     ),
 }

@@ -1,18 +1,15 @@
 """The autoencoder against diffusers."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 import torch
-from jaxprs import convolutions
 
 from ses_jax.convert.autoencoder_kl import COMPONENT
 from ses_jax.loading import hub
-from ses_jax.models import autoencoder_kl, layers, target
+from ses_jax.models import autoencoder_kl
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 SIZES = {
@@ -60,18 +57,3 @@ def test_encode_equals_the_reference(networks):
 def test_config_reads_the_published_fields():
     config = autoencoder_kl.Config.from_json(dict(oracle.vae().config))
     assert (config.scaling_factor, config.shift_factor, config.downscale) == (0.3611, 0.1159, 8)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 5, 4, 3)])
-def test_on_a_tpu_upsampling_is_one_convolution(key, shape):
-    x, kernel = jax.random.normal(key, shape), jax.random.normal(key, (3, 3, 3, 4))
-    repeated = x.repeat(2, axis=1).repeat(2, axis=2)
-    expected = jax.lax.conv(jnp.moveaxis(repeated, -1, 1), jnp.transpose(kernel, (3, 2, 0, 1)), (1, 1), "SAME")
-    np.testing.assert_allclose(layers.upsample_as_one(x, kernel), jnp.moveaxis(expected, 1, -1), atol=1e-5)
-
-    def upsample(x):
-        with target.compiled_for(types.SimpleNamespace(platform="tpu")):
-            return layers.Upsample(4).apply({"params": {"kernel": kernel, "bias": jnp.zeros(4)}}, x)
-
-    (convolution,) = convolutions(jax.make_jaxpr(upsample)(x).jaxpr)
-    assert convolution.params["lhs_dilation"] == (2, 2)

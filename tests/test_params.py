@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ses_jax.models import autoencoder_kl, clip, layers, params, score_head
+from ses_jax.models import autoencoder_kl, clip, convolution, layers, params, score_head
 from ses_jax.models.quantized import Dense
 
 TOWER = clip.Tower(8, 16, layers=2, heads=2)
@@ -18,10 +18,14 @@ NETWORKS = [
 ]
 OURS_AND_FLAX = [
     (Dense(4), nn.Dense(4), (2, 3)),
-    (layers.Conv(4), nn.Conv(4, (3, 3)), (2, 5, 6, 3)),
-    (layers.Conv(4, (2, 2), (2, 2), "VALID"), nn.Conv(4, (2, 2), 2, "VALID"), (2, 6, 6, 3)),
-    (layers.Conv(4, use_bias=False), nn.Conv(4, (3, 3), use_bias=False), (2, 4, 4, 3)),
-    (layers.Conv(4, strides=(2, 2), padding=((0, 1), (0, 1))), nn.Conv(4, (3, 3), 2, ((0, 1), (0, 1))), (1, 6, 8, 3)),
+    (convolution.Conv(4), nn.Conv(4, (3, 3)), (2, 5, 6, 3)),
+    (convolution.Conv(4, (2, 2), (2, 2), "VALID"), nn.Conv(4, (2, 2), 2, "VALID"), (2, 6, 6, 3)),
+    (convolution.Conv(4, use_bias=False), nn.Conv(4, (3, 3), use_bias=False), (2, 4, 4, 3)),
+    (
+        convolution.Conv(4, strides=(2, 2), padding=((0, 1), (0, 1))),
+        nn.Conv(4, (3, 3), 2, ((0, 1), (0, 1))),
+        (1, 6, 8, 3),
+    ),
     (layers.LayerNorm(1e-5), nn.LayerNorm(1e-5, use_fast_variance=False), (2, 3, 8)),
 ]
 

@@ -138,7 +138,9 @@ def test_the_largest_chunk_that_fits(work):
     assert wider.search > plan.limit_bytes
 
 
-@pytest.mark.parametrize(("name", "share", "told"), [("4090", 0.8, True), ("4090", 0.7, False), ("v6e", 0.8, False)])
+@pytest.mark.parametrize(
+    ("name", "share", "told"), [("4090", 0.8, True), ("4090", 0.7, False), ("v6e", 0.8, False), ("v4", 0.8, False)]
+)
 def test_a_gpu_that_must_be_filled_takes_more_than_jax_does_by_default(name, share, told):
     needed = need.Need(encode=0, search=int(share * devices.device(name).memory))
     lines = list(advice.memory_fraction(needed, machine(name)))

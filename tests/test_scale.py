@@ -1,6 +1,7 @@
 """Searches that are large: several prompts at once, weights on the host, memory that runs out, runs that are killed."""
 
 import dataclasses
+import functools
 import gc
 import logging
 import types
@@ -240,9 +241,12 @@ def test_decoding_in_parts_takes_less_memory(folder):
 
 
 def test_how_many_images_are_decoded_at_once():
-    assert memory.decoded_at_once(1024, 1024) == memory.decoded_at_once(2048, 2048) == 1
-    assert memory.decoded_at_once(512, 512) == 4
-    assert memory.decoded_at_once(64, 64) == 256
+    for platform in ("cpu", "gpu", "tpu"):
+        at_once = functools.partial(memory.decoded_at_once, platform=platform)
+        assert at_once(1024, 1024) == at_once(2048, 2048) == 1
+        assert at_once(512, 512) == (1 if platform == "tpu" else 4)
+        assert at_once(256, 256) == 16
+        assert at_once(64, 64) == 256
 
 
 class Exhausted:

@@ -17,7 +17,7 @@ import train_demo
 from demo import batches, losses, tokenizers, training
 from demo.sizes import DEMO, TINY
 
-from ses_jax.models import layers, quantized
+from ses_jax.models import convolution, layers, quantized
 
 STAGES = ("vae", "decoder", "clip", "dit", "held-out-clip")
 
@@ -106,7 +106,7 @@ class Layers(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = layers.Conv(8, (2, 2), (2, 2), "VALID", use_bias=False)(x)
+        x = convolution.Conv(8, (2, 2), (2, 2), "VALID", use_bias=False)(x)
         x = layers.GroupNorm(4)(x).reshape(len(x), -1, 8)
         heads = quantized.Dense(6, heads=2)(x)
         return quantized.Dense(3)(heads.reshape(*x.shape[:-1], 6))

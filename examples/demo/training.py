@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from ses_jax.models.layers import Conv, GroupNorm
+from ses_jax.models.convolution import Conv
+from ses_jax.models.layers import GroupNorm
 from ses_jax.models.quantized import Dense
 
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]

@@ -14,21 +14,28 @@ from ses_jax.loading import partition
 LOG = logging.getLogger("ses_jax")
 # XLA's own bookkeeping and fragmentation need some room.
 USABLE = 0.95
-# Of all images that a device decodes at a time.
+# Of all images that a device decodes at a time; of one, from which on a TPU decodes no others with it.
 DECODED_PIXELS = 2**20
+ALONE_PIXELS = 2**18
 # A TPU's compiler refuses what the device can't hold, in these words.
 REFUSAL = r"total memory required for [^(]*\(([\d.]+)([KMGT]?)\)"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def decoded_at_once(height: int, width: int) -> int:
+def decoded_at_once(height: int, width: int, platform: str) -> int:
     """How many images of a size in pixels a device decodes and scores at a time.
 
     The temporaries of one megapixel are 1.3 GB on an NVIDIA GPU, which has nothing from taking more of them at once,
     and where memory is short they would leave less of it to denoising. A TPU's compiler lays several out so that they
-    take far more: FLUX.2's autoencoder 16.4 GB and 1,022 million cycles for four, 1.5 GB and 118 million for one.
+    take far more, and convolves a single one in another way (`models.convolution`): FLUX.2's autoencoder takes 3.8 GB
+    and 183 million cycles for four of 512 x 512, 0.6 GB and 25 million for one. Of 256 x 256, sixteen at once are the
+    quicker ones.
+
+    Args:
+      platform: what JAX calls the device's kind.
     """
-    return max(1, DECODED_PIXELS // (height * width))
+    pixels = height * width
+    return 1 if platform == "tpu" and pixels >= ALONE_PIXELS else max(1, DECODED_PIXELS // pixels)
 
 
 def even_part(count: int, most: int | None) -> int:

@@ -134,7 +134,7 @@ def assemble(pipeline: Pipeline, reward: Reward, config: SearchConfig, prompts: 
 
 def model_of(pipeline: Pipeline, config: RenderConfig, *, part: int = 1) -> Model:
     """What compiled programs know of a pipeline, for images of the config's size, or half of it: part 2."""
-    decoded = memory.decoded_at_once(config.height // part, config.width // part)
+    decoded = memory.decoded_at_once(config.height // part, config.width // part, partition.platform(pipeline.mesh))
     apart = compiler.denoises_apart(pipeline.mesh)
     return Model(comparable(pipeline.velocity), comparable(pipeline.decode), pipeline.mesh, decoded, apart)
 

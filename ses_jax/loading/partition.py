@@ -194,6 +194,11 @@ def device_of(params: Any) -> jax.Device | None:
     return None if first is None else min(first.sharding.device_set, key=lambda device: device.id)
 
 
+def platform(mesh: Mesh | None) -> str:
+    """What JAX calls the kind of a mesh's devices; None is the default device."""
+    return (target.device() if mesh is None else mesh.devices.flat[0]).platform
+
+
 def size(mesh: Mesh | None, *axes: str) -> int:
     """How many parts a split over mesh axes has."""
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in axes]))

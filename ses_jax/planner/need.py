@@ -88,7 +88,7 @@ def need_of(work: Work, machine: Machine, chunk: int) -> Need:
     weights = lying(work, machine)
     # Denoised along the data axis, decoded and scored on all devices.
     step = work.step(_rows(chunk, machine.axes[partition.DATA]), gradient=work.gradient)
-    most = memory.decoded_at_once(work.config.height, work.config.width)
+    most = memory.decoded_at_once(work.config.height, work.config.width, topologies.platform(machine.name))
     finish = work.finish(memory.even_part(_rows(chunk, device_count(machine)), most), gradient=work.gradient)
     return Need(
         encode=weights.encode + work.encode.temporary_bytes,
