@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
-from ses_jax.models.convolution import Conv, Upsample
+from ses_jax.models.convolution import Conv, Upsample, in_phases, whole
 from ses_jax.models.layers import GroupNorm, weights_dtype
 from ses_jax.models.params import first_values
 from ses_jax.models.quantized import Dense
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        x = conv3x3(c.decoder_widths[-1], "conv_in")(x)
+        x = conv3x3(c.decoder_widths[-1], "conv_in")(in_phases(x))
         x = MidBlock(c.norm_num_groups, name="mid")(x)
         for i, channels in enumerate(reversed(c.decoder_widths)):
             for j in range(c.layers_per_block + 1):
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
             if i < len(c.decoder_widths) - 1:
                 x = Upsample(channels, name=f"up_{i}_upsample")(x)
         x = jax.nn.silu(GroupNorm(c.norm_num_groups, name="norm_out")(x))
-        return conv3x3(c.out_channels, "conv_out")(x)
+        return whole(conv3x3(c.out_channels, "conv_out")(x))
 
 
 class MidBlock(nn.Module):
@@ -156,14 +156,14 @@ class MidBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Single-head self-attention over the cells of `x [B, h, w, C]`."""
+    """Single-head self-attention over the cells of `x [B, ..., C]`."""
 
     groups: int
 
     @nn.compact
     def __call__(self, x):
-        batch, height, width, channels = x.shape
-        h = GroupNorm(self.groups, name="norm")(x).reshape(batch, height * width, channels)
+        channels = x.shape[-1]
+        h = GroupNorm(self.groups, name="norm")(x).reshape(len(x), -1, channels)
         q, k, v = (Dense(channels, name=name)(h)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))
         return Dense(channels, name="to_out")(attention(q, k, v)).reshape(x.shape)
 

@@ -1,9 +1,13 @@
-"""Convolutions of images `[B, H, W, C]`, each in the form that the device takes best.
+"""Convolutions of images `[B, H, W, C]`, in the form that the device takes best.
 
-A TPU's compiler has no good form for a single large image, the one that it should decode at a time, for several take
-far more memory: it cuts the image into strips, to fill its vectors with, lays them out anew around every convolution,
-and takes minutes over it. There, an image is convolved along its columns alone. Each cell's neighbours within its row
-stand beside it, as channels, and rows of cells fill the vectors, as a batch would.
+A TPU's vectors hold cells along the last axes, where shifting by one costs as much as the products, and its compiler
+has no good form for a single large image, which is what it should decode at a time: several take far more memory. It
+cuts the image into strips, and lays it out anew where its width does not suit them, and wherever it grows.
+
+So decoders there keep the columns of an image by phase, `[B, H, P, W / P, C]`: column `j` of phase `p` is column
+`j * P + p` of the image. Neighbours within a row are neighbours along P, where a shift costs nothing but at the first
+phase and the last; columns fill the vectors, as a batch would. An image starts as one phase, and when it doubles its
+phases do: to repeat each of its columns is to repeat each phase.
 """
 
 import functools
@@ -17,12 +21,14 @@ from ses_jax.models import target
 from ses_jax.models.params import KERNEL, ZEROS, param
 
 IMAGES = ("NHWC", "HWIO", "NHWC")
-# Of one image, whose columns are convolved: what is its width here is the batch of a convolution along one axis.
-COLUMNS = ("WNC", "WIO", "WNC")
+# Of one image in phases: along H and P it is convolved, its columns are what a batch is elsewhere.
+PHASES = ("HWNC", "HWIO", "HWNC")
 
 
 class Conv(nn.Module):
     """A convolution of `x [B, H, W, C]`, in the dtype that it and the weights share; by default it keeps the size.
+
+    One that keeps the size takes phases too.
 
     Attributes:
       features: channels of the output.
@@ -50,7 +56,7 @@ class Conv(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width of `x [B, H, W, C]` by repeating cells, then a 3x3 convolution.
+    """Doubles height and width of `x [B, H, W, C]`, or of its phases, by repeating cells, then a 3x3 convolution.
 
     On a TPU both are one convolution of the cells with zeros between them: the repetition alone would take twice as
     long as it. The zeros would cost other devices four times the products.
@@ -62,63 +68,68 @@ class Upsample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = param(self, "kernel", KERNEL, (3, 3, x.shape[-1], self.features))
         bias = param(self, "bias", ZEROS, (self.features,))
-        if takes_columns(x):
-            return upsampled_by_columns(x, kernel) + bias
         if target.device().platform == "tpu":
             return upsampled_as_one(x, kernel) + bias
         return convolved(x.repeat(2, axis=1).repeat(2, axis=2), kernel) + bias
 
 
-def takes_columns(x: jax.Array) -> bool:
-    """Whether the columns of `x [B, H, W, C]` are convolved: on TPUs, where each has one image of them."""
+def in_phases(x: jax.Array) -> jax.Array:
+    """`x [B, H, W, C]` as one phase, `[B, H, 1, W, C]`, on TPUs where each has one image of them; else as it is."""
     mesh = target.mesh()
-    return len(x) == (1 if mesh is None else mesh.size) and target.device().platform == "tpu"
+    alone = len(x) == (1 if mesh is None else mesh.size)
+    return x[:, :, None] if alone and target.device().platform == "tpu" else x
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """`[B, H, W, C]` of phases; of images as they are."""
+    if x.ndim == 4:
+        return x
+    images, height, phases, columns, channels = x.shape
+    return jnp.swapaxes(x, 2, 3).reshape(images, height, phases * columns, channels)
 
 
 def convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x [B, H, W, C]` convolved with `kernel [h, w, C, features]`; it keeps its size."""
-    if takes_columns(x):
-        return convolved_by_columns(x, kernel)
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=IMAGES)
-
-
-def convolved_by_columns(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """As `convolved`, along the height."""
-    height, width, channels, features = kernel.shape
-    kernel = kernel.reshape(height, width * channels, features)
-    convolve = functools.partial(jax.lax.conv_general_dilated, window_strides=(1,), dimension_numbers=COLUMNS)
-    return jax.vmap(lambda image: convolve(beside(image, width), kernel, padding="SAME"))(x)
-
-
-def upsampled_by_columns(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """What `kernel [3, 3, C, features]` makes of repeated cells, along the height, where zeros stand between them."""
-    _, height, width, channels = x.shape
-    wide = _of_zeros_between(kernel.astype(jnp.float32), 0).astype(kernel.dtype).reshape(4, 3 * channels, -1)
-
-    def of_one(image):
-        repeated = jnp.concatenate([image, image], axis=-1).reshape(height, 2 * width, channels)
-        zeros = {"padding": [(2, 2)], "lhs_dilation": (2,)}
-        return jax.lax.conv_general_dilated(beside(repeated, 3), wide, (1,), dimension_numbers=COLUMNS, **zeros)
-
-    return jax.vmap(of_one)(x)
+    """`x [B, H, W, C]`, or its phases, convolved with `kernel [h, w, C, features]`; it keeps its size."""
+    if x.ndim == 4:
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=IMAGES)
+    rows, columns = (((side - 1) // 2, side // 2) for side in kernel.shape[:2])
+    return _of_phases(with_neighbours(x, *columns), kernel, rows, ())
 
 
 def upsampled_as_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """What `kernel [3, 3, C, features]` makes of repeated cells, by one of 4x4 of the cells with zeros between them."""
-    wide = _of_zeros_between(_of_zeros_between(kernel.astype(jnp.float32), 0), 1)
-    return jax.lax.conv_general_dilated(
-        x, wide.astype(kernel.dtype), (1, 1), [(2, 2)] * 2, lhs_dilation=(2, 2), dimension_numbers=IMAGES
+    wide = kernel.astype(jnp.float32)
+    for axis in (0, 1):
+        before, after = ([(0, 0)] * axis + [pad] + [(0, 0)] * (3 - axis) for pad in ((0, 1), (1, 0)))
+        wide = jnp.pad(wide, before) + jnp.pad(wide, after)
+    wide = wide.astype(kernel.dtype)
+    if x.ndim == 5:
+        return _of_phases(with_neighbours(x, 1, 1), wide, (2, 2), (2, 2))
+    return jax.lax.conv_general_dilated(x, wide, (1, 1), [(2, 2)] * 2, lhs_dilation=(2, 2), dimension_numbers=IMAGES)
+
+
+def with_neighbours(x: jax.Array, before: int, after: int) -> jax.Array:
+    """Phases `[B, H, P, w, C]` with so many before the first and after the last: those of the next columns."""
+    phases = x.shape[2]
+    outer = [[_phase(x, place) for place in places] for places in (range(-before, 0), range(phases, phases + after))]
+    return jnp.concatenate([*outer[0], x, *outer[1]], axis=2)
+
+
+def _phase(x: jax.Array, place: int) -> jax.Array:
+    """The phase at any place, `[B, H, 1, w, C]`: beyond the last one come the first one's next columns, then zeros."""
+    columns, phase = divmod(place, x.shape[2])
+    pads = [(0, 0)] * 3 + [(max(-columns, 0), max(columns, 0)), (0, 0)]
+    start = max(columns, 0)
+    return jnp.pad(x[:, :, phase : phase + 1], pads)[:, :, :, start : start + x.shape[3]]
+
+
+def _of_phases(x: jax.Array, kernel: jax.Array, rows: tuple[int, int], zeros: tuple[int, ...]) -> jax.Array:
+    """Phases and their neighbours convolved; `rows` of zeros are around them, and `zeros` are between them."""
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding=[rows, (0, 0)],
+        lhs_dilation=zeros or None,
+        dimension_numbers=PHASES,
     )
-
-
-def beside(x: jax.Array, width: int) -> jax.Array:
-    """The cells of `x [H, W, C]` with their neighbours within their row as channels, `[H, W, width * C]`."""
-    before = (width - 1) // 2
-    padded = jnp.pad(x, ((0, 0), (before, width - 1 - before), (0, 0)))
-    return jnp.concatenate([padded[:, i : i + x.shape[1]] for i in range(width)], axis=-1)
-
-
-def _of_zeros_between(kernel: jax.Array, axis: int) -> jax.Array:
-    """For cells with zeros between them, the kernel of repeated ones: along an axis, its own and its neighbour's."""
-    before, after = ([(0, 0)] * axis + [pad] + [(0, 0)] * (3 - axis) for pad in ((0, 1), (1, 0)))
-    return jnp.pad(kernel, before) + jnp.pad(kernel, after)
+    return jax.vmap(lambda image: convolve(image, kernel))(x)

@@ -49,9 +49,9 @@ class LayerNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Normalises each group of channels of `x [B, H, W, C]`, with a learned scale and bias, in float32.
+    """Normalises each group of channels of `x [B, ..., C]` over all cells, with a learned scale and bias, in float32.
 
-    Means over the pixels come first, channel by channel, and those few numbers are grouped: splitting the channels of
+    Means over the cells come first, channel by channel, and those few numbers are grouped: splitting the channels of
     whole images into groups breaks up the axis that devices read in one go.
     """
 
@@ -65,7 +65,8 @@ class GroupNorm(nn.Module):
         bias = param(self, "bias", ZEROS, (channels,))
 
         def mean(values):
-            grouped = values.mean((1, 2), keepdims=True).reshape(len(x), 1, 1, self.groups, -1)
+            each = values.mean(range(1, x.ndim - 1), keepdims=True)
+            grouped = each.reshape(*each.shape[:-1], self.groups, -1)
             return jnp.repeat(grouped.mean(-1), channels // self.groups, axis=-1)
 
         x32 = x.astype(jnp.float32)

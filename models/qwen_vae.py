@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
-from ses_jax.models.convolution import Conv, Upsample, convolved
+from ses_jax.models.convolution import Conv, Upsample, convolved, in_phases, whole
 from ses_jax.models.layers import weights_dtype
 from ses_jax.models.params import KERNEL, ONES, ZEROS, first_values, param
 
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        x = CausalConv(c.widths[-1], name="conv_in")(x)
+        x = CausalConv(c.widths[-1], name="conv_in")(in_phases(x))
         x = MidBlock(name="mid")(x)
         for i, channels in enumerate(reversed(c.widths)):
             for j in range(c.num_res_blocks + 1):
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
             if i < len(c.widths) - 1:
                 x = Upsample(channels // 2, name=f"up_{i}_upsample")(x)
         x = jax.nn.silu(ChannelNorm(name="norm_out")(x))
-        return CausalConv(c.input_channels, name="conv_out")(x)
+        return whole(CausalConv(c.input_channels, name="conv_out")(x))
 
 
 class MidBlock(nn.Module):
@@ -170,13 +170,13 @@ class MidBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Single-head self-attention over the cells of `x [B, h, w, C]`."""
+    """Single-head self-attention over the cells of `x [B, ..., C]`."""
 
     @nn.compact
     def __call__(self, x):
-        batch, height, width, channels = x.shape
+        channels = x.shape[-1]
         qkv = Conv(3 * channels, (1, 1), name="to_qkv")(ChannelNorm(name="norm")(x))
-        q, k, v = jnp.split(qkv.reshape(batch, height * width, 1, 3 * channels), 3, axis=-1)
+        q, k, v = jnp.split(qkv.reshape(len(x), -1, 1, 3 * channels), 3, axis=-1)
         return Conv(channels, (1, 1), name="proj")(attention(q, k, v).reshape(x.shape))
 
 
@@ -195,7 +195,7 @@ class ResNet(nn.Module):
 
 
 class CausalConv(nn.Module):
-    """A causal 3-D convolution of a single frame `[B, h, w, C]`; keeps the size."""
+    """A causal 3-D convolution of a single frame `[B, h, w, C]`, or its phases; keeps the size."""
 
     features: int
     size: int = 3

@@ -14,10 +14,9 @@ from jaxprs import convolutions
 from ses_jax.convert.autoencoder_kl import COMPONENT as KL
 from ses_jax.convert.qwen_vae import COMPONENT as QWEN
 from ses_jax.loading import network
-from ses_jax.models import autoencoder_kl, convolution, qwen_vae, target
+from ses_jax.models import autoencoder_kl, convolution, layers, qwen_vae, target
 
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
-SHAPES = [(1, 1, 1), (1, 3, 1), (2, 1, 4), (1, 5, 8), (3, 6, 5)]
 
 
 def drawn(seed, *shapes):
@@ -39,57 +38,72 @@ def by_hand(x, kernel):
     return out
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("sides", [(3, 3), (1, 1), (2, 4), (5, 1)])
-def test_columns_are_convolved_as_images_are(shape, sides):
-    x, kernel = drawn(sum(sides), (*shape, 3), (*sides, 3, 5))
+def phases_of(x, phases):
+    """By hand: `[B, H, W, C]` to `[B, H, P, W / P, C]`."""
+    return jnp.stack([x[:, :, place::phases] for place in range(phases)], axis=2)
+
+
+@pytest.mark.parametrize("phases", [1, 2, 3])
+def test_phases_make_a_whole(phases):
+    (x,) = drawn(0, (2, 3, 5 * phases, 2))
+    np.testing.assert_array_equal(convolution.whole(phases_of(x, phases)), x)
+    np.testing.assert_array_equal(convolution.whole(x), x)
+
+
+@pytest.mark.parametrize(("count", "height", "columns"), [(1, 1, 1), (1, 3, 2), (2, 5, 4)])
+@pytest.mark.parametrize(("phases", "sides"), [(1, (3, 3)), (2, (3, 3)), (4, (1, 1)), (2, (2, 4)), (3, (5, 1))])
+def test_phases_are_convolved_as_images_are(count, height, columns, phases, sides):
+    x, kernel = drawn(sum(sides), (count, height, columns * phases, 3), (*sides, 3, 5))
     expected = by_hand(x, kernel)
-    for form in (convolution.convolved, convolution.convolved_by_columns):
-        np.testing.assert_allclose(jax.jit(form)(x, kernel), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(convolution.convolved)(x, kernel), expected, atol=1e-5)
+    ours = jax.jit(convolution.convolved)(phases_of(x, phases), kernel)
+    np.testing.assert_allclose(ours, phases_of(expected, phases), atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def test_neighbours_may_be_more_than_the_phases(key):
+    x = jax.random.normal(key, (1, 2, 12, 3))
+    for phases in (1, 2, 3):
+        padded = jnp.pad(x, ((0, 0), (0, 0), (12, 12), (0, 0)))
+        expected = [padded[:, :, 12 + place :: phases][:, :, : 12 // phases] for place in range(-5, phases + 4)]
+        ours = convolution.with_neighbours(phases_of(x, phases), 5, 4)
+        np.testing.assert_array_equal(ours, jnp.stack(expected, axis=2))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (2, 3, 4), (1, 6, 10)])
 def test_upsampling_repeats_cells_and_convolves_them(shape):
     x, kernel = drawn(len(shape), (*shape, 3), (3, 3, 3, 4))
     expected = by_hand(np.repeat(np.repeat(x, 2, axis=1), 2, axis=2), kernel)
-    for form in (convolution.upsampled_by_columns, convolution.upsampled_as_one):
-        np.testing.assert_allclose(jax.jit(form)(x, kernel), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(convolution.upsampled_as_one)(x, kernel), expected, atol=1e-5)
+    for phases in (1, 2):
+        ours = jax.jit(convolution.upsampled_as_one)(phases_of(x, phases), kernel)
+        np.testing.assert_allclose(ours, phases_of(expected, 2 * phases), atol=1e-5)
     bias = jnp.arange(4.0)
     layer = convolution.Upsample(4)
     ours = jax.jit(lambda x: layer.apply({"params": {"kernel": kernel, "bias": bias}}, x))(x)
     np.testing.assert_allclose(ours, expected + bias, atol=1e-5)
 
 
-def axes_convolved(function, x, place):
-    """Of each convolution that a function is made of on a device or a mesh: along how many axes it goes."""
+@pytest.mark.parametrize("phases", [1, 2])
+def test_norms_are_those_of_the_whole_image(key, phases):
+    x = jax.random.normal(key, (2, 3, 8, 6)) + 1
+    for norm in (layers.GroupNorm(3), qwen_vae.ChannelNorm()):
+        params = norm.init(key, x)
+        expected = phases_of(norm.apply(params, x), phases)
+        np.testing.assert_allclose(norm.apply(params, phases_of(x, phases)), expected, atol=1e-5)
 
-    def placed(x):
+
+def test_each_tpu_takes_its_one_image_in_phases(monkeypatch):
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+
+    def in_phases(place):
         with target.compiled_for(place):
-            return function(x)
+            return [convolution.in_phases(jnp.zeros((count, 5, 6, 3))).shape for count in (1, 2, 4)]
 
-    found = convolutions(jax.make_jaxpr(placed)(x).jaxpr)
-    return [len(each.params["window_strides"]) for each in found]
-
-
-@pytest.mark.parametrize("layer", [convolution.Conv(4), convolution.Upsample(4), qwen_vae.CausalConv(4)])
-def test_tpus_convolve_columns_where_each_has_one_image(key, layer):
-    def axes(count, place):
-        x = jax.ShapeDtypeStruct((count, 5, 6, 3), jnp.float32)
-        params = jax.eval_shape(layer.init, key, x)
-        shapes = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
-        return axes_convolved(lambda x: layer.apply(shapes, x), x, place)
-
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
-    assert axes(1, TPU) == [1]
-    assert axes(4, TPU) == axes(1, None) == axes(4, mesh) == [2]
-
-
-def test_on_a_mesh_of_tpus_it_is_one_image_for_each(key, monkeypatch):
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
+    as_they_are = [(count, 5, 6, 3) for count in (1, 2, 4)]
+    assert in_phases(None) == in_phases(mesh) == as_they_are
+    assert in_phases(TPU) == [(1, 5, 1, 6, 3), *as_they_are[1:]]
     monkeypatch.setattr(target, "device", lambda: TPU)
-    x, kernel = jax.random.normal(key, (4, 5, 6, 3)), jnp.ones((3, 3, 3, 4))
-    found = {count: axes_convolved(lambda x: convolution.convolved(x, kernel), x[:count], mesh) for count in (1, 2, 4)}
-    assert found == {1: [2], 2: [2], 4: [1]}
+    assert in_phases(mesh) == [*as_they_are[:2], (4, 5, 1, 6, 3)]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +124,8 @@ def test_decoders_are_the_same_in_either_form(tmp_path, reference, component, mo
         with target.compiled_for(TPU):
             return decode(latents)
 
-    axes = axes_convolved(decode, latents, TPU)
-    assert set(axes) == {1}
+    found = convolutions(jax.make_jaxpr(decode_as_on_a_tpu)(latents).jaxpr)
+    batches = [each.invars[0].aval.shape[each.params["dimension_numbers"].lhs_spec[0]] for each in found]
+    assert batches.count(1) <= 1  # at most that of the latents, before they are taken apart
+    assert set(batches) - {1} == {latents.shape[-1]}
     np.testing.assert_allclose(jax.jit(decode_as_on_a_tpu)(latents), jax.jit(decode)(latents), atol=2e-5, rtol=2e-5)
