@@ -398,3 +398,21 @@ def test_the_script_makes_what_is_left(monkeypatch, tmp_path, capsys):
     (entry,) = entries.values()
     assert entry["mesh"] == "data=8,model=1"
     assert entry["chunk"] == 5
+
+
+def test_the_script_compares_two_forms_of_decoding(monkeypatch, tmp_path, capsys):
+    tiny.publish(monkeypatch, TURBO)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("decoding")
+    monkeypatch.setattr(topologies, "target_mesh", lambda device, axes: mesh(2))
+    seen = []
+    in_phases = script.autoencoder_kl.in_phases
+    monkeypatch.setattr(script.autoencoder_kl, "in_phases", lambda x: (seen.append(len(x)), in_phases(x))[1])
+    script.main(script.Arguments(models=(TURBO,), mesh="data=2,model=1", height=32, width=48, out=tmp_path))
+    assert seen.count(2) == 1  # of the one form, not of the other
+    saved = json.loads((tmp_path / "decoding.json").read_text())
+    ((key, found),) = saved["entries"].items()
+    assert key == f"{TURBO}, 32 x 48, v6e, data=2,model=1"
+    assert list(found) == ["by phase", "plain"]
+    assert all(each["temporary_bytes"] > 0 for each in found.values())
+    assert key in capsys.readouterr().out

@@ -129,3 +129,9 @@ def test_decoders_are_the_same_in_either_form(tmp_path, reference, component, mo
     assert batches.count(1) <= 1  # at most that of the latents, before they are taken apart
     assert set(batches) - {1} == {latents.shape[-1]}
     np.testing.assert_allclose(jax.jit(decode_as_on_a_tpu)(latents), jax.jit(decode)(latents), atol=2e-5, rtol=2e-5)
+
+    def slope(function):
+        return jax.jit(jax.grad(lambda latents: jnp.mean(jnp.square(function(latents)))))(latents)
+
+    expected = slope(decode)
+    np.testing.assert_allclose(slope(decode_as_on_a_tpu), expected, atol=1e-5 * jnp.abs(expected).max())

@@ -39,6 +39,7 @@ SCRIPTS = {
 # These are run by tests of their own.
 ELSEWHERE = {
     "benchmarks/compiled.py": "test_compilation",
+    "benchmarks/decoding.py": "test_compilation",
     "benchmarks/fuzz.py": "test_fuzz",
     "benchmarks/kills.py": "test_kills",
     "benchmarks/loading.py": "test_throughput",
