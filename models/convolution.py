@@ -10,8 +10,6 @@ phase and the last; columns fill the vectors, as a batch would. An image starts 
 phases do: to repeat each of its columns is to repeat each phase.
 """
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -93,7 +91,7 @@ def convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if x.ndim == 4:
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=IMAGES)
     rows, columns = (((side - 1) // 2, side // 2) for side in kernel.shape[:2])
-    return _of_phases(with_neighbours(x, *columns), kernel, rows, ())
+    return _of_phases(with_neighbours(x, *columns), kernel, rows)
 
 
 def upsampled_as_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -110,9 +108,9 @@ def upsampled_as_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def with_neighbours(x: jax.Array, before: int, after: int) -> jax.Array:
     """Phases `[B, H, P, w, C]` with so many before the first and after the last: those of the next columns."""
-    phases = x.shape[2]
-    outer = [[_phase(x, place) for place in places] for places in (range(-before, 0), range(phases, phases + after))]
-    return jnp.concatenate([*outer[0], x, *outer[1]], axis=2)
+    first = [_phase(x, place) for place in range(-before, 0)]
+    last = [_phase(x, x.shape[2] + place) for place in range(after)]
+    return jnp.concatenate([*first, x, *last], axis=2)
 
 
 def _phase(x: jax.Array, place: int) -> jax.Array:
@@ -123,13 +121,7 @@ def _phase(x: jax.Array, place: int) -> jax.Array:
     return jnp.pad(x[:, :, phase : phase + 1], pads)[:, :, :, start : start + x.shape[3]]
 
 
-def _of_phases(x: jax.Array, kernel: jax.Array, rows: tuple[int, int], zeros: tuple[int, ...]) -> jax.Array:
-    """Phases and their neighbours convolved; `rows` of zeros are around them, and `zeros` are between them."""
-    convolve = functools.partial(
-        jax.lax.conv_general_dilated,
-        window_strides=(1, 1),
-        padding=[rows, (0, 0)],
-        lhs_dilation=zeros or None,
-        dimension_numbers=PHASES,
-    )
-    return jax.vmap(lambda image: convolve(image, kernel))(x)
+def _of_phases(x: jax.Array, kernel: jax.Array, rows: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> jax.Array:
+    """Phases and their neighbours convolved, with so many rows of zeros before and after, and zeros between cells."""
+    options = {"padding": [rows, (0, 0)], "lhs_dilation": dilation, "dimension_numbers": PHASES}
+    return jax.vmap(lambda image: jax.lax.conv_general_dilated(image, kernel, (1, 1), **options))(x)

@@ -27,8 +27,8 @@ def decoded_at_once(height: int, width: int, platform: str) -> int:
 
     The temporaries of one megapixel are 1.3 GB on an NVIDIA GPU, which has nothing from taking more of them at once,
     and where memory is short they would leave less of it to denoising. A TPU's compiler lays several out so that they
-    take far more, and convolves a single one in another way (`models.convolution`): FLUX.2's autoencoder takes 3.8 GB
-    and 183 million cycles for four of 512 x 512, 0.6 GB and 25 million for one. Of 256 x 256, sixteen at once are the
+    take far more, and a single one is decoded in another way (`models.convolution`): FLUX.2's autoencoder takes 3.8 GB
+    and 183 million cycles for four of 512 x 512, 0.4 GB and 18 million for one. Of 256 x 256, sixteen at once are the
     quicker ones.
 
     Args:
