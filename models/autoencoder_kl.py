@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
 from ses_jax.models.convolution import Conv, Upsample, in_phases, whole
-from ses_jax.models.layers import GroupNorm, weights_dtype
+from ses_jax.models.layers import GroupNorm, silu, weights_dtype
 from ses_jax.models.params import first_values
 from ses_jax.models.quantized import Dense
 
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
                 # Padded on the right and the bottom only, as the reference does.
                 x = Conv(channels, strides=(2, 2), padding=((0, 1), (0, 1)), name=f"down_{i}_downsample")(x)
         x = MidBlock(c.norm_num_groups, name="mid")(x)
-        x = jax.nn.silu(GroupNorm(c.norm_num_groups, name="norm_out")(x))
+        x = silu(GroupNorm(c.norm_num_groups, name="norm_out")(x))
         return conv3x3(2 * c.latent_channels, "conv_out")(x)
 
 
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
                 x = ResNet(channels, c.norm_num_groups, name=f"up_{i}_resnet_{j}")(x)
             if i < len(c.decoder_widths) - 1:
                 x = Upsample(channels, name=f"up_{i}_upsample")(x)
-        x = jax.nn.silu(GroupNorm(c.norm_num_groups, name="norm_out")(x))
+        x = silu(GroupNorm(c.norm_num_groups, name="norm_out")(x))
         return whole(conv3x3(c.out_channels, "conv_out")(x))
 
 
@@ -176,8 +176,8 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        h = conv3x3(self.channels, "conv1")(jax.nn.silu(GroupNorm(self.groups, name="norm1")(x)))
-        h = conv3x3(self.channels, "conv2")(jax.nn.silu(GroupNorm(self.groups, name="norm2")(h)))
+        h = conv3x3(self.channels, "conv1")(silu(GroupNorm(self.groups, name="norm1")(x)))
+        h = conv3x3(self.channels, "conv2")(silu(GroupNorm(self.groups, name="norm2")(h)))
         if x.shape[-1] != self.channels:
             x = Conv(self.channels, (1, 1), name="conv_shortcut")(x)
         return x + h

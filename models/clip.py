@@ -4,6 +4,7 @@ The activation comes from the checkpoint's config: `quick_gelu` in OpenAI's mode
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention
 from ses_jax.models.convolution import Conv
-from ses_jax.models.layers import Embed, LayerNorm, in_eights, stack, weights_dtype
+from ses_jax.models.layers import Embed, LayerNorm, in_eights, in_float32, stack, weights_dtype
 from ses_jax.models.params import VECTOR, first_values, param
 from ses_jax.models.quantized import Dense
 
@@ -239,12 +240,12 @@ class EncoderLayer(nn.Module):
 
 def quick_gelu(x: jax.Array) -> jax.Array:
     """`x * sigmoid(1.702 x)`, OpenAI's approximation."""
-    return x * jax.nn.sigmoid(1.702 * x)
+    return in_float32(lambda x: x * jax.nn.sigmoid(1.702 * x), x)
 
 
 def gelu(x: jax.Array) -> jax.Array:
     """The exact Gaussian error linear unit."""
-    return jax.nn.gelu(x, approximate=False)
+    return in_float32(functools.partial(jax.nn.gelu, approximate=False), x)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}

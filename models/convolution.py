@@ -56,8 +56,8 @@ class Conv(nn.Module):
 class Upsample(nn.Module):
     """Doubles height and width of `x [B, H, W, C]`, or of its phases, by repeating cells, then a 3x3 convolution.
 
-    On a TPU both are one convolution of the cells with zeros between them: the repetition alone would take twice as
-    long as it. The zeros would cost other devices four times the products.
+    On accelerators both are one convolution of the cells with zeros between them, see `upsampled_as_one`. A CPU would
+    multiply by the zeros, which are four times the products.
     """
 
     features: int
@@ -66,9 +66,9 @@ class Upsample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = param(self, "kernel", KERNEL, (3, 3, x.shape[-1], self.features))
         bias = param(self, "bias", ZEROS, (self.features,))
-        if target.device().platform == "tpu":
-            return upsampled_as_one(x, kernel) + bias
-        return convolved(x.repeat(2, axis=1).repeat(2, axis=2), kernel) + bias
+        if target.device().platform == "cpu":
+            return convolved(x.repeat(2, axis=1).repeat(2, axis=2), kernel) + bias
+        return upsampled_as_one(x, kernel) + bias
 
 
 def in_phases(x: jax.Array) -> jax.Array:
@@ -95,12 +95,17 @@ def convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def upsampled_as_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """What `kernel [3, 3, C, features]` makes of repeated cells, by one of 4x4 of the cells with zeros between them."""
-    wide = kernel.astype(jnp.float32)
+    """What `kernel [3, 3, C, features]` makes of repeated cells, by one of 4x4 of the cells with zeros between them.
+
+    On a TPU the repetition alone would take twice as long. On a GPU this is the derivative of a convolution with stride
+    2, whose kernels take four products a cell instead of nine. XLA knows it by the kernel's being turned round, or
+    it would write the zeros.
+    """
+    wide = jax.lax.rev(kernel, (0, 1)).astype(jnp.float32)
     for axis in (0, 1):
         before, after = ([(0, 0)] * axis + [pad] + [(0, 0)] * (3 - axis) for pad in ((0, 1), (1, 0)))
         wide = jnp.pad(wide, before) + jnp.pad(wide, after)
-    wide = wide.astype(kernel.dtype)
+    wide = jax.lax.rev(wide.astype(kernel.dtype), (0, 1))
     if x.ndim == 5:
         return _of_phases(with_neighbours(x, 1, 1), wide, (2, 2), (2, 2))
     return jax.lax.conv_general_dilated(x, wide, (1, 1), [(2, 2)] * 2, lhs_dilation=(2, 2), dimension_numbers=IMAGES)

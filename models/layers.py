@@ -1,8 +1,10 @@
-"""Building blocks that every network shares: norms, feed-forward, time embedding, stacking of blocks.
+"""Building blocks that every network shares: norms, activations, feed-forward, time embedding, stacking of blocks.
 
-Activations run in the dtype of the weights; norms, embeddings of time and rotary positions compute in float32.
+Tokens and cells have the dtype of the weights; norms, activations, embeddings of time and rotary positions compute in
+float32.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -51,8 +53,8 @@ class LayerNorm(nn.Module):
 class GroupNorm(nn.Module):
     """Normalises each group of channels of `x [B, ..., C]` over all cells, with a learned scale and bias, in float32.
 
-    Means over the cells come first, channel by channel, and those few numbers are grouped: splitting the channels of
-    whole images into groups breaks up the axis that devices read in one go.
+    Means over the cells come first, channel by channel, of values and squares in one go, and those few numbers are
+    grouped: splitting the channels of whole images into groups breaks up the axis that devices read in one go.
     """
 
     groups: int
@@ -61,19 +63,35 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        scale = param(self, "scale", ONES, (channels,))
-        bias = param(self, "bias", ZEROS, (channels,))
+        scale = param(self, "scale", ONES, (channels,)).astype(jnp.float32)
+        bias = param(self, "bias", ZEROS, (channels,)).astype(jnp.float32)
 
-        def mean(values):
-            each = values.mean(range(1, x.ndim - 1), keepdims=True)
-            grouped = each.reshape(*each.shape[:-1], self.groups, -1)
-            return jnp.repeat(grouped.mean(-1), channels // self.groups, axis=-1)
+        def grouped(values):
+            of_groups = values.reshape(*values.shape[:-1], self.groups, -1).mean(-1)
+            return jnp.repeat(of_groups, channels // self.groups, axis=-1)
 
-        x32 = x.astype(jnp.float32)
-        center = mean(x32)
-        variance = mean(jnp.square(x32 - center))
-        factor = scale.astype(jnp.float32) * jax.lax.rsqrt(variance + self.eps)
-        return ((x32 - center) * factor + bias.astype(jnp.float32)).astype(x.dtype)
+        x32, cells = x.astype(jnp.float32), range(1, x.ndim - 1)
+        mean, square = x32.mean(cells, keepdims=True), jnp.square(x32).mean(cells, keepdims=True)
+        center = grouped(mean)
+        # Within channels and between them; rounding may put what is within below 0.
+        variance = grouped(jnp.maximum(square - jnp.square(mean), 0) + jnp.square(mean - center))
+        factor = scale * jax.lax.rsqrt(variance + self.eps)
+        return ((x32 - center) * factor + bias).astype(x.dtype)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """`x * sigmoid(x)`, computed in float32."""
+    return in_float32(jax.nn.silu, x)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU, computed in float32."""
+    return in_float32(functools.partial(jax.nn.gelu, approximate=True), x)
+
+
+def in_float32(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function(x)` rounded once, as the references' kernels do: JAX's functions round each of their operations."""
+    return function(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -86,7 +104,7 @@ class GatedMLP(nn.Module):
     """
 
     hidden_dim: int
-    act: Callable[[jax.Array], jax.Array] = jax.nn.silu
+    act: Callable[[jax.Array], jax.Array] = silu
     wide: bool = False
 
     @nn.compact
@@ -134,7 +152,7 @@ class TimeEmbedder(nn.Module):
     @nn.compact
     def __call__(self, timestep: jax.Array, dtype: Any) -> jax.Array:
         x = timestep_embedding(timestep).astype(dtype)
-        x = jax.nn.silu(Dense(self.hidden_dim, use_bias=self.use_bias, name="linear_1")(x))
+        x = silu(Dense(self.hidden_dim, use_bias=self.use_bias, name="linear_1")(x))
         return Dense(self.dim, use_bias=self.use_bias, name="linear_2")(x)
 
 

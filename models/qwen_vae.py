@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from ses_jax.models.attention import attention
 from ses_jax.models.config import known_fields
 from ses_jax.models.convolution import Conv, Upsample, convolved, in_phases, whole
-from ses_jax.models.layers import weights_dtype
+from ses_jax.models.layers import silu, weights_dtype
 from ses_jax.models.params import KERNEL, ONES, ZEROS, first_values, param
 
 
@@ -135,7 +135,7 @@ class Encoder(nn.Module):
                 # Padded on the right and the bottom only, as the reference does.
                 x = Conv(channels, strides=(2, 2), padding=((0, 1), (0, 1)), name=f"down_{number}_downsample")(x)
                 number += 1
-        x = jax.nn.silu(ChannelNorm(name="norm_out")(MidBlock(name="mid")(x)))
+        x = silu(ChannelNorm(name="norm_out")(MidBlock(name="mid")(x)))
         return CausalConv(2 * c.z_dim, name="conv_out")(x)
 
 
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
                 x = ResNet(channels, name=f"up_{i}_resnet_{j}")(x)
             if i < len(c.widths) - 1:
                 x = Upsample(channels // 2, name=f"up_{i}_upsample")(x)
-        x = jax.nn.silu(ChannelNorm(name="norm_out")(x))
+        x = silu(ChannelNorm(name="norm_out")(x))
         return whole(CausalConv(c.input_channels, name="conv_out")(x))
 
 
@@ -187,8 +187,8 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        h = CausalConv(self.channels, name="conv1")(jax.nn.silu(ChannelNorm(name="norm1")(x)))
-        h = CausalConv(self.channels, name="conv2")(jax.nn.silu(ChannelNorm(name="norm2")(h)))
+        h = CausalConv(self.channels, name="conv1")(silu(ChannelNorm(name="norm1")(x)))
+        h = CausalConv(self.channels, name="conv2")(silu(ChannelNorm(name="norm2")(h)))
         if x.shape[-1] != self.channels:
             x = CausalConv(self.channels, 1, name="conv_shortcut")(x)
         return x + h

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, channels_last, layer_norm, stack
+from ses_jax.models.layers import GatedMLP, RMSNorm, TimeEmbedder, channels_last, layer_norm, silu, stack
 from ses_jax.models.mmdit import SelfAttention
 from ses_jax.models.params import VECTOR, first_values, param
 from ses_jax.models.quantized import Dense
@@ -229,7 +229,7 @@ class FinalLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, time_embedding):
-        scale = Dense(x.shape[-1], name="modulation")(jax.nn.silu(time_embedding))
+        scale = Dense(x.shape[-1], name="modulation")(silu(time_embedding))
         return Dense(self.patch_dim, name="linear")(layer_norm(x) * (1 + scale[:, None, :]))
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import types
 from pathlib import Path
 
 import jax
@@ -15,8 +16,9 @@ import ses_jax
 from ses_jax import cli
 from ses_jax.engine import flops
 from ses_jax.engine.config import SearchConfig
+from ses_jax.models import target
 from ses_jax.pipelines.registry import abstract_pipeline
-from ses_jax.planner import advice, devices, footprint, need, tables
+from ses_jax.planner import advice, devices, footprint, need, tables, workload
 from ses_jax.planner.need import Machine
 from ses_jax.planner.plan import check_model, plan_on
 from ses_jax.planner.workload import Work
@@ -51,6 +53,17 @@ def test_flops_of_a_search(work):
     assert reward == pytest.approx(network + resize, rel=0.01)
     encode = flops.count(pipeline.encode, pipeline.params, pipeline.blank_tokens(1, 128, guidance=0.0))
     assert plan.search_flops == (25 + 2) * plan.candidate_flops + encode  # Turbo's previews have all its steps
+
+
+def test_a_plan_is_the_same_on_whatever_device_it_is_made():
+    def planned():
+        workload._traced.cache_clear()
+        return ses_jax.plan(TURBO, device="h200").as_json()
+
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+    with target.compiled_for(tpu):
+        there = planned()
+    assert there == planned()
 
 
 def test_bytes_of_a_search(work):

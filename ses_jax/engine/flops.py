@@ -1,7 +1,8 @@
 """Model FLOPs of a function: what its matrix products and convolutions cost, read from its jaxpr.
 
-Nothing is compiled or allocated, so the count is the same on every device, whatever kernels run there. By convention a
-multiply-add is two operations, element-wise work is left out, and causal attention counts as if nothing were masked.
+Nothing is compiled or allocated, and functions are traced as for a CPU, so the count is the same on every device,
+whatever kernels run there. By convention a multiply-add is two operations, element-wise work is left out, and causal
+attention counts as if nothing were masked.
 """
 
 import functools
@@ -11,6 +12,8 @@ from typing import Any
 
 import jax
 from jax.extend import core
+
+from ses_jax.loading import partition
 
 # cuDNN's fused attention, as `jax.nn.dot_product_attention` binds it: queries [B, T, N, D], keys [B, S, K, D].
 FUSED_ATTENTION = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
@@ -26,7 +29,8 @@ def count(function: Callable[..., Any], *args: Any) -> int:
     Raises:
       ValueError: where products happen in a loop of unknown length, a Pallas kernel or a `shard_map`.
     """
-    return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    with partition.compiled_for_none():
+        return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ from ses_jax.engine import cost, evaluations, flops
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.cost import search_stages
 from ses_jax.engine.fidelity import WHOLE, Form
+from ses_jax.loading import partition
 from ses_jax.loading.programs import comparable
 from ses_jax.models import clip, quantized
 from ses_jax.pipelines.base import Pipeline
@@ -130,5 +131,7 @@ def _phase(function: Callable[..., Any], *args: Any) -> Phase:
 
 @functools.lru_cache(maxsize=512)  # plans for several machines ask for much the same
 def _traced(function: Callable[..., Any], tree: Any, leaves: tuple[tuple[Any, Any], ...]) -> Phase:
-    jaxpr = jax.make_jaxpr(function)(*jax.tree.unflatten(tree, itertools.starmap(jax.ShapeDtypeStruct, leaves))).jaxpr
+    args = jax.tree.unflatten(tree, itertools.starmap(jax.ShapeDtypeStruct, leaves))
+    with partition.compiled_for_none():  # as wherever else one plans: kernels of the device at hand are no part of it
+        jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     return Phase(flops.count_jaxpr(jaxpr), footprint.temporary_bytes_of_jaxpr(jaxpr))
