@@ -30,7 +30,8 @@ class Arguments:
 
     Attributes:
       model: Hugging Face id of a published model, "demo", or a folder in diffusers layout.
-      batch: images at a time; several are measured one after the other, small ones first.
+      batch: images at a time, but for our decoding, which takes as many of them at a time as a search does; several
+        are measured one after the other, small ones first.
       height, width, steps, guidance: the model's defaults. All steps cost the same, so a few are enough.
       tokens: length of the prompts.
       dtype: of weights and activations.

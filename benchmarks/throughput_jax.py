@@ -18,7 +18,7 @@ import random_weights
 from phases import Job
 
 import ses_jax
-from ses_jax.engine import flops
+from ses_jax.engine import denoising, flops, memory
 from ses_jax.loading import compiler
 from ses_jax.pipelines import sampler
 from ses_jax.pipelines.base import Pipeline
@@ -149,9 +149,10 @@ def _phases(
     call = (image_params, noise, jax.ShapeDtypeStruct((job.steps + 1,), jnp.float32), condition)
     yield "denoise", denoise, call
     latents = jax.eval_shape(denoise, *call)
-    yield "decode", pipeline.decode, (image_params, latents)
+    decode = functools.partial(_decode, pipeline.decode, job)
+    yield "decode", decode, (image_params, latents)
     if scorer is not None:
-        images = jax.eval_shape(pipeline.decode, image_params, latents)
+        images = jax.eval_shape(decode, image_params, latents)
         scorer_params = jax.eval_shape(lambda: scorer.params)
         text = jax.eval_shape(scorer.embed_text, scorer_params, scorer.tokenize(["a prompt"] * batch))
         yield "reward", scorer.score, (scorer_params, images, text)
@@ -217,6 +218,12 @@ def _batch(
 
 def _denoise(velocity: Callable[..., Any], params: Any, noise: Any, sigmas: Any, condition: Any) -> jax.Array:
     return sampler.denoise(lambda latents, sigma: velocity(params, latents, sigma, condition), noise, sigmas)
+
+
+def _decode(decode: Callable[..., Any], job: Job, params: Any, latents: Any) -> jax.Array:
+    """As many images at a time as a search decodes."""
+    at_once = memory.decoded_at_once(job.height, job.width, jax.default_backend())
+    return denoising.in_chunks(functools.partial(decode, params), latents, at_once)
 
 
 def _or_out_of_memory(meter: Meter, phase: str, batch: int, *call: Any) -> tuple[dict[str, Any], Any]:

@@ -86,12 +86,20 @@ def by_heads(attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: ja
     """`attend(q, k, v)` on the mesh that the program is for, whose last axis splits heads.
 
     JAX can't split cuDNN's kernel unevenly. Heads that do not divide are filled up with zeros; where keys are shared by
-    heads, each device takes all of them.
+    heads, each device takes all of them. Nor can it where queries are spread otherwise than keys, which are another
+    source's where there are more or fewer of them: a text's, say, that looks at an image. Then rows are spread over all
+    devices.
     """
     mesh, (count, shared) = target.mesh(), (q.shape[2], k.shape[2])
-    if mesh is None or mesh.size == 1 or (count % (size := mesh.shape[mesh.axis_names[-1]]) == shared % size == 0):
+    if mesh is None or mesh.size == 1:
         return attend(q, k, v)
+    if q.shape[1] != k.shape[1]:
+        alike = NamedSharding(mesh, PartitionSpec(mesh.axis_names if len(q) % mesh.size == 0 else None))
+        return attend(*(jax.lax.with_sharding_constraint(x, alike) for x in (q, k, v)))
     first, last = mesh.axis_names
+    size = mesh.shape[last]
+    if count % size == shared % size == 0:
+        return attend(q, k, v)
     rows = first if len(q) % mesh.shape[first] == 0 else None
     split = NamedSharding(mesh, PartitionSpec(rows, None, last) if count == shared else PartitionSpec(rows))
     extra = -count % size if count == shared else 0

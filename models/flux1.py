@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from ses_jax.models import mmdit
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import gelu_tanh, silu, stack, weights_dtype
+from ses_jax.models.layers import silu, stack, weights_dtype
 from ses_jax.models.mmdit import (
     ConditionEmbedder,
     JointBlock,
@@ -165,7 +165,7 @@ class SingleBlock(nn.Module):
         c = self.config
         shift, scale, gate = Modulation(c.dim, 3, name="modulation")(vector)
         h = modulate(x, shift, scale)
-        hidden = gelu_tanh(Dense(MLP_RATIO * c.dim, name="mlp_in")(h))
+        hidden = jax.nn.gelu(Dense(MLP_RATIO * c.dim, name="mlp_in")(h), approximate=True)
         mlp = Dense(c.dim, use_bias=False, wide=True, name="mlp_out")(hidden)
         attend = SelfAttention(c.num_attention_heads, c.attention_head_dim, wide=True, name="attention")
         return added(x, gate * (attend(h, cos, sin) + mlp).astype(x.dtype)), None

@@ -4,7 +4,6 @@ Tokens and cells have the dtype of the weights; norms, activations, embeddings o
 float32.
 """
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -84,13 +83,11 @@ def silu(x: jax.Array) -> jax.Array:
     return in_float32(jax.nn.silu, x)
 
 
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    """The tanh approximation of GELU, computed in float32."""
-    return in_float32(functools.partial(jax.nn.gelu, approximate=True), x)
-
-
 def in_float32(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`function(x)` rounded once, as the references' kernels do: JAX's functions round each of their operations."""
+    """`function(x)` rounded once, as the references' kernels do: JAX's functions round each of their operations.
+
+    Not for GELU's approximation after a product: cuBLAS knows that as JAX writes it, and computes it with the product.
+    """
     return function(x.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import attention, rotate_interleaved
-from ses_jax.models.layers import RMSNorm, TimeEmbedder, channels_last, gelu_tanh, layer_norm, rounded, silu
+from ses_jax.models.layers import RMSNorm, TimeEmbedder, channels_last, layer_norm, rounded, silu
 from ses_jax.models.quantized import Dense
 
 NORM_EPS = 1e-6
@@ -104,7 +104,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        hidden = gelu_tanh(Dense(4 * x.shape[-1], name="linear_1")(x))
+        hidden = jax.nn.gelu(Dense(4 * x.shape[-1], name="linear_1")(x), approximate=True)
         return Dense(x.shape[-1], bias_apart=True, name="linear_2")(hidden)
 
 

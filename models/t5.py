@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from ses_jax.models.attention import scaled_products
 from ses_jax.models.config import known_fields
-from ses_jax.models.layers import Embed, GatedMLP, RMSNorm, gelu_tanh, stack
+from ses_jax.models.layers import Embed, GatedMLP, RMSNorm, stack
 from ses_jax.models.params import first_values
 from ses_jax.models.quantized import Dense
 
@@ -101,7 +101,7 @@ class EncoderBlock(nn.Module):
         h = RMSNorm(c.layer_norm_epsilon, name="attention_norm")(x).astype(bias.dtype)
         x = x + SelfAttention(c, name="attention")(h, bias)
         h = RMSNorm(c.layer_norm_epsilon, name="ffn_norm")(x).astype(bias.dtype)
-        return x + GatedMLP(c.d_ff, act=gelu_tanh, wide=True, name="feed_forward")(h), None
+        return x + GatedMLP(c.d_ff, act=jax.nn.gelu, wide=True, name="feed_forward")(h), None
 
 
 class SelfAttention(nn.Module):

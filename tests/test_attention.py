@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ses_jax.loading import partition
 from ses_jax.models import attention as module
@@ -201,3 +203,28 @@ def test_heads_that_do_not_divide_over_a_mesh(rows, heads, shared):
 
     np.testing.assert_allclose(spread(q, k, v), jax.nn.dot_product_attention(q, k, v), atol=1e-5)
     assert seen == [(8, 8) if (heads, shared) == (6, 6) else (heads, shared)]
+
+
+@pytest.mark.parametrize(("rows", "spread"), [(8, True), (3, False)])
+def test_queries_of_other_tokens_lie_where_their_keys_do(rows, spread):
+    """cuDNN's kernel is split for inputs that are spread alike."""
+    mesh, found = partition.parse_mesh("data=2,model=4"), []
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((rows, length, 4, 8)).astype(np.float32) for length in (5, 8, 8))
+    by_rows, by_tokens = (
+        NamedSharding(mesh, spec) for spec in (P(mesh.axis_names if spread else None), P(None, "data"))
+    )
+
+    def attend(*args):
+        for x in args:
+            jax.debug.inspect_array_sharding(x, callback=found.append)
+        return jax.nn.dot_product_attention(*args)
+
+    @jax.jit
+    def looked(q, k, v):
+        with target.compiled_for(mesh):
+            return by_heads(attend, q, *(jax.lax.with_sharding_constraint(x, by_tokens) for x in (k, v)))
+
+    np.testing.assert_allclose(looked(q, k, v), jax.nn.dot_product_attention(q, k, v), atol=1e-5)
+    assert len(found) == 3
+    assert all(sharding.is_equivalent_to(by_rows, 4) for sharding in found)

@@ -200,6 +200,16 @@ def test_an_absent_compiler_is_named(device, extra, monkeypatch, capsys):
     assert f"pip install 'ses_jax[{extra}]'" in capsys.readouterr().err
 
 
+def test_a_plugin_that_was_put_aside_for_want_of_a_gpu(monkeypatch):
+    def refused(*args, **kwargs):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "_installed", lambda name: True)
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", refused)
+    with pytest.raises(ValueError, match=r"compiling for h100: .*set JAX_PLATFORMS=cpu before JAX is first used"):
+        topologies.target_mesh("h100", "data=1,model=1")
+
+
 @pytest.mark.parametrize("name", topologies.TPUS)
 def test_topologies_have_the_devices_that_they_should(name):
     """Those of eight chips at most; a few devices of a topology may be all that is wanted."""
@@ -334,7 +344,7 @@ SCORERS = {
 # A family and a scorer compile together, on one device, or on two that share the weights.
 PAIRS = list(zip(tiny.TINY, [*SCORERS, "clip"], [1, 2, 1, 2, 2], strict=True))
 COMPILERS = {"v6e": "libtpu", "h100": "jax-cuda12-plugin"}
-ATTENTION = {"v6e": "XLA", "h100": "__cudnn$fmhaSoftmax"}
+ATTENTION = {"v6e": "XLA", "h100": "__cudnn$fmha"}
 
 
 def publish(monkeypatch, source, scorer):

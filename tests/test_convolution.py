@@ -1,4 +1,4 @@
-"""Convolutions in the form that TPUs take best, against sums of products and the plain form."""
+"""Convolutions in the forms that TPUs and GPUs take best, against sums of products and the plain form."""
 
 import types
 
@@ -17,6 +17,7 @@ from ses_jax.loading import network
 from ses_jax.models import autoencoder_kl, convolution, layers, qwen_vae, target
 
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+GPU = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
 
 
 def drawn(seed, *shapes):
@@ -83,6 +84,22 @@ def test_upsampling_repeats_cells_and_convolves_them(shape):
     np.testing.assert_allclose(ours, expected + bias, atol=1e-5)
 
 
+def test_a_gpu_upsamples_by_the_derivative_of_a_convolution():
+    """XLA takes it for one where the kernel is turned round; else it writes zeros between all cells."""
+    layer = convolution.Upsample(4)
+    x, kernel = drawn(0, (1, 3, 5, 2), (3, 3, 2, 4))
+
+    def upsampled(x, kernel):
+        with target.compiled_for(GPU):
+            return layer.apply({"params": {"kernel": kernel, "bias": jnp.zeros(4)}}, x)
+
+    equations = jax.make_jaxpr(upsampled)(x, kernel).jaxpr.eqns
+    (one,) = (e for e in equations if e.primitive.name == "conv_general_dilated")
+    (turned,) = (e for e in equations if one.invars[1] in e.outvars)
+    assert one.params["lhs_dilation"] == (2, 2)
+    assert turned.primitive.name == "rev"
+
+
 @pytest.mark.parametrize("phases", [1, 2])
 def test_norms_are_those_of_the_whole_image(key, phases):
     x = jax.random.normal(key, (2, 3, 8, 6)) + 1
@@ -111,7 +128,8 @@ def test_each_tpu_takes_its_one_image_in_phases(monkeypatch):
     [(oracle.vae, KL, autoencoder_kl), (oracle_qwen_image.vae, QWEN, qwen_vae)],
     ids=["AutoencoderKL", "Qwen"],
 )
-def test_decoders_are_the_same_in_either_form(tmp_path, reference, component, module):
+@pytest.mark.parametrize("device", [TPU, GPU], ids=["tpu", "gpu"])
+def test_decoders_are_the_same_in_every_form(tmp_path, reference, component, module, device):
     """The plain form is compared with diffusers elsewhere."""
     reference(seed=3).save_pretrained(tmp_path)
     ours = network.load(tmp_path, component)
@@ -120,18 +138,21 @@ def test_decoders_are_the_same_in_either_form(tmp_path, reference, component, mo
     def decode(latents):
         return module.decode(ours.params, ours.config, latents)
 
-    def decode_as_on_a_tpu(latents):
-        with target.compiled_for(TPU):
+    def decode_as_there(latents):
+        with target.compiled_for(device):
             return decode(latents)
 
-    found = convolutions(jax.make_jaxpr(decode_as_on_a_tpu)(latents).jaxpr)
+    found = convolutions(jax.make_jaxpr(decode_as_there)(latents).jaxpr)
     batches = [each.invars[0].aval.shape[each.params["dimension_numbers"].lhs_spec[0]] for each in found]
-    assert batches.count(1) <= 1  # at most that of the latents, before they are taken apart
-    assert set(batches) - {1} == {latents.shape[-1]}
-    np.testing.assert_allclose(jax.jit(decode_as_on_a_tpu)(latents), jax.jit(decode)(latents), atol=2e-5, rtol=2e-5)
+    if device is TPU:
+        assert batches.count(1) <= 1  # at most that of the latents, before they are taken apart
+        assert set(batches) - {1} == {latents.shape[-1]}
+    else:
+        assert set(batches) == {1}
+    np.testing.assert_allclose(jax.jit(decode_as_there)(latents), jax.jit(decode)(latents), atol=2e-5, rtol=2e-5)
 
     def slope(function):
         return jax.jit(jax.grad(lambda latents: jnp.mean(jnp.square(function(latents)))))(latents)
 
     expected = slope(decode)
-    np.testing.assert_allclose(slope(decode_as_on_a_tpu), expected, atol=1e-5 * jnp.abs(expected).max())
+    np.testing.assert_allclose(slope(decode_as_there), expected, atol=1e-5 * jnp.abs(expected).max())

@@ -127,6 +127,8 @@ QUIET = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+# Else JAX's plugin for CUDA looks for a GPU when it is loaded, and is not to be had without one.
+NO_GPU = ("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 def target_mesh(device: str, mesh: str) -> Mesh:
@@ -237,10 +239,15 @@ def _gpus(device: str, count: int) -> list[Any]:
         raise ValueError(
             f"compiling for {device} takes JAX with CUDA (3 GB), not the device: pip install 'ses_jax[cuda]'"
         )
-    shape = f"1x1x{count}"
-    return topologies.get_topology_desc(
-        shape, platform="cuda", target_config=gpu_target(GPUS[device]), topology=shape
-    ).devices
+    shape, config = f"1x1x{count}", gpu_target(GPUS[device])
+    os.environ.setdefault(*NO_GPU)
+    try:
+        return topologies.get_topology_desc(shape, platform="cuda", target_config=config, topology=shape).devices
+    except NotImplementedError as error:
+        raise ValueError(
+            f"compiling for {device}: JAX looked for a GPU before, found none, and put its CUDA plugin aside; set "
+            f"JAX_PLATFORMS=cpu before JAX is first used"
+        ) from error
 
 
 def _plugin() -> str:
