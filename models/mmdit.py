@@ -119,23 +119,25 @@ class JointAttention(nn.Module):
     def __call__(self, image, text, cos, sin, text_lengths=None):
         """Outputs for image `[B, S, D]` and text `[B, L, D]`; `cos, sin [B or 1, S + L, head_dim / 2]`."""
         count = image.shape[1]
-        joint = (self._project(image, "to", ""), self._project(text, "add", "_added"))
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*joint, strict=True))
+        of_image = self._project(image, "to", "", cos[:, :count], sin[:, :count])
+        of_text = self._project(text, "add", "_added", cos[:, count:], sin[:, count:])
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(of_image, of_text, strict=True))
         lengths = None if text_lengths is None else count + text_lengths
-        out = attention(rotate_interleaved(q, cos, sin), rotate_interleaved(k, cos, sin), v, key_lengths=lengths)
+        out = attention(q, k, v, key_lengths=lengths)
         outputs = zip(("to_out", "to_add_out"), (image, text), (out[:, :count], out[:, count:]), strict=True)
         return tuple(Dense(x.shape[-1], self.use_bias, bias_apart=True, name=name)(h) for name, x, h in outputs)
 
-    def _project(self, x, prefix, infix):
-        """Queries, keys and values, each `[B, S, N, D]`; the first two are normed."""
+    def _project(self, x, prefix, infix, cos, sin):
+        """Queries, keys and values, each `[B, S, N, D]`; the first two are normed and rotated.
+
+        Before streams are joined: that and the rotation are one pass then.
+        """
         suffix = "_proj" if infix else ""
-        names = {n: f"{prefix}_{n}{suffix}" for n in "qkv"}
+        names = [f"{prefix}_{n}{suffix}" for n in "qkv"]
         width = self.heads * self.head_dim
-        q, k, v = (
-            Dense(width, self.use_bias, bias_apart=n != "v", heads=self.heads, name=name)(x)
-            for n, name in names.items()
-        )
-        return RMSNorm(NORM_EPS, name=f"norm{infix}_q")(q), RMSNorm(NORM_EPS, name=f"norm{infix}_k")(k), v
+        q, k, v = (Dense(width, self.use_bias, bias_apart=True, heads=self.heads, name=name)(x) for name in names)
+        q, k = RMSNorm(NORM_EPS, name=f"norm{infix}_q")(q), RMSNorm(NORM_EPS, name=f"norm{infix}_k")(k)
+        return rotate_interleaved(q, cos, sin), rotate_interleaved(k, cos, sin), v
 
 
 class SelfAttention(nn.Module):

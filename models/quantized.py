@@ -17,6 +17,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float, Shaped
 
+from ses_jax.models import target
 from ses_jax.models.params import KERNEL, ZEROS, param
 
 SUFFIX = "_scale"  # of the leaf beside a kernel
@@ -65,8 +66,9 @@ class Dense(nn.Module):
       bias_apart: whether the bias is left to what follows, where that goes over every number anyway. As part of the
         product it costs nothing, but then a GPU copies the weights of a layer out of those of the stack.
       wide: whether float16 gives float32, for what is part of a sum that float16 may hold where it does not hold that.
-      heads: into how many the output is split, `[.., heads, features / heads]`; before the bias is added, because a TPU
-        then has the product write heads as attention wants them, instead of laying them out anew twice.
+      heads: into how many the output is split, `[.., heads, features / heads]`. On a TPU that is before the bias is
+        added: it then has the product write heads as attention wants them, instead of laying them out anew twice.
+        Elsewhere it is only before one that is apart: cuBLAS adds one of heads as a matrix, which is written first.
     """
 
     features: int
@@ -84,11 +86,13 @@ class Dense(nn.Module):
         if scale is not None:
             return self._split(product(x, Quantized(kernel, scale), bias, sums))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
-        y = self._split(jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=sums))
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=sums)
         if bias is None:
-            return y
+            return self._split(y)
+        if not self.bias_apart and target.device().platform != "tpu":
+            return self._split(y + bias)
         wide = jnp.float32 if self.bias_apart else y.dtype  # products take no sum in another dtype
-        return (y.astype(wide) + self._split(bias).astype(wide)).astype(y.dtype)
+        return (self._split(y).astype(wide) + self._split(bias).astype(wide)).astype(y.dtype)
 
     def _split(self, y: jax.Array) -> jax.Array:
         return y if self.heads is None else y.reshape(*y.shape[:-1], self.heads, -1)

@@ -26,7 +26,7 @@ def by_groups(x, groups, eps):
 @pytest.mark.parametrize("groups", [1, 3, 6])
 @pytest.mark.parametrize("away", [0.0, 10.0])
 def test_group_norm(shape, groups, away, key):
-    """With channels far from zero and from each other, by sixty deviations, too; the epsilon is large enough to count."""
+    """With channels up to sixty deviations from zero and from each other, too; the epsilon is large enough to count."""
     x = jax.random.normal(key, shape) + away * jnp.arange(1, 7)
     norm = layers.GroupNorm(groups, eps=0.01)
     scale, bias = jnp.arange(1.0, 7.0), jnp.arange(6.0)
