@@ -16,9 +16,10 @@ within() { # within MINUTES COMMAND...
 }
 
 within 7 python throughput.py black-forest-labs/FLUX.2-klein-4B --batch 1 4 10 --against diffusers --kernels 30
-within 12 python throughput.py black-forest-labs/FLUX.1-dev --batch 1 4 10 --steps 4 --against diffusers
+within 8 python throughput.py black-forest-labs/FLUX.1-dev --batch 1 4 10 --steps 4 --against diffusers
+within 5 python throughput.py Qwen/Qwen-Image --batch 1 4 --steps 2 --reward none --against diffusers
 within 3 python reward_share.py --model black-forest-labs/FLUX.2-klein-4B --repeats 3
-within 4 python reward_share.py --model Tongyi-MAI/Z-Image-Turbo --repeats 3
+within 3 python reward_share.py --model Tongyi-MAI/Z-Image-Turbo --repeats 3
 within 5 python reward_share.py --model black-forest-labs/FLUX.1-dev --repeats 1
 within 2 python real_search.py black-forest-labs/FLUX.2-klein-4B --budget 50
 within 4 python real_search.py Tongyi-MAI/Z-Image-Turbo --budget 50

@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ses_jax.models.attention import attention, rotate_interleaved
+from ses_jax.models import target
+from ses_jax.models.attention import Angles, attention, rotate_interleaved
 from ses_jax.models.layers import RMSNorm, TimeEmbedder, channels_last, layer_norm, rounded, silu
 from ses_jax.models.quantized import Dense
 
@@ -119,25 +120,35 @@ class JointAttention(nn.Module):
     def __call__(self, image, text, cos, sin, text_lengths=None):
         """Outputs for image `[B, S, D]` and text `[B, L, D]`; `cos, sin [B or 1, S + L, head_dim / 2]`."""
         count = image.shape[1]
-        of_image = self._project(image, "to", "", cos[:, :count], sin[:, :count])
-        of_text = self._project(text, "add", "_added", cos[:, count:], sin[:, count:])
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(of_image, of_text, strict=True))
+        *both, values = zip(self._project(image, "to", ""), self._project(text, "add", "_added"), strict=True)
+        q, k = (joined_and_rotated(*pair, cos, sin) for pair in both)
         lengths = None if text_lengths is None else count + text_lengths
-        out = attention(q, k, v, key_lengths=lengths)
+        out = attention(q, k, jnp.concatenate(values, axis=1), key_lengths=lengths)
         outputs = zip(("to_out", "to_add_out"), (image, text), (out[:, :count], out[:, count:]), strict=True)
         return tuple(Dense(x.shape[-1], self.use_bias, bias_apart=True, name=name)(h) for name, x, h in outputs)
 
-    def _project(self, x, prefix, infix, cos, sin):
-        """Queries, keys and values, each `[B, S, N, D]`; the first two are normed and rotated.
-
-        Before streams are joined: that and the rotation are one pass then.
-        """
+    def _project(self, x, prefix, infix):
+        """Queries, keys and values, each `[B, S, N, D]`; the first two are normed."""
         suffix = "_proj" if infix else ""
-        names = [f"{prefix}_{n}{suffix}" for n in "qkv"]
+        names = {n: f"{prefix}_{n}{suffix}" for n in "qkv"}
         width = self.heads * self.head_dim
-        q, k, v = (Dense(width, self.use_bias, bias_apart=True, heads=self.heads, name=name)(x) for name in names)
-        q, k = RMSNorm(NORM_EPS, name=f"norm{infix}_q")(q), RMSNorm(NORM_EPS, name=f"norm{infix}_k")(k)
-        return rotate_interleaved(q, cos, sin), rotate_interleaved(k, cos, sin), v
+        q, k, v = (
+            Dense(width, self.use_bias, bias_apart=n != "v", heads=self.heads, name=name)(x)
+            for n, name in names.items()
+        )
+        return RMSNorm(NORM_EPS, name=f"norm{infix}_q")(q), RMSNorm(NORM_EPS, name=f"norm{infix}_k")(k), v
+
+
+def joined_and_rotated(image: jax.Array, text: jax.Array, cos: Angles, sin: Angles) -> jax.Array:
+    """Queries or keys of both streams, `[B, S, N, D]` and `[B, L, N, D]`, as those of one sequence `[B, S + L, N, D]`.
+
+    Rotated one by one, they are joined in the same pass. A TPU's compiler joins them as it norms them.
+    """
+    if target.device().platform == "tpu":
+        return rotate_interleaved(jnp.concatenate([image, text], axis=1), cos, sin)
+    count = image.shape[1]
+    angles = (cos[:, :count], sin[:, :count]), (cos[:, count:], sin[:, count:])
+    return jnp.concatenate([rotate_interleaved(x, *at) for x, at in zip((image, text), angles, strict=True)], axis=1)
 
 
 class SelfAttention(nn.Module):

@@ -1,6 +1,7 @@
-"""What the multimodal diffusion transformers share: how time and guidance reach their sinusoids."""
+"""What the multimodal diffusion transformers share: how time and guidance reach their sinusoids, how streams join."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ses_jax.models import flux1, flux2, mmdit, qwen_image
+from ses_jax.models import flux1, flux2, mmdit, qwen_image, target
 
 pytestmark = pytest.mark.quick
 
@@ -79,3 +80,24 @@ def test_an_unknown_rounding_is_refused_and_no_file_sets_one(family):
     with pytest.raises(ValueError, match="timestep_rounding='half' is none of exact, reference"):
         family.Config(timestep_rounding="half")
     assert family.Config.from_json({"timestep_rounding": "reference"}) == family.Config()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("rows", [1, 2])  # of angles: those of all, or each its own
+def test_streams_are_joined_and_rotated(platform, rows, key):
+    image, text, angles = (
+        jax.random.normal(at, shape)
+        for at, shape in zip(jax.random.split(key, 3), [(2, 5, 3, 8), (2, 4, 3, 8), (rows, 9, 4)], strict=True)
+    )
+    device = types.SimpleNamespace(platform=platform, device_kind=platform)
+
+    @jax.jit
+    def ours(image, text):
+        with target.compiled_for(device):
+            return mmdit.joined_and_rotated(image, text, jnp.cos(angles), jnp.sin(angles))
+
+    tokens = np.concatenate([image, text], axis=1).astype(np.float64)
+    pairs = tokens[..., ::2] + 1j * tokens[..., 1::2]
+    turned = pairs * np.exp(1j * np.asarray(angles, np.float64))[:, :, None]
+    expected = np.stack([turned.real, turned.imag], axis=-1).reshape(tokens.shape)
+    np.testing.assert_allclose(ours(image, text), expected, atol=1e-5)
