@@ -147,4 +147,5 @@ COMPONENT = Component(
     aliases=lambda config: XLABS,
     partition=flux1.PARTITION,
     quantized=flux1.QUANTIZED,
+    turned=flux1.TURNED,
 )

@@ -118,6 +118,7 @@ COMPONENT = Component(
     ),
     partition=flux2.PARTITION,
     quantized=flux2.QUANTIZED,
+    turned=flux2.TURNED,
 )
 TEXT_ENCODER = Component(
     _text_config,

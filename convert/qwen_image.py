@@ -46,4 +46,5 @@ COMPONENT = Component(
     lambda config: TABLE,
     partition=qwen_image.PARTITION,
     quantized=qwen_image.QUANTIZED,
+    turned=qwen_image.TURNED,
 )

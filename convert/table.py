@@ -115,6 +115,7 @@ class Component:
       partition: ordered pairs of a path pattern in the params and how a leaf of that path is split over a mesh; the
         whole network on every device unless said otherwise.
       quantized: patterns of the paths of kernels that may lie in eight bits.
+      turned: patterns of the paths of kernels that a TPU holds with their inputs innermost.
     """
 
     from_json: Callable[[Mapping[str, Any]], Any]
@@ -125,6 +126,7 @@ class Component:
     aliases: Callable[[Mapping[str, Any]], Table] | None = None
     partition: Sequence[tuple[str, PartitionSpec]] = ((".*", PartitionSpec()),)
     quantized: Sequence[str] = ()
+    turned: Sequence[str] = ()
 
     def abstract(self, config: Any) -> Any:
         """The params tree as shapes only; nothing is allocated."""

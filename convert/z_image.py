@@ -86,4 +86,5 @@ COMPONENT = Component(
     single_file=SingleFile((), original, no_config),
     partition=z_image.PARTITION,
     quantized=z_image.QUANTIZED,
+    turned=z_image.TURNED,
 )

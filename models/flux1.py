@@ -45,6 +45,7 @@ PARTITION = (
     (r"single_blocks/mlp_out/kernel", P(None, "model", None)),
 )
 QUANTIZED = mmdit.QUANTIZED
+TURNED = mmdit.TURNED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

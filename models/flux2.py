@@ -42,6 +42,7 @@ PARTITION = (
     (r".*mlp/w2/kernel", P(None, "model", None)),
 )
 QUANTIZED = mmdit.QUANTIZED
+TURNED = mmdit.TURNED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,9 @@ PARTITION = (
 # Qwen-Image). All that stands before, beside and after the blocks is small.
 QUANTIZED = (r"\w*blocks/.*/kernel",)
 
+# Those whose outputs are split into heads, see `loading.formats`.
+TURNED = (r".*/attention/(to_[qkv]|add_[qkv]_proj)/kernel",)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -123,9 +126,10 @@ class JointAttention(nn.Module):
         *both, values = zip(self._project(image, "to", ""), self._project(text, "add", "_added"), strict=True)
         q, k = (joined_and_rotated(*pair, cos, sin) for pair in both)
         lengths = None if text_lengths is None else count + text_lengths
-        out = attention(q, k, jnp.concatenate(values, axis=1), key_lengths=lengths)
+        out = _of_heads(attention(q, k, jnp.concatenate(values, axis=1), key_lengths=lengths), self.heads)
         outputs = zip(("to_out", "to_add_out"), (image, text), (out[:, :count], out[:, count:]), strict=True)
-        return tuple(Dense(x.shape[-1], self.use_bias, bias_apart=True, name=name)(h) for name, x, h in outputs)
+        how = {"use_bias": self.use_bias, "bias_apart": True, "of_heads": True}
+        return tuple(Dense(x.shape[-1], name=name, **how)(h) for name, x, h in outputs)
 
     def _project(self, x, prefix, infix):
         """Queries, keys and values, each `[B, S, N, D]`; the first two are normed."""
@@ -137,6 +141,10 @@ class JointAttention(nn.Module):
             for n, name in names.items()
         )
         return RMSNorm(NORM_EPS, name=f"norm{infix}_q")(q), RMSNorm(NORM_EPS, name=f"norm{infix}_k")(k), v
+
+
+def _of_heads(x: jax.Array, heads: int) -> jax.Array:
+    return x.reshape(*x.shape[:-1], heads, -1)
 
 
 def joined_and_rotated(image: jax.Array, text: jax.Array, cos: Angles, sin: Angles) -> jax.Array:
@@ -174,8 +182,8 @@ class SelfAttention(nn.Module):
         q, k, v = (Dense(width, self.use_bias, bias_apart=n != "v", heads=self.heads, name=f"to_{n}")(x) for n in "qkv")
         q = rotate_interleaved(RMSNorm(self.eps, name="norm_q")(q), cos, sin)
         k = rotate_interleaved(RMSNorm(self.eps, name="norm_k")(k), cos, sin)
-        out = attention(q, k, v, key_lengths=key_lengths)
-        return Dense(x.shape[-1], self.use_bias, wide=self.wide, name="to_out")(out)
+        out = _of_heads(attention(q, k, v, key_lengths=key_lengths), self.heads)
+        return Dense(x.shape[-1], self.use_bias, wide=self.wide, of_heads=True, name="to_out")(out)
 
 
 class ConditionEmbedder(nn.Module):

@@ -69,6 +69,8 @@ class Dense(nn.Module):
       heads: into how many the output is split, `[.., heads, features / heads]`. On a TPU that is before the bias is
         added: it then has the product write heads as attention wants them, instead of laying them out anew twice.
         Elsewhere it is only before one that is apart: cuBLAS adds one of heads as a matrix, which is written first.
+      of_heads: whether the input is `[.., heads, channels]` of all of which the output is made. On a TPU the product
+        then sums over both, and reads heads as attention wrote them, instead of having them laid out anew first.
     """
 
     features: int
@@ -76,20 +78,28 @@ class Dense(nn.Module):
     bias_apart: bool = False
     wide: bool = False
     heads: int | None = None
+    of_heads: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = param(self, "kernel", KERNEL, (x.shape[-1], self.features))
+        width = x.shape[-2] * x.shape[-1] if self.of_heads else x.shape[-1]
+        kernel = param(self, "kernel", KERNEL, (width, self.features))
         bias = param(self, "bias", ZEROS, (self.features,)) if self.use_bias else None
         scale = self.get_variable("params", "kernel" + SUFFIX)
         sums = jnp.float32 if self.wide and x.dtype == jnp.float16 else None
+        on_tpu = target.device().platform == "tpu"
+        if self.of_heads and (scale is not None or not on_tpu):
+            x = x.reshape(*x.shape[:-2], width)
         if scale is not None:
             return self._split(product(x, Quantized(kernel, scale), bias, sums))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
-        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=sums)
+        if self.of_heads and on_tpu:
+            y = jnp.einsum("...nd,ndo->...o", x, kernel.reshape(*x.shape[-2:], -1), preferred_element_type=sums)
+        else:
+            y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=sums)
         if bias is None:
             return self._split(y)
-        if not self.bias_apart and target.device().platform != "tpu":
+        if not self.bias_apart and not on_tpu:
             return self._split(y + bias)
         wide = jnp.float32 if self.bias_apart else y.dtype  # products take no sum in another dtype
         return (self._split(y).astype(wide) + self._split(bias).astype(wide)).astype(y.dtype)

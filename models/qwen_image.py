@@ -29,6 +29,7 @@ PARTITION = (
     (r"(img_in|txt_in)/(kernel|bias)|txt_norm/scale", P()),
 )
 QUANTIZED = mmdit.QUANTIZED
+TURNED = mmdit.TURNED
 UNSUPPORTED = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 

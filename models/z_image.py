@@ -40,6 +40,7 @@ PARTITION = (
 )
 # Not what modulates blocks, which is small.
 QUANTIZED = (r"(layers|\w+_refiner)/(attention|feed_forward)/\w+/kernel",)
+TURNED = (r".*/attention/to_[qkv]/kernel",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,6 +129,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
             "lora_files",
             "checkpoint",
             "rows",
+            "formats",
             "partition",
             "programs",
             "compiler",

@@ -1,13 +1,14 @@
 """Norms and activations against formulas in float64."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ses_jax.models import clip, layers
+from ses_jax.models import clip, layers, quantized, target
 
 pytestmark = pytest.mark.quick
 
@@ -65,3 +66,22 @@ def test_activations_are_rounded_once(ours, dtype, key):
     off = np.abs(np.asarray(ours(x), np.float64) - exact)
     assert (off <= 0.501 * float(jnp.finfo(dtype).eps) * np.abs(exact) + 1e-6).all()
     assert ours(x).dtype == dtype
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_of_heads(platform, bias, key):
+    """Summed over heads and what is in each, or over all at once: the same product."""
+    x, kernel, added = (jax.random.normal(key, shape) for shape in [(2, 5, 3, 4), (12, 7), (7,)])
+    device = types.SimpleNamespace(platform=platform, device_kind=platform)
+    layer = quantized.Dense(7, use_bias=bias, of_heads=True)
+
+    @jax.jit
+    def ours(x):
+        with target.compiled_for(device):
+            return layer.apply({"params": {"kernel": kernel} | ({"bias": added} if bias else {})}, x)
+
+    expected = np.asarray(x, np.float64).reshape(2, 5, 12) @ np.asarray(kernel) + (np.asarray(added) if bias else 0)
+    np.testing.assert_allclose(ours(x), expected, atol=1e-5)
+    operands = "2x5x3x4xf32>, tensor<3x4x7xf32" if platform == "tpu" else "2x5x12xf32>, tensor<12x7xf32"
+    assert operands in ours.lower(x).as_text()

@@ -190,6 +190,19 @@ def test_a_converted_checkpoint_goes_into_the_same_shards(folder, load, tmp_path
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_converted_checkpoint_on_one_device_compiles_nothing_twice(folder, tmp_path):
+    """Its params lie there for good, and so does a generation's state after the first one: as it has to before."""
+    main(str(folder), tmp_path / "converted")
+    pipelines = [ses_jax.load_pipeline(str(each)) for each in (folder, tmp_path / "converted")]
+    for pipeline in pipelines:
+        assert {leaf.sharding.mesh for leaf in jax.tree.leaves(pipeline.params)} == {partition.alone()}
+        assert "on Mesh" not in repr(pipeline)
+    generation.generation_step.clear()
+    for pipeline in pipelines:  # they share all programs
+        run(pipeline, prompts_at_once=2)
+    assert generation.generation_step.cache_size() == 1
+
+
 def compiled(folder, pipeline, **settings):
     """The text of a generation's program after partitioning."""
     settings = {"budget": 8, "population": 8, "height": 16, "width": 16, "preview_steps": 2, "level": 1} | settings

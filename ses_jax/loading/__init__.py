@@ -10,6 +10,7 @@ lora_files   where adapters come from
 checkpoint   params on disk in our own form (Orbax)
 rows         large stacks of layers in it, a layer at a time
 partition    meshes of devices, and where each leaf of the params lies on them
+formats      how kernels lie in a TPU's memory
 programs     what is compiled, and kept for later calls
 compiler     what XLA is told of a program, by its device
 """

@@ -15,7 +15,7 @@ from ses_jax.convert.engine import Edits, Placement, Weights
 from ses_jax.convert.files import open_files, open_named, read_json
 from ses_jax.convert.pickles import open_pickle
 from ses_jax.convert.table import Component
-from ses_jax.loading import network
+from ses_jax.loading import formats, network
 from ses_jax.loading.configs import read_config
 
 __all__ = [
@@ -156,9 +156,10 @@ def load_component(
     how = {"sharding": sharding, "edits": edits, "quantize": quantize, "file": file}
     start = time.monotonic()
     loaded = network.load(folder, component, dtype=params_dtype(dtype), **how)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
+    params = formats.arranged(component.turned, loaded.params, give_up=True)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     LOG.info("loaded %s: %.2f GB in %.1f s", file or folder, size / 1e9, time.monotonic() - start)
-    return loaded.config, loaded.params
+    return loaded.config, params
 
 
 def load_weights(

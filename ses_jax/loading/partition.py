@@ -62,6 +62,11 @@ def parse_mesh(mesh: str | Mesh | None, devices: Sequence[jax.Device] | None = N
     return Mesh(np.array(devices).reshape(sizes[DATA], sizes[MODEL]), AXES)
 
 
+def alone() -> Mesh:
+    """The mesh of JAX's default device. What lies on it lies there for good, and so does all that is computed of it."""
+    return Mesh(np.array([[local_device()]]), AXES)
+
+
 def unused(mesh: Mesh | None, devices: Sequence[jax.Device] | None = None) -> str | None:
     """`unused_word` of a mesh, None being the default device, and of devices, None being all of them."""
     return unused_word(1 if mesh is None else mesh.size, len(jax.devices() if devices is None else devices))

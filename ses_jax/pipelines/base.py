@@ -148,7 +148,7 @@ class Pipeline:
         """What it is, without its weights."""
         size = f"{self.defaults.height} x {self.defaults.width}, {self.defaults.steps} steps"
         lines = [f"{self.family} from {self.folder}: {size}", *_networks(self.params)]
-        return "\n  ".join(lines + ([] if self.mesh is None else [f"on {self.mesh}"]))
+        return "\n  ".join(lines + ([f"on {self.mesh}"] if self.mesh is not None and self.mesh.size > 1 else []))
 
 
 def _networks(params: Any) -> list[str]:

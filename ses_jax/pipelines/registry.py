@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ses_jax.loading import adapters, hub, network, partition
+from ses_jax.loading import adapters, formats, hub, network, partition
 from ses_jax.loading.configs import config_of
 from ses_jax.loading.lora_files import Loras, open_adapters, pairs
 from ses_jax.loading.tokenizers import load_tokenizer
@@ -92,7 +92,7 @@ def load_pipeline(
     edits = _edits(places, family, lora)
     scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
     tokenizers = {name: load_tokenizer(folder / name) for name in family.TOKENIZERS}
-    mesh = partition.parse_mesh(mesh)
+    mesh = partition.parse_mesh(mesh) or partition.alone()
     rules = {name: part.partition for name, part in family.COMPONENTS.items()}
     loaded = {
         name: hub.load_component(
@@ -218,8 +218,14 @@ def _files(source: str, folder: Path, family: ModuleType, files: Mapping[str, st
 
 def _placed(family: ModuleType, pipeline: Pipeline, mesh: Mesh | None) -> Pipeline:
     """The pipeline on a mesh."""
-    rules = {name: part.partition for name, part in family.COMPONENTS.items()}
-    return dataclasses.replace(pipeline, mesh=mesh, place=functools.partial(partition.place, mesh, rules))
+    return dataclasses.replace(pipeline, mesh=mesh, place=functools.partial(_place, family, mesh))
+
+
+def _place(family: ModuleType, mesh: Mesh | None, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Networks' params, or shapes, where they belong, and as they lie there."""
+    parts = family.COMPONENTS
+    placed = partition.place(mesh, {name: part.partition for name, part in parts.items()}, params)
+    return {name: formats.arranged(parts[name].turned, tree) for name, tree in placed.items()}
 
 
 def _abstract_parts(family: ModuleType, published: Published, dtype: Any, quantize: str | None) -> Parts:
