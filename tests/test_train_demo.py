@@ -109,7 +109,7 @@ class Layers(nn.Module):
         x = convolution.Conv(8, (2, 2), (2, 2), "VALID", use_bias=False)(x)
         x = layers.GroupNorm(4)(x).reshape(len(x), -1, 8)
         heads = quantized.Dense(6, heads=2)(x)
-        return quantized.Dense(3)(heads.reshape(*x.shape[:-1], 6))
+        return quantized.Dense(3, of_heads=True)(heads)
 
 
 def test_the_head_is_asked_for_the_shape_of_each_cell():

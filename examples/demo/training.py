@@ -150,8 +150,9 @@ def _quicker(call, args, kwargs, context):
         return call(*args, **kwargs)
     if isinstance(module, Dense):  # on `[B * L, D]`: with one batch axis
         (x,) = args
-        y = call(x.reshape(-1, x.shape[-1]))
-        return y.reshape(*x.shape[:-1], *y.shape[1:])
+        last = 2 if module.of_heads else 1
+        y = call(x.reshape(-1, *x.shape[-last:]))
+        return y.reshape(*x.shape[:-last], *y.shape[1:])
     if isinstance(module, Conv) and not module.use_bias and module.strides == module.kernel_size:
         return _patches(args[0], module.get_variable("params", "kernel"))
     if isinstance(module, GroupNorm):
