@@ -116,6 +116,17 @@ def test_only_arrays_of_devices_are_turned_and_given_up(turning):
     assert found["c"]["kernel"] is other
 
 
+def test_what_a_runtime_cannot_turn_stays_as_it_lies(turning, monkeypatch, caplog):
+    def refuses(array, wanted):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: layouts")
+
+    kernel = jnp.arange(24.0).reshape(2, 3, 4)
+    monkeypatch.setattr(jax, "device_put", refuses)
+    assert formats.arranged(("kernel",), {"kernel": kernel}, give_up=True)["kernel"] is kernel
+    assert not kernel.is_deleted()
+    assert "UNIMPLEMENTED: layouts" in caplog.text
+
+
 @pytest.mark.parametrize("source", tiny.TINY)
 def test_every_family_turns_those_that_become_heads(source):
     """Of all kernels those of queries, keys and values, and nothing else, on a device that need not be there."""

@@ -5,6 +5,7 @@ one that lies otherwise round at the start of each program, and keeps both: of F
 values 4.3 GB. What a kernel is does not change: JAX arrays say how they lie, and programs are compiled for it.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import jax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Sharding
+
+LOG = logging.getLogger("ses_jax")
 
 
 def arranged(patterns: Sequence[str], params: Any, *, give_up: bool = False) -> Any:
@@ -21,6 +24,8 @@ def arranged(patterns: Sequence[str], params: Any, *, give_up: bool = False) -> 
       patterns: of the paths of kernels `[.., in, out]`, see `Component.turned`.
       params: arrays of devices, or shapes with a sharding, which then say how they lie; arrays of the host stay.
       give_up: whether arrays that are turned are deleted at once, for want of room beside them.
+
+    Those that a runtime cannot turn stay as they lie, with a warning in the log.
     """
 
     def of_leaf(key_path, leaf):
@@ -41,7 +46,11 @@ def _arrange(leaf: Any, *, give_up: bool) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=wanted)
     if leaf.format.layout.major_to_minor == wanted.layout.major_to_minor:
         return leaf
-    found = jax.block_until_ready(jax.device_put(leaf, wanted))
+    try:
+        found = jax.block_until_ready(jax.device_put(leaf, wanted))
+    except jax.errors.JaxRuntimeError as error:  # no room, or a runtime without layouts: programs run as well without
+        LOG.warning("kernels stay as they lie, programs are slower for it: %s", " ".join(str(error).split())[:200])
+        return leaf
     if give_up:
         leaf.delete()
     return found
