@@ -11,7 +11,7 @@ import os
 import sys
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -88,17 +88,21 @@ def search(
             print(AT_ONCE.format(out), file=sys.stderr)
         raise
     found = found if many else [found]
-    for index, result in enumerate(found):
-        folder = out / f"{index:03d}" if many else out
-        print(
-            f"{result.prompt}\n  preview reward {result.baseline_score:.4f} -> {result.score:.4f}"
-            f"  final {result.baseline_final_score:.4f} -> {result.final_score:.4f}"
-            f"  {result.timings['search']:.1f} s\n  {picture(folder, 'best')}"
-        )
+    for place, result in enumerate(found):
+        print(_told(result, picture(out / f"{place:03d}" if many else out, "best")))
     if len(found) == max(len(prompts), len(seeds)) and not found[-1].interrupted:
         return 0
     print(STOPPED.format(out), file=sys.stderr)
     return INTERRUPTED
+
+
+def _told(result: Any, image: Path) -> str:
+    """A `SearchResult` in words, for people."""
+    return (
+        f"{result.prompt}\n  preview reward {result.baseline_score:.4f} -> {result.score:.4f}"
+        f"  final {result.baseline_final_score:.4f} -> {result.final_score:.4f}"
+        f"  {result.timings['search']:.1f} s\n  {image}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,13 +112,8 @@ def search_prompts(
             ahead.wait(compiled)
             rendered = finals.finals(task, pipeline, found.noise)
     times.append(time.perf_counter())
-
-    histories = found.histories
-    timings = _timings(times, sum(len(history) - outcome.earlier for history in histories))
-    spent = _cost(task, len(histories[0]), timings)
-    described = (settings_of(pipeline, reward, config, *one) for one in zip(indices, given, strict=True))
-    settings = [facts | {"chunk": task.program.chunk} for facts in described]
-    accounts = [Account(*facts, spent, timings, tuple(notes)) for facts in zip(histories, settings, strict=True)]
+    facts = [settings_of(pipeline, reward, config, *one) for one in zip(indices, given, strict=True)]
+    accounts = _accounts((task, outcome), found.histories, facts, times, notes)
     return [_result(task, i, outcome, (found, rendered), account) for i, account in enumerate(accounts)]
 
 
@@ -157,6 +152,21 @@ def _leave(folder: Path | None, identity: Mapping[str, Any], task: Task, outcome
     resume.save_films(folder, outcome.films)
     count = math.ceil(outcome.scored.components.shape[1] / task.config.population)
     resume.save(folder, count, outcome.state, [outcome.scored])
+
+
+def _accounts(
+    ran: tuple[Task, Outcome],
+    histories: Sequence[list[records.Row]],
+    facts: Sequence[dict[str, Any]],
+    times: Sequence[float],
+    notes: Sequence[str],
+) -> list[Account]:
+    """How the results of the prompts came about, by prompt."""
+    task, outcome = ran
+    timings = _timings(times, sum(len(history) - outcome.earlier for history in histories))
+    spent = _cost(task, len(histories[0]), timings)
+    settings = [each | {"chunk": task.program.chunk} for each in facts]
+    return [Account(*one, spent, timings, tuple(notes)) for one in zip(histories, settings, strict=True)]
 
 
 def _timings(times: Sequence[float], images: int) -> dict[str, float]:

@@ -58,7 +58,6 @@ def load_pipeline(
       schedule: entries of the checkpoint's scheduler_config.json to override, for adapters that were distilled with
         another schedule, such as {"use_dynamic_shifting": False, "shift": 3.0, "shift_terminal": None}; and `sigmas`,
         the noise levels before the shift, one a step, as diffusers' pipelines take them.
-      options: the family's own, see its module in `ses_jax.pipelines`.
       quantize: "int8" or "fp8" puts the linear layers of the transformer's blocks and of large text encoders into eight
         bits as they are read, with a scale for each output; None leaves them as they are, also those of a folder that
         was converted so.
@@ -93,27 +92,35 @@ def load_pipeline(
     scheduler = hub.read_json(folder / "scheduler" / "scheduler_config.json")
     tokenizers = {name: load_tokenizer(folder / name) for name in family.TOKENIZERS}
     mesh = partition.parse_mesh(mesh) or partition.alone()
-    rules = {name: part.partition for name, part in family.COMPONENTS.items()}
-    loaded = {
-        name: hub.load_component(
-            places[name][0],
-            family.COMPONENTS[name],
-            dtype=dtype,
-            sharding=hub.on_host if offload_text_encoder else partition.loader(mesh, rules[name]),
-            edits=edits.get(name),
-            quantize=quantize,
-            file=places[name][1],
-        )
-        for name in family.COMPONENTS
+    shardings = {
+        name: hub.on_host if offload_text_encoder else partition.loader(mesh, part.partition)
+        for name, part in family.COMPONENTS.items()
     }
-    configs = {name: config for name, (config, _) in loaded.items()}
-    params = {name: params for name, (_, params) in loaded.items()}
+    configs, params = _read(family, places, shardings, edits, {"dtype": dtype, "quantize": quantize})
     parts = Parts(folder, configs, params, tokenizers, scheduler, index, hub.settings(folder), schedule or {})
+    pipeline = _placed(family, _assembled(family, parts, options), mesh)
     changes = {"lora": [list(pair) for pair in pairs(lora)], "schedule": dict(schedule or {})}
     changes |= {"quantize": quantized.kind_of(params), "files": {name: str(file) for name, file in files.items()}}
-    pipeline = _placed(family, _assembled(family, parts, options), mesh)
     changes = {name: change for name, change in changes.items() if change}
     return dataclasses.replace(pipeline, source=str(source), options=given, changes=changes)
+
+
+def _read(
+    family: ModuleType,
+    files: Mapping[str, tuple[Path, Path | None]],
+    shardings: Mapping[str, Any],
+    edits: Mapping[str, Any],
+    how: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configs and params of the family's networks, by network."""
+    loaded = {
+        name: hub.load_component(
+            files[name][0], part, file=files[name][1], sharding=shardings[name], edits=edits.get(name), **how
+        )
+        for name, part in family.COMPONENTS.items()
+    }
+    configs, params = ({name: pair[place] for name, pair in loaded.items()} for place in (0, 1))
+    return configs, params
 
 
 def _given(options: Mapping[str, Any], *, lora: Loras | None, **more: Any) -> dict[str, Any]:
