@@ -37,7 +37,18 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
     "ses_jax.planner": (
         {"ses_jax.engine", "ses_jax.rewards", "ses_jax.pipelines", "ses_jax.loading", "ses_jax.models"},
         [
-            *("plan", "tables", "advice", "need", "compilation", "workload", "footprint", "hlo", "topologies"),
+            *(
+                "plan",
+                "tables",
+                "advice",
+                "need",
+                "compilation",
+                "workload",
+                "footprint",
+                "splits",
+                "hlo",
+                "topologies",
+            ),
             "devices",
         ],
     ),

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from ses_jax.engine import flops, generation
+from ses_jax.engine.config import SearchConfig
+from ses_jax.loading import partition
 from ses_jax.pipelines.registry import abstract_pipeline
-from ses_jax.planner import footprint
+from ses_jax.planner import footprint, workload
 
 SIDE = 64
 ARRAY = 4 * SIDE * SIDE
@@ -130,6 +132,25 @@ def test_whole_programs_of_published_size_against_xla(source, size, rows):
     estimate = footprint.temporary_bytes_of_jaxpr(traced.jaxpr.jaxpr)
     assert (0.8 if source == "Qwen/Qwen-Image" else 0.9) <= estimate / temporaries <= 1.3
     assert compiled.argument_size_in_bytes == footprint.size_of(args)
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"), [("black-forest-labs/FLUX.1-schnell", 4), ("Tongyi-MAI/Z-Image-Turbo", 2)]
+)
+def test_networks_that_a_mesh_splits_against_xla(source, parts):
+    """One step of two images of 1024 x 1024, on each of several devices."""
+    mesh = partition.parse_mesh(f"model={parts}", jax.devices()[:parts])
+    pipeline = abstract_pipeline(source, dtype=jnp.float32, mesh=mesh)
+    whole = abstract_pipeline(source, dtype=jnp.float32)
+    work = workload.Work(whole, SearchConfig().resolve(whole), 128)
+    params = {"transformer": pipeline.place(pipeline.params)["transformer"]}
+    latents = jax.ShapeDtypeStruct((2, *pipeline.noise_shape(1024, 1024)), jnp.float32)
+    condition = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), work.condition)
+    rows = partition.replicate(mesh, (latents, jax.ShapeDtypeStruct((2,), jnp.float32), condition))
+    compiled = jax.jit(pipeline.velocity).lower(params, *rows).compile().memory_analysis()
+    temporaries = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
+    assert 0.9 <= work.step(2, model=parts).temporary_bytes / temporaries <= 1.3
+    assert work.step(2).temporary_bytes / temporaries > 1.5
 
 
 def test_text_encoders_of_published_size_against_xla():

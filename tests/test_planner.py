@@ -72,7 +72,7 @@ def test_bytes_of_a_search(work):
     assert plan.weights == sizes | {"reward": footprint.size_of(work.scorer.params)}
     assert plan.weights["reward"] == pytest.approx(2 * 986e6, rel=0.01)
     everything = sum(plan.weights.values())
-    assert plan.encode_bytes == everything + work.encode.temporary_bytes
+    assert plan.encode_bytes == everything + work.encode().temporary_bytes
     # An image of a megapixel is decoded at a time.
     assert plan.search_bytes == everything + max(work.step(10).temporary_bytes, work.finish(1).temporary_bytes)
     assert plan.fits
@@ -88,7 +88,7 @@ def test_looks_are_planned(work):
     plan, full, small = (plan_on(w, machine(utilization=0.5)) for w in (looks, work, half))
     decode = half.finish(1).flops
     look = (small.candidate_flops - decode) // 8 * 4 + decode  # Turbo has 8 steps
-    encode = work.encode.flops
+    encode = work.encode().flops
     assert plan.search_flops == 25 * look + (8 + 2) * full.candidate_flops + encode
     assert plan.candidate_flops == (25 * look + 8 * full.candidate_flops) // 25
     assert plan.candidate_seconds * 25 == pytest.approx(3 * (10 * look + 3 * full.candidate_flops) / (0.5 * 989e12))
@@ -101,7 +101,7 @@ def test_time_of_a_search(work):
     rate = 0.5 * 989e12
     # Three generations of ten; the last has surplus candidates.
     assert fast.candidate_seconds * 25 == pytest.approx(30 * fast.candidate_flops / rate)
-    others = (2 * fast.candidate_flops + work.encode.flops) / rate
+    others = (2 * fast.candidate_flops + work.encode().flops) / rate
     assert fast.search_seconds == pytest.approx(30 * fast.candidate_flops / rate + others)
     assert slow.search_seconds == pytest.approx(2 * fast.search_seconds)
 
@@ -126,9 +126,13 @@ def test_meshes(work):
     assert data.weights == alone.weights
     assert data.candidate_seconds == pytest.approx(alone.candidate_seconds / 5)
     # Rows are denoised along the data axis, and decoded on all devices, one on each at a time.
-    for plan, rows, images in [(alone, 10, 1), (model, 10, 1), (data, 2, 1), (both, 2, 1)]:
-        temporaries = max(work.step(rows).temporary_bytes, work.finish(images).temporary_bytes)
+    for plan, rows, parts in [(alone, 10, 1), (model, 10, 2), (data, 2, 1), (both, 2, 2)]:
+        temporaries = max(work.step(rows, model=parts).temporary_bytes, work.finish(1).temporary_bytes)
         assert plan.search_bytes == sum(plan.weights.values()) + temporaries
+        assert plan.encode_bytes == sum(plan.weights.values()) + work.encode(parts).temporary_bytes
+    # Heads and hidden channels are split, tokens are not.
+    assert 0.5 < work.step(10, model=2).temporary_bytes / work.step(10).temporary_bytes < 0.8
+    assert work.step(10, model=2).flops == work.step(10).flops
     assert both.candidate_seconds < data.candidate_seconds
     assert {plan.candidate_flops for plan in (alone, model, data, both)} == {alone.candidate_flops}
 

@@ -16,6 +16,8 @@ import numpy as np
 from jax.extend import core
 
 from ses_jax.engine import flops
+from ses_jax.planner import splits
+from ses_jax.planner.splits import Axis
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 VIEWS = ("reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "sharding_constraint", "optimization_barrier")
@@ -36,9 +38,17 @@ def temporary_bytes(function: Callable[..., Any], *args: Any) -> int:
     return temporary_bytes_of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def temporary_bytes_of_jaxpr(jaxpr: core.Jaxpr) -> int:
-    """The same of a jaxpr that is at hand already."""
-    return int(SLACK * _peak(jaxpr, sliced=()))
+def temporary_bytes_of_jaxpr(jaxpr: core.Jaxpr, axes: Sequence[Axis] | None = None, parts: int = 1) -> int:
+    """The same of a jaxpr that is at hand already; on each of several devices if its arguments are split over them.
+
+    Args:
+      axes: of each argument the axis that is split; None is none of any.
+      parts: over how many devices.
+    """
+    axes = [None] * len(jaxpr.invars) if axes is None else axes
+    given = zip(jaxpr.invars, axes, strict=True)
+    values = {var: Value(_size(var, axis, parts), "argument", axis=axis) for var, axis in given}
+    return int(SLACK * _peak(jaxpr, values, (), parts)[0])
 
 
 def size_of(tree: Any) -> int:
@@ -51,17 +61,19 @@ class Value:
     """An array of the program.
 
     Attributes:
-      size: bytes.
+      size: bytes on a device.
       kind: "argument", "view", "fused" or "written".
       inputs: what it is computed from.
       readers: the operations that read it.
       needed: whether an operation reads it that fuses nothing.
+      axis: along which it is split.
       buffers: the written arrays that must live where it is read; set when its memory is decided on.
     """
 
     size: int
     kind: str = "fused"
     inputs: tuple["Value", ...] = ()
+    axis: Axis = None
     readers: "tuple[Operation, ...]" = ()
     needed: bool = False
     buffers: frozenset["Value"] = frozenset()
@@ -77,11 +89,15 @@ class Operation:
     fuses: bool = True
 
 
-def _peak(jaxpr: core.Jaxpr, sliced: Sequence[Any]) -> int:
-    """Peak bytes of a jaxpr; `sliced` are the variables that are rows of a loop's arguments."""
-    values = {var: Value(_size(var), "argument") for var in (*jaxpr.constvars, *jaxpr.invars)}
-    values |= {var: Value(_size(var)) for var in sliced}
-    operations = list(_operations(jaxpr, values))
+def _peak(jaxpr: core.Jaxpr, values: dict[Any, Value], sliced: Sequence[Any], parts: int) -> tuple[int, list[Axis]]:
+    """Peak bytes of a jaxpr, and along which axes its results are split.
+
+    Args:
+      values: its arguments.
+      sliced: those of them that are rows of a loop's arguments.
+    """
+    values = {var: Value(_size(var), "argument") for var in jaxpr.constvars} | values
+    operations = list(_operations(jaxpr, values, parts))
     results = [values[var] for var in jaxpr.outvars if isinstance(var, core.Var)]
     operations.append(Operation(tuple(results), (), fuses=False))
     for operation in operations:
@@ -93,32 +109,55 @@ def _peak(jaxpr: core.Jaxpr, sliced: Sequence[Any]) -> int:
         _decide(operation.outputs)
     # XLA takes all rows that a loop's body needs at its start.
     operations.insert(0, Operation((), tuple(values[var] for var in sliced), fuses=False))
-    return _sweep(operations)
+    return _sweep(operations), [values[var].axis if isinstance(var, core.Var) else None for var in jaxpr.outvars]
 
 
-def _operations(jaxpr: core.Jaxpr, values: dict[Any, Value]) -> Iterator[Operation]:
+def _operations(jaxpr: core.Jaxpr, values: dict[Any, Value], parts: int) -> Iterator[Operation]:
     """The steps of a jaxpr in their order, those of the functions it calls among them; fills `values`."""
     for equation in jaxpr.eqns:
         inputs = tuple(values[var] for var in equation.invars if isinstance(var, core.Var))
         name = equation.primitive.name
         inner = list(flops.inner_jaxprs(equation))
         if name in CALLS and len(inner) == 1:
-            yield from _called(equation, inner[0], values)
+            yield from _called(equation, inner[0], values, parts)
             continue
         fuses = name not in PRODUCTS and not inner
         kind = "view" if name in VIEWS else "fused" if fuses and name not in REDUCTIONS else "written"
-        outputs = tuple(Value(_size(var), kind, inputs) for var in equation.outvars)
+        axes = [values[var].axis if isinstance(var, core.Var) else None for var in equation.invars]
+        inside, axes = _inside(equation, inner, axes, parts) if inner else (0, splits.outputs(equation, axes))
+        given = zip(equation.outvars, axes, strict=True)
+        outputs = tuple(Value(_size(var, axis, parts), kind, inputs, axis) for var, axis in given)
         values.update(zip(equation.outvars, outputs, strict=True))
-        inside = max((_peak(body, _rows(equation, body)) for body in inner), default=0)
         yield Operation(inputs, outputs, inside, fuses and name not in VIEWS)
 
 
-def _called(equation: core.JaxprEqn, body: core.Jaxpr, values: dict[Any, Value]) -> Iterator[Operation]:
+def _inside(
+    equation: core.JaxprEqn, bodies: Sequence[core.Jaxpr], axes: Sequence[Axis], parts: int
+) -> tuple[int, list[Axis]]:
+    """The largest peak of a loop's or a condition's bodies, and along which axes its results are split."""
+    peak, found = 0, [None] * len(equation.outvars)
+    for body in bodies:
+        # What comes first may be for others: it chooses a branch, or ends a loop.
+        count = min(len(body.invars), len(axes))
+        outside, inside = equation.invars[len(axes) - count :], body.invars[len(body.invars) - count :]
+        split = splits.of_body(axes[len(axes) - count :], outside, inside)
+        sliced = _rows(equation, outside, inside)
+        values = {var: Value(_size(var), "argument") for var in body.invars}
+        for var, axis in zip(inside, split, strict=True):
+            values[var] = Value(_size(var, axis, parts), "fused" if var in sliced else "argument", axis=axis)
+        bytes_inside, results = _peak(body, values, sliced, parts)
+        peak = max(peak, bytes_inside)
+        if len(results) == len(found):
+            found = splits.of_body(results, body.outvars, equation.outvars)
+    return peak, found
+
+
+def _called(equation: core.JaxprEqn, body: core.Jaxpr, values: dict[Any, Value], parts: int) -> Iterator[Operation]:
     """The steps of a function that an equation calls."""
     inner = {var: Value(_size(var), "argument") for var in body.constvars}
     for var, given in zip(body.invars, equation.invars, strict=True):
         inner[var] = values[given] if isinstance(given, core.Var) else Value(_size(var), "argument")
-    yield from _operations(body, inner)
+    yield from _operations(body, inner, parts)
     for var, given in zip(equation.outvars, body.outvars, strict=True):
         values[var] = inner[given] if isinstance(given, core.Var) else Value(_size(var), "argument")
 
@@ -192,17 +231,24 @@ def _by_index(when: dict[Value, int]) -> dict[int, list[Value]]:
     return found
 
 
-def _rows(equation: core.JaxprEqn, body: core.Jaxpr) -> Sequence[Any]:
+def _rows(equation: core.JaxprEqn, outside: Sequence[Any], inside: Sequence[Any]) -> list[Any]:
     """The variables of a scan's body that are rows of its arguments: they have an axis less."""
     if equation.primitive.name != "scan":
-        return ()
-    both = zip(equation.invars, body.invars, strict=True)
-    return [inside for outside, inside in both if len(outside.aval.shape) > len(inside.aval.shape)]
+        return []
+    return [var for var, whole in zip(inside, outside, strict=True) if _rank(whole) > _rank(var)]
 
 
-def _size(var: Any) -> int:
+def _rank(var: Any) -> int:
+    return len(getattr(var.aval, "shape", ()))
+
+
+def _size(var: Any, axis: Axis = None, parts: int = 1) -> int:
+    """Bytes of an array; of one that is split, of the largest part."""
     aval = var.aval
     if not hasattr(aval, "shape"):
         return 0
+    shape = list(aval.shape)
+    if axis is not None:
+        shape[axis] = -(-shape[axis] // parts)
     width = getattr(aval.dtype, "itemsize", 8)  # keys have no such thing
-    return int(np.prod(aval.shape)) * width
+    return int(np.prod(shape)) * width

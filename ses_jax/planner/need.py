@@ -2,7 +2,7 @@
 
 Weights are counted leaf by leaf where the mesh puts them, temporaries from the jaxpr (`footprint`). Time is the longer
 of arithmetic, at a stated share of the device's peak, and of reading the weights once a step; traffic between devices
-is not in it. On a mesh the temporaries count as if no network were split, which errs on the safe side.
+is not in it.
 """
 
 import functools
@@ -87,11 +87,12 @@ def need_of(work: Work, machine: Machine, chunk: int) -> Need:
     """Weights and temporaries."""
     weights = lying(work, machine)
     # Denoised along the data axis, decoded and scored on all devices.
-    step = work.step(_rows(chunk, machine.axes[partition.DATA]), gradient=work.gradient)
+    rows, model = _rows(chunk, machine.axes[partition.DATA]), machine.axes[partition.MODEL]
+    step = work.step(rows, gradient=work.gradient, model=model)
     most = memory.decoded_at_once(work.config.height, work.config.width, topologies.platform(machine.name))
     finish = work.finish(memory.even_part(_rows(chunk, device_count(machine)), most), gradient=work.gradient)
     return Need(
-        encode=weights.encode + work.encode.temporary_bytes,
+        encode=weights.encode + work.encode(model).temporary_bytes,
         search=weights.search + max(step.temporary_bytes, finish.temporary_bytes),
     )
 
@@ -121,7 +122,7 @@ def candidates_seconds(work: Work, machine: Machine, chunk: int) -> float:
 
 def other_seconds(work: Work, machine: Machine) -> float:
     """Encoding one prompt, and the two final images."""
-    encode = work.encode.flops / (machine.device.flops * machine.utilization * machine.axes[partition.MODEL])
+    encode = work.encode().flops / (machine.device.flops * machine.utilization * machine.axes[partition.MODEL])
     return encode + _render_seconds(work, machine, 2, work.config.steps)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from ses_jax.engine import cost, evaluations, flops
 from ses_jax.engine.config import SearchConfig
@@ -22,7 +23,8 @@ from ses_jax.loading.programs import comparable
 from ses_jax.models import clip, quantized
 from ses_jax.pipelines.base import Pipeline
 from ses_jax.pipelines.guidance import unguided
-from ses_jax.planner import footprint
+from ses_jax.pipelines.registry import FAMILIES
+from ses_jax.planner import footprint, splits
 from ses_jax.rewards import scorers
 from ses_jax.rewards.device_parts import DeviceScores
 from ses_jax.rewards.preprocess import Preprocessor
@@ -34,6 +36,16 @@ class Phase(NamedTuple):
 
     flops: int
     temporary_bytes: int
+
+
+class Split(NamedTuple):
+    """Along which axes the leaves of a function's first arguments are split, and over how many devices."""
+
+    axes: tuple[splits.Axis, ...] = ()
+    parts: int = 1
+
+
+WHOLE_PARAMS = Split()
 
 
 @functools.lru_cache(maxsize=8)  # whose shapes take longer to find than those of most networks
@@ -67,32 +79,44 @@ class Work:
         self.scorer = scorer_of(pipeline)
         self.image_params = pipeline.image_params(pipeline.params)
         self.gradient = config.needs_gradient
+        self._encode = functools.cache(self._trace_encode)
         self._step, self._finish = functools.cache(self._trace_step), functools.cache(self._trace_finish)
 
-    @functools.cached_property
-    def encode(self) -> Phase:
-        """The condition of one prompt."""
-        return _phase(self.pipeline.encode, self.pipeline.text_params(self.pipeline.params), self.tokens)
+    def encode(self, model: int = 1) -> Phase:
+        """The condition of one prompt, by networks that are split over so many devices."""
+        return self._encode(model)
 
     @functools.cached_property
     def condition(self) -> Any:
         return jax.eval_shape(self.pipeline.encode, self.pipeline.text_params(self.pipeline.params), self.tokens)
 
-    def step(self, rows: int, form: Form = WHOLE, *, gradient: bool = False) -> Phase:
-        """One denoising step of so many candidates."""
-        return self._step(rows, form, gradient)
+    def step(self, rows: int, form: Form = WHOLE, *, gradient: bool = False, model: int = 1) -> Phase:
+        """One denoising step of so many candidates, by a network that is split over so many devices."""
+        return self._step(rows, form, gradient, model)
 
     def finish(self, rows: int, form: Form = WHOLE, *, gradient: bool = False) -> Phase:
         """Images and scores of so many latents."""
         return self._finish(rows, form.part, gradient)
 
-    def _trace_step(self, rows: int, form: Form, gradient: bool) -> Phase:
+    def _trace_encode(self, model: int) -> Phase:
+        params = self.pipeline.text_params(self.pipeline.params)
+        return _phase(self.pipeline.encode, params, self.tokens, split=self._split(params, model))
+
+    def _trace_step(self, rows: int, form: Form, gradient: bool, model: int) -> Phase:
         condition = self.condition if form.guided else unguided(self.condition)
         condition = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), condition)
         sigma = jax.ShapeDtypeStruct((rows,), jnp.float32)
         velocity = self.pipeline.velocity
         velocity = functools.partial(evaluations.with_gradient, velocity) if gradient else velocity
-        return _phase(velocity, self.image_params, self._latents(rows, form.part), sigma, condition)
+        split = self._split(self.image_params, model)
+        return _phase(velocity, self.image_params, self._latents(rows, form.part), sigma, condition, split=split)
+
+    def _split(self, params: Any, model: int) -> Split:
+        """Along which axes params are split over so many devices."""
+        mesh = partition.abstract_mesh(f"{partition.MODEL}={model}")
+        rules = {name: part.partition for name, part in FAMILIES[self.pipeline.family].COMPONENTS.items()}
+        leaves = jax.tree.leaves(partition.shardings(mesh, rules, params))
+        return Split(tuple(_axis(sharding.spec) for sharding in leaves), model)
 
     def _trace_finish(self, rows: int, part: int, gradient: bool) -> Phase:
         scorer = self.scorer
@@ -121,17 +145,24 @@ class Work:
 
     def search_flops(self) -> int:
         """Of a whole search: encoding, all candidates, winner and base with all steps."""
-        return self.encode.flops + self.candidates_flops + 2 * self.image_flops(self.config.steps)
+        return self.encode().flops + self.candidates_flops + 2 * self.image_flops(self.config.steps)
 
 
-def _phase(function: Callable[..., Any], *args: Any) -> Phase:
+def _axis(spec: PartitionSpec) -> splits.Axis:
+    return spec.index(partition.MODEL) if partition.MODEL in spec else None
+
+
+def _phase(function: Callable[..., Any], *args: Any, split: Split = WHOLE_PARAMS) -> Phase:
+    """Of a function whose first arguments' leaves may be split."""
     leaves, tree = jax.tree.flatten(args)
-    return _traced(comparable(function), tree, tuple((x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in leaves))
+    shapes = tuple((x.shape, jax.dtypes.canonicalize_dtype(x.dtype)) for x in leaves)
+    return _traced(comparable(function), tree, shapes, split)
 
 
 @functools.lru_cache(maxsize=512)  # plans for several machines ask for much the same
-def _traced(function: Callable[..., Any], tree: Any, leaves: tuple[tuple[Any, Any], ...]) -> Phase:
+def _traced(function: Callable[..., Any], tree: Any, leaves: tuple[tuple[Any, Any], ...], split: Split) -> Phase:
     args = jax.tree.unflatten(tree, itertools.starmap(jax.ShapeDtypeStruct, leaves))
     with partition.compiled_for_none():  # as wherever else one plans: kernels of the device at hand are no part of it
         jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    return Phase(flops.count_jaxpr(jaxpr), footprint.temporary_bytes_of_jaxpr(jaxpr))
+    axes = (*split.axes, *(None,) * (len(leaves) - len(split.axes)))
+    return Phase(flops.count_jaxpr(jaxpr), footprint.temporary_bytes_of_jaxpr(jaxpr, axes, split.parts))
