@@ -56,10 +56,11 @@ def test_the_users_own_flags_and_unknown_options_are_left_alone(gpu, monkeypatch
 
 
 def test_a_tpu_denoises_with_options_of_its_own(monkeypatch):
-    known = dict(compiler.DENOISING)["TPU v6"]
-    monkeypatch.setattr(compiler, "_is_known", lambda option, device: option in known)
+    known, of_v5p = compiler.DENOISING.values()
+    monkeypatch.setattr(compiler, "_is_known", lambda option, device: True)
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
-    for kind, expected in (("TPU v6 lite", known), ("TPU v5 lite", ()), ("TPU v5", ()), ("", ())):
+    kinds = {"TPU v6 lite": known, "TPU v5": of_v5p, "TPU v5p": of_v5p, "TPU v5 lite": (), "TPU v5e": (), "": ()}
+    for kind, expected in kinds.items():
         device = types.SimpleNamespace(platform="tpu", device_kind=kind)
         monkeypatch.setattr(target, "device", lambda device=device: device)
         assert compiler.options(WEIGHTS, denoises=True) == expected

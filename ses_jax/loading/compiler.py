@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,13 @@ Options = tuple[tuple[str, bool | int], ...]
 # Triton's products, and those of cuBLAS that are chosen in their place, take a copy of each, and products that are
 # joined copy them once more. Without these products there is also less to compile and to try out.
 NVIDIA: Options = (("xla_gpu_enable_triton_gemm", False), ("xla_gpu_dot_merger_threshold_mb", 0))
-# For programs of TPUs that do nothing but denoise, by what their kind begins with. Products of a layer get more of the
-# vector memory, and so larger tiles; a decoder does not gain from it, and takes far longer to compile.
-DENOISING: Mapping[str, Options] = {"TPU v6": (("xla_tpu_scoped_vmem_limit_kib", 73728),)}
+# For programs of TPUs that do nothing but denoise, by a pattern of their kind. Products of a layer get more of
+# the vector memory, and so larger tiles; a decoder does not gain from it, and takes far longer to compile. A v5e would
+# gain one part in a hundred.
+DENOISING: Mapping[str, Options] = {
+    "TPU v6.*": (("xla_tpu_scoped_vmem_limit_kib", 73728),),
+    "TPU v5p?": (("xla_tpu_scoped_vmem_limit_kib", 65536),),
+}
 
 
 def options(args: Any, *, denoises: bool = False) -> Options:
@@ -54,7 +59,7 @@ def denoises_apart(mesh: Mesh | None) -> bool:
 
 def _denoising(device: Any) -> Options:
     kind = getattr(device, "device_kind", "")
-    return next((options for start, options in DENOISING.items() if kind.startswith(start)), ())
+    return next((options for pattern, options in DENOISING.items() if re.fullmatch(pattern, kind)), ())
 
 
 def _one_of(sharding: Any) -> Any:

@@ -197,8 +197,8 @@ def _compile_one(target: Target, name: str, lowered: jax.stages.Lowered) -> Prog
         return Program(seconds, 0, memory.refused_bytes(error), refusal=str(error).strip())
     seconds = time.perf_counter() - start
     LOG.info("compiled %s for %s in %.0f s", name, target.device, seconds)
-    sizes, text = compiled.memory_analysis(), _text(compiled)
-    found = list(hlo.instructions(text)) if text else []
+    sizes, read = compiled.memory_analysis(), _instructions(compiled)
+    found = read or []
     return Program(
         compile_seconds=seconds,
         argument_bytes=sizes.argument_size_in_bytes,
@@ -206,18 +206,21 @@ def _compile_one(target: Target, name: str, lowered: jax.stages.Lowered) -> Prog
         output_bytes=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         collectives=hlo.collectives(found),
         kernels=hlo.kernels(found),
-        seconds=_seconds(target.device, found) if text else None,
-        readable=bool(text),
+        seconds=None if read is None else _seconds(target.device, read),
+        readable=read is not None,
     )
 
 
-def _text(compiled: jax.stages.Compiled) -> str:
-    """The optimised program, empty where the compiler is newer than JAX, whose parser then may not know all of it."""
+def _instructions(compiled: jax.stages.Compiled) -> list[hlo.Instruction] | None:
+    """What the optimised program runs; None where it cannot be read.
+
+    A compiler that is newer than JAX writes what JAX's parser may not know, and any may write loops that ours does not.
+    """
     try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
+        return list(hlo.instructions(compiled.as_text()))
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         LOG.warning("the optimised program cannot be read: %s", str(error).splitlines()[0])
-        return ""
+        return None
 
 
 def _seconds(device: str, found: list[hlo.Instruction]) -> float | None:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -16,7 +16,7 @@ BITS = {"pred": 8, "token": 0}
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
 ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
-BOUND = re.compile(r"s32\[\][^=]* constant\((\d+)\)")
+BOUND = re.compile(r"[su]32\[\][^=]* constant\((\d+)\)")
 # Computations that an instruction runs besides a loop's.
 INNER = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 
@@ -151,14 +151,27 @@ def _called(text: str) -> list[str]:
 
 
 def _turns(program: Program, line: str) -> int:
-    """How often a loop's body runs: as XLA says, or the bound that its condition compares with."""
+    """How often a loop's body runs: as XLA says, or by the bound that its condition compares with."""
     if said := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
         return int(said[1])
     condition = "\n".join(program.computations[re.search(r"condition=%?([\w.\-]+)", line)[1]])
+    step = _step(condition, program.computations[re.search(r"body=%?([\w.\-]+)", line)[1]])
     for body in (condition, *("\n".join(program.computations[name]) for name in _called(condition))):
         if bounds := [int(bound) for bound in BOUND.findall(body)]:
-            return max(bounds)
+            return -(-max(bounds) // step)
     raise ValueError(f"how often does this loop run? {line.strip()[:200]}")
+
+
+def _step(condition: str, body: Sequence[str]) -> int:
+    """What a loop adds to its counter: 1, but for products that go with the rounds of a ring of devices."""
+    counters = re.findall(r"get-tuple-element\(.*?\), index=(\d+)", condition)
+    result = next((re.findall(r"%[\w.\-]+", line.partition(" tuple(")[2]) for line in body if "ROOT " in line), [])
+    if len(counters) != 1 or int(counters[0]) >= len(result):
+        return 1
+    text = "\n".join(body)
+    added = re.search(rf"{re.escape(result[int(counters[0])])} = [^=]* add\(.*?(%[\w.\-]+)\)", text)
+    constant = added and re.search(rf"{re.escape(added[1])} = [^=]* constant\((\d+)\)", text)
+    return int(constant[1]) if constant else 1
 
 
 def _result_bytes(each: Instruction) -> int:
