@@ -4,6 +4,7 @@ import functools
 import html
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -356,6 +357,19 @@ def test_preprocessor_reads_its_file(tmp_path):
     assert Preprocessor.from_folder(tmp_path, 32).mean == (0.1, 0.2, 0.3)
     with pytest.raises(ValueError, match=r"size is \{'shortest_edge': 32\}; expected \{'shortest_edge': 64\}"):
         Preprocessor.from_folder(tmp_path, 64)
+
+
+def test_small_files_of_a_clip_are_read_before_its_weights(tmp_path):
+    for file in (hub.DEMO / "clip").iterdir():
+        if file.suffix == ".json":
+            shutil.copy(file, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "preprocessor_config.json").write_text('{"resample": 0}')
+    with pytest.raises(ValueError, match="resample is 0; expected 3"):
+        scorers.load_scorer("clip", source=tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        scorers.load_scorer("clip", source=tmp_path)
 
 
 def test_preprocessor_reads_the_file_of_a_whole_processor(tmp_path):

@@ -131,13 +131,16 @@ def load_scorer(
 
 def load_clip(name: str, folder: Path, dtype: Any = None, quantize: str | None = None) -> Scorer:
     """A CLIP checkpoint of transformers, with its tokenizer and, optionally, the config of its image processor."""
-    config, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype, quantize=quantize)
+    _, config = hub.read_config(folder / "config.json", clip_tables.COMPONENT)
+    # Small files first: what is wrong with them is said before the weights are read.
+    preprocess, tokenizer = Preprocessor.from_folder(folder, config.image_size), load_tokenizer(folder)
+    _, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype, quantize=quantize)
     return Scorer(
         name=name,
         params=params,
-        tokenize=functools.partial(_tokenize_clip, load_tokenizer(folder), config.max_length),
+        tokenize=functools.partial(_tokenize_clip, tokenizer, config.max_length),
         embed_text=functools.partial(embed_clip, config),
-        score=ImageScore(Preprocessor.from_folder(folder, config.image_size), functools.partial(clip_score, config)),
+        score=ImageScore(preprocess, functools.partial(clip_score, config)),
     )
 
 
