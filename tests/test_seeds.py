@@ -13,7 +13,7 @@ def search(prompt, **settings):
 
 
 @pytest.mark.parametrize("seeds", [[3, 0], (3, 0), np.array([3, 0]), range(3, -1, -3)])
-def test_seeds_of_a_prompt_give_a_result_each(tmp_path, seeds):
+def test_seeds_of_a_prompt_give_a_result_each(tmp_path, seeds, capsys):
     found = search(PROMPTS[0], seed=seeds, index=2, out=tmp_path)
     assert [result.prompt for result in found] == [PROMPTS[0]] * 2
     assert [result.config["seed"] for result in found] == [3, 0]
@@ -22,8 +22,11 @@ def test_seeds_of_a_prompt_give_a_result_each(tmp_path, seeds):
             assert result.history == search(PROMPTS[0], seed=result.config["seed"], index=2).history
     assert {path.name for path in tmp_path.iterdir()} == {"000", "001"}
     assert ses_jax.SearchResult.load(tmp_path / "001").config["seed"] == 0
-    with pytest.raises(FileNotFoundError, match="holds 2 results, each in a folder of its own; load one: 000, 001"):
+    with pytest.raises(FileNotFoundError, match="holds 2 results, each in a folder of its own; give one: 000, 001"):
         ses_jax.SearchResult.load(tmp_path)
+    for command in (["show", str(tmp_path)], ["export", str(tmp_path), "--to", "diffusers"]):
+        assert cli.main(command) == 2
+        assert "holds 2 results, each in a folder of its own; give one: 000, 001" in capsys.readouterr().err
     again = search(PROMPTS[0], seed=seeds, index=2, out=tmp_path, resume=True)
     assert [result.history for result in again] == [result.history for result in found]
     with pytest.raises(ValueError, match=r"finished search with other settings \(seed 0 -> 1\)"):

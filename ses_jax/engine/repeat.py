@@ -9,7 +9,7 @@ from typing import Any
 
 from ses_jax.engine.config import SearchConfig
 from ses_jax.engine.files import expanded
-from ses_jax.engine.saved import read_summary
+from ses_jax.engine.saved import check_single, read_summary
 from ses_jax.exports import pictures
 from ses_jax.exports.pictures import Notes
 from ses_jax.rewards.scorers import KINDS
@@ -173,6 +173,7 @@ def read(path: str | Path) -> dict[str, Any]:
       OSError: if there is no such file.
     """
     path = expanded(path)
+    check_single(path)
     path = path / "result.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give a picture of ses_jax, or the folder of a result")

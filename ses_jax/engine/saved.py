@@ -26,7 +26,7 @@ def read(folder: Path) -> dict[str, Any]:
       FileNotFoundError: naming a file that is not there.
       ValueError: naming a file that is damaged, and what is wrong with it.
     """
-    _check_single(folder)
+    check_single(folder)
     summary = read_summary(folder / SUMMARY)
     scores = {name: math.nan if summary[name] is None else float(summary[name]) for name in SCORES}
     spent = {name: Spent(**values) for name, values in summary["cost"].items()}
@@ -46,13 +46,13 @@ def read(folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_single(folder: Path) -> None:
-    """Raises FileNotFoundError for the folder of a list or a batch run."""
+def check_single(folder: Path) -> None:
+    """Raises FileNotFoundError, naming the folders of some results, for the folder of a list or a batch run."""
     if (folder / SUMMARY).exists() or not folder.is_dir():
         return
     if held := sorted(path.parent.name for path in folder.glob(f"*/{SUMMARY}")):
         names = ", ".join(held[:SHOWN]) + (", ..." if len(held) > SHOWN else "")
-        raise FileNotFoundError(f"{folder} holds {len(held)} results, each in a folder of its own; load one: {names}")
+        raise FileNotFoundError(f"{folder} holds {len(held)} results, each in a folder of its own; give one: {names}")
 
 
 def picture(folder: Path, name: str) -> Path:

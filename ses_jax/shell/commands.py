@@ -81,7 +81,8 @@ def export(result: File, /, to: Literal["diffusers", "comfyui"], out: Path | Non
             workflow of ComfyUI.
         out: folder to write to, ses_diffusers or ses_comfyui by default.
     """
-    print(export_noise(noises.read(result), repeat.read(result / "result.json"), to, out))
+    about = repeat.read(result)
+    print(export_noise(noises.read(result), about, to, out))
 
 
 def doctor() -> int:
