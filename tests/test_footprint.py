@@ -27,7 +27,9 @@ def arrays(function, *args):
     ("function", "expected"),
     [
         (lambda x: x @ x, 1),
-        (lambda x: jnp.tanh(x @ x) + 1, 2),  # the product, and what the caller gets of it
+        (lambda x: jnp.tanh(x @ x) + 1, 1),  # what the caller gets is written over the product
+        (lambda x: jax.nn.silu(x @ x) * (2 * x @ x), 3),  # two products; before the last, 2 x and a product beside it
+        (lambda x: jnp.tanh(x @ x[:, :1]) + x, 1 + 1 / SIDE),  # too small to be written over
         (lambda x: ((((x @ x) @ x) @ x) @ x) @ x, 2),  # a chain: one is read, one is written
         (lambda x: jnp.exp(x) * 2 + 1, 1),
         (lambda x: jnp.exp(x) @ x, 2),  # a product reads only what is written
@@ -51,8 +53,8 @@ def test_a_residual_connection_is_one_array_to_its_readers():
     def twice(x):
         return block(block(x))
 
-    assert arrays(block, square()) == pytest.approx(3, abs=0.01)
-    assert arrays(twice, square()) == pytest.approx(3, abs=0.01)
+    assert arrays(block, square()) == pytest.approx(2, abs=0.01)
+    assert arrays(twice, square()) == pytest.approx(2, abs=0.01)
 
 
 def test_what_only_one_fusion_reads_is_not_written():
@@ -90,6 +92,22 @@ def test_loops():
     assert arrays(outputs, square(), stacked) == pytest.approx(6 + 2, abs=0.01)
 
 
+def test_a_loop_carries_in_the_memory_of_what_it_starts_from():
+    def powers(x):
+        return jax.lax.fori_loop(0, 5, lambda _, c: jnp.tanh(c @ c), x)
+
+    def rows(x):
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, None, length=5)[0]
+
+    for loop in powers, rows:
+        assert arrays(loop, square()) == pytest.approx(2, abs=0.01)
+        # What it starts from is an array of the program, which nothing else reads.
+        assert arrays(lambda x, loop=loop: loop(x @ x), square()) == pytest.approx(2, abs=0.01)
+        assert arrays(lambda x, loop=loop: loop(loop(x @ x)), square()) == pytest.approx(2, abs=0.01)
+        # It is read later, too.
+        assert arrays(lambda x, loop=loop: (lambda h: loop(h) + h)(x @ x), square()) == pytest.approx(3, abs=0.01)
+
+
 def test_the_larger_branch_counts():
     def branches(x):
         return jax.lax.cond(x[0, 0] > 0, lambda x: (jnp.exp(x) @ x) @ x, lambda x: x, x)
@@ -122,8 +140,8 @@ def render(source, size, rows):
 def test_whole_programs_of_published_size_against_xla(source, size, rows):
     """In float32: on a CPU, XLA turns whole bfloat16 weights into float32 first.
 
-    How early it takes a layer's weights out of the stack differs by version: Qwen-Image's estimate is 0.91 of what
-    jaxlib 0.10.2 needs, and 0.83 of 0.12.0.
+    How early it takes a layer's weights out of the stack differs by version: Qwen-Image's estimate is 0.93 of what
+    jaxlib 0.10.2 needs, and 0.85 of 0.12.0.
     """
     function, args = render(source, size, rows)
     traced = jax.jit(function, keep_unused=True).trace(*args)

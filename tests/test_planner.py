@@ -72,9 +72,15 @@ def test_bytes_of_a_search(work):
     assert plan.weights == sizes | {"reward": footprint.size_of(work.scorer.params)}
     assert plan.weights["reward"] == pytest.approx(2 * 986e6, rel=0.01)
     everything = sum(plan.weights.values())
-    assert plan.encode_bytes == everything + work.encode().temporary_bytes
     # An image of a megapixel is decoded at a time.
-    assert plan.search_bytes == everything + max(work.step(10).temporary_bytes, work.finish(1).temporary_bytes)
+    searching = max(work.step(10).temporary_bytes, work.finish(1).temporary_bytes)
+    assert (plan.encode_bytes, plan.search_bytes) == (
+        everything + int(need.HELD["gpu"] * work.encode().temporary_bytes),
+        everything + int(need.HELD["gpu"] * searching),
+    )
+    on_tpu = plan_on(work, machine("v6e"))
+    assert on_tpu.encode_bytes == everything + work.encode().temporary_bytes
+    assert on_tpu.search_bytes == everything + searching
     assert plan.fits
     assert plan.chunk == 10
     assert plan.limit_bytes == pytest.approx(0.92 * devices.DEVICES["h200"].memory)
@@ -128,8 +134,9 @@ def test_meshes(work):
     # Rows are denoised along the data axis, and decoded on all devices, one on each at a time.
     for plan, rows, parts in [(alone, 10, 1), (model, 10, 2), (data, 2, 1), (both, 2, 2)]:
         temporaries = max(work.step(rows, model=parts).temporary_bytes, work.finish(1).temporary_bytes)
-        assert plan.search_bytes == sum(plan.weights.values()) + temporaries
-        assert plan.encode_bytes == sum(plan.weights.values()) + work.encode(parts).temporary_bytes
+        held = need.HELD["gpu"]
+        assert plan.search_bytes == sum(plan.weights.values()) + int(held * temporaries)
+        assert plan.encode_bytes == sum(plan.weights.values()) + int(held * work.encode(parts).temporary_bytes)
     # Heads and hidden channels are split, tokens are not.
     assert 0.5 < work.step(10, model=2).temporary_bytes / work.step(10).temporary_bytes < 0.8
     assert work.step(10, model=2).flops == work.step(10).flops

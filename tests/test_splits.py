@@ -105,8 +105,8 @@ def test_as_the_partitioner_does(name):
         ("outputs of a kernel", 2 * 6 * 32, 2 * 6 * 32 / PARTS),
         ("inputs of a kernel", 2 * 6 * 32, 2 * 6 * 32),
         # The carry, and hidden channels of three layers. In a layer first both kernels with its hidden channels; where
-        # these are split, later those channels, and what the second product gives with the next carry, both whole.
-        ("layers", 192 + 3 * 384 + (2 * 512 + 384), 192 + 3 * 96 + (96 + 192 + 192)),
+        # these are split, later those channels, the second kernel and the next carry, which is whole.
+        ("layers", 192 + 3 * 384 + (2 * 512 + 384), 192 + 3 * 96 + (96 + 128 + 192)),
     ],
 )
 def test_what_a_device_holds(name, arrays, parts):

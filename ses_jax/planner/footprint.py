@@ -3,8 +3,11 @@
 XLA writes to memory what products, convolutions, reductions and loops give, and what all of these but reductions read;
 the element-wise work between them is fused into its readers. A fused value of several readers that do not meet again in
 one of them is written too, where that takes no more than what it is computed from, as the sum of a residual connection
-does. An array lives from its writer to its last reader. The body of a loop adds its own peak. Arguments are not
-counted; the rows of them that a loop takes are, all of them from the start of its body.
+does. Element-wise work on a product of its own size takes no memory beside it: a TPU does it as the product is
+written, and the others write over the product; of several products that meet in such work this holds for the last. An
+array lives from its writer to its last reader. What a loop carries is where the loop started it, if only the loop reads
+that. The body of a loop adds its own peak. Arguments are not counted; the rows of them that a loop takes are, all of
+them from the start of its body.
 """
 
 import dataclasses
@@ -22,9 +25,10 @@ from ses_jax.planner.splits import Axis
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
 VIEWS = ("reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "sharding_constraint", "optimization_barrier")
 # Gaps between arrays, and copies in the layouts that kernels ask for.
-SLACK = 1.15
+SLACK = 1.2
+PRODUCTS = ("dot_general", "conv_general_dilated")
 # These write their results, and read only what is written.
-PRODUCTS = ("dot_general", "conv_general_dilated", "sort", "cumsum", "fft", "cond", "scan", "while")
+OPAQUE = (*PRODUCTS, "sort", "cumsum", "fft", "cond", "scan", "while")
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin")
 
 
@@ -62,7 +66,8 @@ class Value:
 
     Attributes:
       size: bytes on a device.
-      kind: "argument", "view", "fused" or "written".
+      kind: "argument", "view", "fused", "written", or "carried" where a loop started it; "product" until its readers
+        are known.
       inputs: what it is computed from.
       readers: the operations that read it.
       needed: whether an operation reads it that fuses nothing.
@@ -104,6 +109,7 @@ def _peak(jaxpr: core.Jaxpr, values: dict[Any, Value], sliced: Sequence[Any], pa
         for value in operation.inputs:
             value.readers += (operation,)
             value.needed |= not operation.fuses
+    _settle_products(operations)
     _decide(values[var] for var in sliced)
     for operation in operations:
         _decide(operation.outputs)
@@ -121,14 +127,35 @@ def _operations(jaxpr: core.Jaxpr, values: dict[Any, Value], parts: int) -> Iter
         if name in CALLS and len(inner) == 1:
             yield from _called(equation, inner[0], values, parts)
             continue
-        fuses = name not in PRODUCTS and not inner
-        kind = "view" if name in VIEWS else "fused" if fuses and name not in REDUCTIONS else "written"
+        fuses = name not in OPAQUE and not inner
         axes = [values[var].axis if isinstance(var, core.Var) else None for var in equation.invars]
         inside, axes = _inside(equation, inner, axes, parts) if inner else (0, splits.outputs(equation, axes))
         given = zip(equation.outvars, axes, strict=True)
-        outputs = tuple(Value(_size(var, axis, parts), kind, inputs, axis) for var, axis in given)
+        outputs = tuple(Value(_size(var, axis, parts), _kind(name, fuses), inputs, axis) for var, axis in given)
+        for value, start in _carried(equation, outputs, values):
+            value.kind, value.inputs = "carried", (start,)
         values.update(zip(equation.outvars, outputs, strict=True))
         yield Operation(inputs, outputs, inside, fuses and name not in VIEWS)
+
+
+def _kind(name: str, fuses: bool) -> str:
+    """What a primitive gives, before its readers are known."""
+    if name in VIEWS:
+        return "view"
+    if name in PRODUCTS:
+        return "product"
+    return "fused" if fuses and name not in REDUCTIONS else "written"
+
+
+def _carried(
+    equation: core.JaxprEqn, outputs: Sequence[Value], values: dict[Any, Value]
+) -> Iterator[tuple[Value, Value]]:
+    """What a loop carries: what it gives, and what it starts from."""
+    count = {"scan": equation.params.get("num_carry"), "while": len(outputs)}.get(equation.primitive.name, 0)
+    first = equation.params["num_consts"] if equation.primitive.name == "scan" else len(equation.invars) - count
+    for value, start in zip(outputs[:count], equation.invars[first : first + count], strict=True):
+        if isinstance(start, core.Var):
+            yield value, values[start]
 
 
 def _inside(
@@ -162,22 +189,36 @@ def _called(equation: core.JaxprEqn, body: core.Jaxpr, values: dict[Any, Value],
         values[var] = inner[given] if isinstance(given, core.Var) else Value(_size(var), "argument")
 
 
+def _settle_products(operations: Sequence[Operation]) -> None:
+    """Settles which products are written: of those that one fusion reads, all but the last."""
+    last = {}
+    for value in (value for operation in operations for value in operation.outputs if value.kind == "product"):
+        value.kind = "written"
+        if value.needed or len(value.readers) != 1:
+            continue
+        *_, end = _fusion(value.readers[0])
+        if any(result.kind == "fused" and result.size == value.size for result in end.outputs):
+            last[end] = value
+    for value in last.values():
+        value.kind = "fused"
+
+
 def _decide(values: Iterable[Value]) -> None:
     """Settles which values are written, and what the others are computed from."""
     for value in values:
         sources = frozenset().union(*(source.buffers for source in value.inputs))
         if value.kind == "view":
-            value.buffers = sources
             if value.needed and not all(_in_memory(source) for source in value.inputs):
+                value.kind = "written"
+        elif value.kind == "carried":
+            (start,) = value.inputs
+            if start.kind not in ("written", "carried") or value not in start.readers[-1].outputs:
                 value.kind = "written"
         elif value.kind == "fused":
             recomputed = sum(source.size for source in sources)
             if value.needed or (not _meet(value.readers) and recomputed >= value.size):
                 value.kind = "written"
-        if value.kind == "written":
-            value.buffers = frozenset([value])
-        elif value.kind == "fused":
-            value.buffers = sources
+        value.buffers = frozenset([value]) if value.kind == "written" else sources
 
 
 def _meet(readers: Sequence[Operation]) -> bool:
@@ -198,7 +239,7 @@ def _fusion(operation: Operation) -> Iterator[Operation]:
 
 def _in_memory(value: Value) -> bool:
     """Whether a view of the value needs no memory of its own."""
-    return value.kind in ("argument", "written") or (
+    return value.kind in ("argument", "written", "carried") or (
         value.kind == "view" and all(_in_memory(source) for source in value.inputs)
     )
 
