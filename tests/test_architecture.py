@@ -45,6 +45,7 @@ ROOMS: dict[str, tuple[set[str], list[str]]] = {
                 "compilation",
                 "workload",
                 "footprint",
+                "buffers",
                 "splits",
                 "hlo",
                 "topologies",

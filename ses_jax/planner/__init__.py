@@ -7,6 +7,7 @@ need         bytes, candidates at a time and seconds on a machine
 compilation  what a device's own compiler says, without the device
 workload     the programs of a search as shapes
 footprint    bytes of its temporaries
+buffers      which arrays are in memory at once
 splits       where a mesh splits its arrays
 hlo          what is in an optimised program
 topologies   devices that need not be there, for compilers

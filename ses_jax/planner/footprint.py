@@ -1,17 +1,10 @@
 """How much memory a function's temporaries need at once, estimated from its jaxpr: nothing is compiled or allocated.
 
-XLA writes to memory what products, convolutions, reductions and loops give, and what all of these but reductions read;
-the element-wise work between them is fused into its readers. A fused value of several readers that do not meet again in
-one of them is written too, where that takes no more than what it is computed from, as the sum of a residual connection
-does. Element-wise work on a product of its own size takes no memory beside it: a TPU does it as the product is
-written, and the others write over the product; of several products that meet in such work this holds for the last. An
-array lives from its writer to its last reader. What a loop carries is where the loop started it, if only the loop reads
-that. The body of a loop adds its own peak. Arguments are not counted; the rows of them that a loop takes are, all of
-them from the start of its body.
+This follows the jaxpr: which equations write, fuse or view, what loops carry and what their bodies need at most. What
+is in memory then, and for how long, is in `buffers`. Arguments are not counted; the rows of them that a loop takes are.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +12,8 @@ import numpy as np
 from jax.extend import core
 
 from ses_jax.engine import flops
-from ses_jax.planner import splits
+from ses_jax.planner import buffers, splits
+from ses_jax.planner.buffers import Operation, Value
 from ses_jax.planner.splits import Axis
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2")
@@ -60,40 +54,6 @@ def size_of(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-@dataclasses.dataclass(eq=False)
-class Value:
-    """An array of the program.
-
-    Attributes:
-      size: bytes on a device.
-      kind: "argument", "view", "fused", "written", or "carried" where a loop started it; "product" until its readers
-        are known.
-      inputs: what it is computed from.
-      readers: the operations that read it.
-      needed: whether an operation reads it that fuses nothing.
-      axis: along which it is split.
-      buffers: the written arrays that must live where it is read; set when its memory is decided on.
-    """
-
-    size: int
-    kind: str = "fused"
-    inputs: tuple["Value", ...] = ()
-    axis: Axis = None
-    readers: "tuple[Operation, ...]" = ()
-    needed: bool = False
-    buffers: frozenset["Value"] = frozenset()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Operation:
-    """A step of the program: what it reads and gives, the peak inside it, and whether it fuses what it reads."""
-
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-    inside: int = 0
-    fuses: bool = True
-
-
 def _peak(jaxpr: core.Jaxpr, values: dict[Any, Value], sliced: Sequence[Any], parts: int) -> tuple[int, list[Axis]]:
     """Peak bytes of a jaxpr, and along which axes its results are split.
 
@@ -105,17 +65,8 @@ def _peak(jaxpr: core.Jaxpr, values: dict[Any, Value], sliced: Sequence[Any], pa
     operations = list(_operations(jaxpr, values, parts))
     results = [values[var] for var in jaxpr.outvars if isinstance(var, core.Var)]
     operations.append(Operation(tuple(results), (), fuses=False))
-    for operation in operations:
-        for value in operation.inputs:
-            value.readers += (operation,)
-            value.needed |= not operation.fuses
-    _settle_products(operations)
-    _decide(values[var] for var in sliced)
-    for operation in operations:
-        _decide(operation.outputs)
-    # XLA takes all rows that a loop's body needs at its start.
-    operations.insert(0, Operation((), tuple(values[var] for var in sliced), fuses=False))
-    return _sweep(operations), [values[var].axis if isinstance(var, core.Var) else None for var in jaxpr.outvars]
+    peak = buffers.peak(operations, [values[var] for var in sliced])
+    return peak, [values[var].axis if isinstance(var, core.Var) else None for var in jaxpr.outvars]
 
 
 def _operations(jaxpr: core.Jaxpr, values: dict[Any, Value], parts: int) -> Iterator[Operation]:
@@ -150,10 +101,16 @@ def _kind(name: str, fuses: bool) -> str:
 def _carried(
     equation: core.JaxprEqn, outputs: Sequence[Value], values: dict[Any, Value]
 ) -> Iterator[tuple[Value, Value]]:
-    """What a loop carries: what it gives, and what it starts from."""
-    count = {"scan": equation.params.get("num_carry"), "while": len(outputs)}.get(equation.primitive.name, 0)
-    first = equation.params["num_consts"] if equation.primitive.name == "scan" else len(equation.invars) - count
-    for value, start in zip(outputs[:count], equation.invars[first : first + count], strict=True):
+    """What a loop carries: what it gives, and what it starts from; that is given last, but for the rows of a scan."""
+    if equation.primitive.name not in ("scan", "while"):
+        return
+    end = len(equation.invars)
+    if equation.primitive.name == "scan":
+        (body,) = flops.inner_jaxprs(equation)
+        end -= len(_rows(equation, equation.invars, body.invars))
+        given = zip(outputs, equation.outvars, body.outvars, strict=True)
+        outputs = [value for value, whole, inside in given if _rank(whole) == _rank(inside)]
+    for value, start in zip(outputs, equation.invars[end - len(outputs) : end], strict=True):
         if isinstance(start, core.Var):
             yield value, values[start]
 
@@ -187,89 +144,6 @@ def _called(equation: core.JaxprEqn, body: core.Jaxpr, values: dict[Any, Value],
     yield from _operations(body, inner, parts)
     for var, given in zip(equation.outvars, body.outvars, strict=True):
         values[var] = inner[given] if isinstance(given, core.Var) else Value(_size(var), "argument")
-
-
-def _settle_products(operations: Sequence[Operation]) -> None:
-    """Settles which products are written: of those that one fusion reads, all but the last."""
-    last = {}
-    for value in (value for operation in operations for value in operation.outputs if value.kind == "product"):
-        value.kind = "written"
-        if value.needed or len(value.readers) != 1:
-            continue
-        *_, end = _fusion(value.readers[0])
-        if any(result.kind == "fused" and result.size == value.size for result in end.outputs):
-            last[end] = value
-    for value in last.values():
-        value.kind = "fused"
-
-
-def _decide(values: Iterable[Value]) -> None:
-    """Settles which values are written, and what the others are computed from."""
-    for value in values:
-        sources = frozenset().union(*(source.buffers for source in value.inputs))
-        if value.kind == "view":
-            if value.needed and not all(_in_memory(source) for source in value.inputs):
-                value.kind = "written"
-        elif value.kind == "carried":
-            (start,) = value.inputs
-            if start.kind not in ("written", "carried") or value not in start.readers[-1].outputs:
-                value.kind = "written"
-        elif value.kind == "fused":
-            recomputed = sum(source.size for source in sources)
-            if value.needed or (not _meet(value.readers) and recomputed >= value.size):
-                value.kind = "written"
-        value.buffers = frozenset([value]) if value.kind == "written" else sources
-
-
-def _meet(readers: Sequence[Operation]) -> bool:
-    """Whether what operations give comes together in one of them before anything is written."""
-    return not readers or bool(set.intersection(*(set(_fusion(operation)) for operation in readers)))
-
-
-def _fusion(operation: Operation) -> Iterator[Operation]:
-    """An operation and those after it that can only be fused with it: the one reader of a value that is not written."""
-    yield operation
-    while len(operation.outputs) == 1:
-        (value,) = operation.outputs
-        if value.kind != "fused" or value.needed or len(value.readers) != 1:
-            return
-        (operation,) = value.readers
-        yield operation
-
-
-def _in_memory(value: Value) -> bool:
-    """Whether a view of the value needs no memory of its own."""
-    return value.kind in ("argument", "written", "carried") or (
-        value.kind == "view" and all(_in_memory(source) for source in value.inputs)
-    )
-
-
-def _sweep(operations: Sequence[Operation]) -> int:
-    """The largest sum of the sizes of what lives at once."""
-    first, last = {}, {}
-    for index, operation in enumerate(operations):
-        for value in operation.inputs:
-            for buffer in value.buffers:
-                last[buffer] = index
-                first.setdefault(buffer, index)
-        for value in operation.outputs:
-            # What depends on arguments alone is computed where it is read first, too.
-            if value.kind == "written" and (not operation.fuses or any(source.buffers for source in value.inputs)):
-                first[value] = last[value] = index
-    starts, ends = _by_index(first), _by_index(last)
-    live = peak = 0
-    for index, operation in enumerate(operations):
-        live += sum(buffer.size for buffer in starts.get(index, ()))
-        peak = max(peak, live + operation.inside)
-        live -= sum(buffer.size for buffer in ends.get(index, ()))
-    return peak
-
-
-def _by_index(when: dict[Value, int]) -> dict[int, list[Value]]:
-    found: dict[int, list[Value]] = {}
-    for value, index in when.items():
-        found.setdefault(index, []).append(value)
-    return found
 
 
 def _rows(equation: core.JaxprEqn, outside: Sequence[Any], inside: Sequence[Any]) -> list[Any]:
