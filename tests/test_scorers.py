@@ -370,6 +370,10 @@ def test_small_files_of_a_clip_are_read_before_its_weights(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         scorers.load_scorer("clip", source=tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    for kind in ("clip", "hps"):
+        with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be read"):
+            scorers.load_scorer(kind, source=tmp_path)
 
 
 def test_preprocessor_reads_the_file_of_a_whole_processor(tmp_path):

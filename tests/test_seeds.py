@@ -24,6 +24,8 @@ def test_seeds_of_a_prompt_give_a_result_each(tmp_path, seeds, capsys):
     assert ses_jax.SearchResult.load(tmp_path / "001").config["seed"] == 0
     with pytest.raises(FileNotFoundError, match="holds 2 results, each in a folder of its own; give one: 000, 001"):
         ses_jax.SearchResult.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds 2 results, each in a folder of its own; give one: 000, 001"):
+        search(PROMPTS[0], base_noise=tmp_path)
     for command in (["show", str(tmp_path)], ["export", str(tmp_path), "--to", "diffusers"]):
         assert cli.main(command) == 2
         assert "holds 2 results, each in a folder of its own; give one: 000, 001" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ses_jax.engine.files import expanded
+from ses_jax.engine.saved import check_single
 from ses_jax.exports import noises
 from ses_jax.pipelines.base import Pipeline
 
@@ -45,8 +46,12 @@ class Given(NamedTuple):
 
 
 def read(source: Any) -> Given | None:
-    """See `noises.read`; None is None."""
+    """See `noises.read`; None is None. The folder of a list of results is a FileNotFoundError that names them."""
     if source is None:
         return None
-    file = os.path.abspath(expanded(source)) if isinstance(source, str | os.PathLike) else None
-    return Given(noises.read(source), file)
+    if not isinstance(source, str | os.PathLike):
+        return Given(noises.read(source), None)
+    path = expanded(source)
+    if not (path / "noise.npy").is_file():  # a search that was stopped has no more than that
+        check_single(path)
+    return Given(noises.read(source), os.path.abspath(path))

@@ -188,15 +188,17 @@ def load_hps(name: str, path: Path, dtype: Any = None, quantize: str | None = No
         beside it. Or a folder with a CLIP as transformers saves it.
     """
     folder = path.parent if path.is_file() else path
-    if path.is_dir() and (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
-        config, params = hub.load_component(folder, clip_tables.COMPONENT, dtype=dtype, quantize=quantize)
+    resaved = path.is_dir() and (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    component = clip_tables.COMPONENT if resaved else open_clip_tables.COMPONENT
+    file = folder / ("config.json" if resaved else "open_clip_config.json")
+    json, config = hub.read_config(file, component) if file.is_file() else ({}, component.from_json({}))
+    tokenizer = _load_tokenizer(folder, CLIP_H, [], config.vocab_size)
+    if resaved:
+        _, params = hub.load_component(folder, component, dtype=dtype, quantize=quantize)
     else:
-        own_config, component = folder / "open_clip_config.json", open_clip_tables.COMPONENT
-        json, config = hub.read_config(own_config, component) if own_config.is_file() else ({}, component.from_json({}))
         params = hub.load_weights(hub.open_source(path, HPS_FILES), component, json, dtype=dtype, quantize=quantize)
     # The authors leave `antialias` to torchvision, whose releases differ; this is what it does since 0.17.
     preprocess = Preprocessor(config.image_size, resize_floats=True, half_to_even=True)
-    tokenizer = _load_tokenizer(folder, CLIP_H, [], config.vocab_size)
     return Scorer(
         name=name,
         params=params,
