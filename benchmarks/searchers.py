@@ -8,13 +8,14 @@
     searchers_hard.png    their means over the budget
 
 and the like for other tiers. A method is a searcher, or a searcher and looks, such as "best-of-n+half:0.3". Methods and
-seeds that the file has already are not run again.
+seeds that the file has already are not run again; those that an interrupted run began, it goes on with.
 """
 
 import dataclasses
 import json
+import re
+import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -79,8 +80,10 @@ def main(args: Arguments) -> None:
     for seed in args.seeds:
         for method in dict.fromkeys((args.against, *args.methods)):
             if str(seed) not in rows.setdefault(method, {}):
+                begun = begun_in(args, method, seed)
                 rows[method][str(seed)] = searched(pipeline, cases, method, seed, args)
                 common.save(name(args), {"arguments": arguments(args), "rows": rows}, args.out)
+                shutil.rmtree(begun)
     figure = plot(rows, args)
     write(args.out / f"{name(args)}.png", lambda path: figure.savefig(path, format="png", dpi=130))
     print("\n".join(line for place in range(len(args.nfe)) for line in table(rows, place, args)))
@@ -109,20 +112,28 @@ def done(args: Arguments) -> dict[str, dict[str, Any]]:
     return saved["rows"] if saved.get("arguments") == arguments(args) else {}
 
 
+def begun_in(args: Arguments, method: str, seed: int) -> Path:
+    """Folder of what is not finished yet; another one for other prompts and budgets."""
+    told = "-".join(str(value) for value in (name(args), method, seed, *arguments(args).values()))
+    return args.out / "begun" / re.sub(r"[^\w+.=-]+", "_", told)
+
+
 def searched(pipeline: Any, cases: Sequence[Any], method: str, seed: int, args: Arguments) -> list[dict[str, Any]]:
     """What each prompt's search came to, by budget: each budget goes on from the one before."""
     searcher, _, fidelity = method.partition("+")
     held_out = ses_jax.load_reward("clip", source=pipeline.folder / "held_out_clip", name=HELD_OUT)
     settings = {"searcher": searcher, "fidelity": fidelity or "full", "seed": seed, "report": [held_out], **steps(args)}
-    rows = [{column: [] for column in (*COLUMNS, "nfe")} for _ in cases]
-    with tempfile.TemporaryDirectory() as folder:
-        for nfe in args.nfe:
-            options = {"nfe": nfe, "prompts_at_once": args.at_once, "out": folder, "resume": True, "progress": False}
-            results = ses_jax.search([prompt for _, prompt in cases], model=pipeline, **settings, **options)
-            for row, (scene, _), result in zip(rows, cases, results, strict=True):
-                for column, value in measures(scene, result).items():
-                    row[column].append(round(value, 4))
-    return rows
+    prompts = [prompt for _, prompt in cases]
+    begun, budgets = begun_in(args, method, seed), []
+    for nfe in args.nfe:
+        path = begun / f"{nfe}.json"
+        if not path.exists():
+            options = {"nfe": nfe, "prompts_at_once": args.at_once, "out": begun / "searches", "resume": True}
+            results = ses_jax.search(prompts, model=pipeline, progress=False, **settings, **options)
+            found = [measures(scene, result) for (scene, _), result in zip(cases, results, strict=True)]
+            common.save(path.stem, {"rows": found}, begun)
+        budgets.append(json.loads(path.read_text())["rows"])
+    return [{column: [row[column] for row in rows] for column in rows[0]} for rows in zip(*budgets, strict=True)]
 
 
 def measures(scene: Any, result: ses_jax.SearchResult) -> dict[str, float]:
@@ -131,12 +142,12 @@ def measures(scene: Any, result: ses_jax.SearchResult) -> dict[str, float]:
     *_, held_out = result.components.values()
     best = max(result.history, key=lambda row: -np.inf if row["score"] is None else row["score"])
     return {
-        "reward": result.score,
-        "final reward": result.final_score,
-        HELD_OUT: held_out["final_score"],
+        "reward": round(result.score, 4),
+        "final reward": round(result.final_score, 4),
+        HELD_OUT: round(held_out["final_score"], 4),
         "all correct": float(verdict.correct),
-        "checks correct": verdict.fraction,
-        "low band": best["low_rms"],
+        "checks correct": round(verdict.fraction, 4),
+        "low band": round(best["low_rms"], 4),
         "nfe": result.cost.search.nfe,
     }
 
